@@ -1,0 +1,36 @@
+"""Adapters beyond LoRA (PERA, HiRA, AuroRA) for PyTorch Lightning.
+
+Public names are imported when they are first used, so that ``import pera_lightning`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AdapterInjection": "pera_lightning.callbacks",
+    "ImageClassificationModule": "pera_lightning.modules",
+    "ImageDataModule": "pera_lightning.data",
+    "PeraError": "pera_lightning.errors",
+    "adapter_state_dict": "pera_lightning.state",
+    "inject": "pera_lightning.injection",
+    "load_adapted": "pera_lightning.checkpoints",
+    "load_adapter": "pera_lightning.state",
+    "save_adapter": "pera_lightning.state",
+}
+__all__ = [*_NAMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})

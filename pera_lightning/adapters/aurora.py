@@ -1,0 +1,308 @@
+"""AuroRA: an adaptive nonlinear layer between the low-rank factors. Dong et al., NeurIPS 2025 (arXiv 2505.18738).
+
+    Δy = s · B σ(A x),  s = alpha / rank
+    σ(z) = act(H act(z)) + w Σ_i b(z_i)
+
+b(z_i) is the vector of B-spline basis functions at z_i on a uniform grid, summed over the r components of z before w
+maps it back to r. `fixed=False` leaves out the first term and `learnable=False` the second, the paper's ablations.
+
+Two modes, for training and for inference: "dynamic" is B σ(A x); "static" is B σ(A) x, σ on each column of A, a matrix
+that can be merged. The paper trains dynamic and merges static, which can lose what was learnt; inference here is
+dynamic unless asked otherwise.
+
+Initial values: A and H xavier-normal, B zero, w uniform ±0.1 (A, H, w and the grid, 5 intervals on [-1, 1] of order 3,
+are not in the paper; they are those of its public re-implementations). σ runs in the parameters' precision, since
+splines in bfloat16 are coarse and σ costs r numbers a token.
+
+Shapes: in, out features; r rank; G grid intervals; S spline order; K = G + S basis functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
+from pera_lightning.adapters.method import (
+    LayerContext,
+    LinearMethod,
+    check_choice,
+    check_dropout,
+    check_fits,
+    check_rank,
+    check_scale,
+)
+from pera_lightning.adapters.registry import register_method
+from pera_lightning.errors import ConfigurationError, NotMergeableError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+}
+MODES = ("dynamic", "static")
+
+
+def uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, float]) -> Tensor:
+    """Knots of a uniform B-spline, the grid extended by `spline_order` intervals on both sides: (G + 2S + 1,)."""
+    low, high = grid_range
+    step = (high - low) / grid_size
+    index = torch.arange(-spline_order, grid_size + spline_order + 1, dtype=torch.float64, device="cpu")
+    return low + step * index
+
+
+def bspline_basis(z: Tensor, knots: Tensor, order: int) -> Tensor:
+    """B-spline basis functions by the Cox-de Boor recursion.
+
+    Args:
+        z: points, (...).
+        knots: increasing, (K + S + 1,).
+        order: S, the polynomial degree.
+
+    Returns:
+        (..., K); zero where z lies outside the knots.
+    """
+    z = z.unsqueeze(-1)
+    basis = ((z >= knots[:-1]) & (z < knots[1:])).to(z.dtype)  # (..., K + S)
+    for k in range(1, order + 1):
+        left = (z - knots[: -k - 1]) / (knots[k:-1] - knots[: -k - 1])
+        right = (knots[k + 1 :] - z) / (knots[k + 1 :] - knots[1:-k])
+        basis = left * basis[..., :-1] + right * basis[..., 1:]
+    return basis
+
+
+class AdaptiveNonlinearLayer(nn.Module):
+    """σ: (..., r) -> (..., r).
+
+    Args:
+        rank: r.
+        activation: a key of `ACTIVATIONS`.
+        grid_size: G.
+        spline_order: S.
+        grid_range: ends of the grid.
+        fixed: keeps act(H act(z)).
+        learnable: keeps w Σ_i b(z_i).
+        device: where the tensors live.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        activation: str = "tanh",
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1.0, 1.0),
+        fixed: bool = True,
+        learnable: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation, self.spline_order = activation, spline_order
+        projection = new_parameter(rank, rank, device=device) if fixed else None
+        spline = new_parameter(rank, grid_size + spline_order, device=device) if learnable else None
+        knots = uniform_knots(grid_size, spline_order, grid_range).to(device=device, dtype=torch.float32)
+        self.register_parameter("self_projection", projection)  # H (r, r)
+        self.register_parameter("spline_weight", spline)  # w (r, K)
+        self.register_buffer("grid", knots if learnable else None)  # (G + 2S + 1,)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """H xavier-normal, w uniform(-0.1, 0.1)."""
+        if self.self_projection is not None:
+            draw(self.self_projection, nn.init.xavier_normal_, generator)
+        if self.spline_weight is not None:
+            draw(self.spline_weight, nn.init.uniform_, generator, a=-0.1, b=0.1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (..., r) -> σ(z) (..., r), in z's dtype."""
+        if z.is_meta:
+            return self._exact(z)
+        with torch.autocast(z.device.type, enabled=False):  # which would run the products in low precision
+            return self._exact(z)
+
+    def _exact(self, z: Tensor) -> Tensor:
+        """σ(z) computed in the wider of z's and the parameters' dtype."""
+        act = ACTIVATIONS[self.activation]
+        kept = self.self_projection if self.spline_weight is None else self.spline_weight
+        exact = z.to(torch.promote_types(z.dtype, kept.dtype))
+        out: Tensor | float = 0.0
+        if self.self_projection is not None:
+            out = act(F.linear(act(exact), self.self_projection.to(exact.dtype)))
+        if self.spline_weight is not None:
+            summed = bspline_basis(exact, self.grid.to(exact.dtype), self.spline_order).sum(-2)  # (..., K)
+            out = out + F.linear(summed, self.spline_weight.to(exact.dtype))
+        return out.to(z.dtype)
+
+
+class AuroRALayer(LinearAdapter):
+    """The update s · B σ(A x) (dynamic) or s · B σ(A) x (static) of one linear map.
+
+    Args:
+        in_features: in.
+        out_features: out.
+        anl: σ, for rank r.
+        rank: r.
+        scale: s.
+        dropout: on the update's input.
+        train_mode: "dynamic" or "static", while the adapter is in training mode.
+        inference_mode: likewise in eval mode.
+        device: where the parameters live.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        anl: AdaptiveNonlinearLayer,
+        rank: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        train_mode: str = "dynamic",
+        inference_mode: str = "dynamic",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
+        self.train_mode, self.inference_mode = train_mode, inference_mode
+        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
+        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
+        self.anl = anl
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A xavier-normal, B zero, σ as its own layer says."""
+        draw(self.A, nn.init.xavier_normal_, generator)
+        self.B.zero_()
+        self.anl.reset_parameters(generator)
+
+    @property
+    def mode(self) -> str:
+        return self.train_mode if self.training else self.inference_mode
+
+    def static_factor(self) -> Tensor:
+        """σ on each column of A: (r, in), which takes A's place in the static mode."""
+        return self.anl(self.A.T).T
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        if self.mode == "static":
+            z = F.linear(x, self.static_factor().to(x.dtype))
+        else:
+            z = self.anl(F.linear(x, self.A.to(x.dtype)))
+        return F.linear(z * self.scale, self.B.to(z.dtype))
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """s · B σ(A), (out, in), where inference is static; see `LinearAdapter.delta_weight`.
+
+        Raises:
+            NotMergeableError: where inference is dynamic, a nonlinear function of x.
+        """
+        if self.inference_mode != "static":
+            raise NotMergeableError(
+                "AuroRA in dynamic mode is no linear map: set inference_mode='static' (what the paper merges; it can "
+                "lose what was learnt)"
+            )
+        return self.scale * (self.B @ self.static_factor())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, train_mode={self.train_mode}, inference_mode={self.inference_mode}"
+
+
+@contextmanager
+def static_inference(model: nn.Module) -> Iterator[int]:
+    """Inference of every AuroRA layer of `model` is static within this context; yields how many were dynamic."""
+    changed = [m for m in model.modules() if isinstance(m, AuroRALayer) and m.inference_mode != "static"]
+    for layer in changed:
+        layer.inference_mode = "static"
+    try:
+        yield len(changed)
+    finally:
+        for layer in changed:
+            layer.inference_mode = "dynamic"
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class AuroRA(LinearMethod):
+    """An adaptive nonlinear layer between the low-rank factors (Dong et al. 2025).
+
+    Args:
+        rank: r.
+        alpha: the scale is alpha / rank.
+        dropout: probability on the update's input, in training.
+        activation: act.
+        train_mode: "dynamic" as in the paper, or "static", which merges exactly.
+        inference_mode: "dynamic", the paper's AuroRA-D, or "static", the paper's AuroRA.
+        grid_size: G, intervals of the spline's grid; not in the paper, from its public re-implementations.
+        spline_order: S, likewise.
+        grid_range: ends of the grid, likewise.
+        fixed: keeps act(H act(z)).
+        learnable: keeps the spline.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"dropout", "train_mode", "inference_mode"})
+
+    rank: int = 2
+    alpha: float = 4.0
+    dropout: float = 0.0
+    activation: Literal["tanh", "leaky_relu", "sigmoid", "relu"] = "tanh"
+    train_mode: Literal["dynamic", "static"] = "dynamic"
+    inference_mode: Literal["dynamic", "static"] = "dynamic"
+    grid_size: int = 5
+    spline_order: int = 3
+    grid_range: tuple[float, float] = (-1.0, 1.0)
+    fixed: bool = True
+    learnable: bool = True
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_scale(self.alpha)
+        check_dropout(self.dropout)
+        check_choice(self.activation, "activation", tuple(ACTIVATIONS))
+        check_choice(self.train_mode, "train_mode", MODES)
+        check_choice(self.inference_mode, "inference_mode", MODES)
+        check_rank(self.grid_size, "grid_size")
+        check_rank(self.spline_order, "spline_order")
+        ends = tuple(self.grid_range) if isinstance(self.grid_range, (list, tuple)) else ()
+        if len(ends) != 2 or not all(isinstance(v, (int, float)) for v in ends) or not 0 < ends[1] - ends[0] < math.inf:
+            raise ConfigurationError(f"grid_range={self.grid_range!r}: two increasing numbers are needed")
+        object.__setattr__(self, "grid_range", (float(ends[0]), float(ends[1])))
+        if not (self.fixed or self.learnable):
+            raise ConfigurationError("fixed=False and learnable=False leave no nonlinear layer; keep one of them")
+
+    def build(self, context: LayerContext) -> AuroRALayer:
+        check_fits(context, self.rank)
+        device = context.weight.device
+        anl = AdaptiveNonlinearLayer(
+            rank=self.rank,
+            activation=self.activation,
+            grid_size=self.grid_size,
+            spline_order=self.spline_order,
+            grid_range=self.grid_range,
+            fixed=self.fixed,
+            learnable=self.learnable,
+            device=device,
+        )
+        layer = AuroRALayer(
+            in_features=context.in_features,
+            out_features=context.out_features,
+            anl=anl,
+            rank=self.rank,
+            scale=self.alpha / self.rank,
+            dropout=self.dropout,
+            train_mode=self.train_mode,
+            inference_mode=self.inference_mode,
+            device=device,
+        )
+        layer.reset_parameters(context.generator())
+        return layer

@@ -1,0 +1,188 @@
+"""PERA: polynomial expansion of the low-rank factors (arXiv 2604.11841).
+
+    ΔW = s · B̂ Â,  s = alpha / rank
+
+Â stacks the rows a_i of A and then h_ij (a_i ⊙ a_j); B̂ stacks the columns b_i of B and then b_i ⊙ b_j, pairs i ≤ j in
+the order of `torch.triu_indices(r, r)`. `terms` keeps all pairs ("full"), i = j ("square"), i < j ("cross") or none
+("linear", which is LoRA, gradient for gradient). Pairs left out have no coefficient, no storage and no cost.
+
+Initial values: h zero; A kaiming-uniform and B zero (the paper's section 3.3.3 and its code), or with
+`init="gaussian_b"` A zero and B ~ N(0, init_std²) (its section 3.2; the value of init_std is not in the paper, 0.02 is
+ours). The released code multiplies full r x r products and uses half of them; here each pair is formed once. The rank
+of ΔW is at most 2r + r(r-1)/2, and R = r + pairs rows make it exactly a LoRA of rank R.
+
+Shapes: in, out features; r rank; P number of pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
+from pera_lightning.adapters.lora import lora_output
+from pera_lightning.adapters.method import (
+    LayerContext,
+    LinearMethod,
+    check_choice,
+    check_dropout,
+    check_fits,
+    check_rank,
+    check_scale,
+)
+from pera_lightning.adapters.registry import register_method
+
+TERMS = ("full", "square", "cross", "linear")
+INITS = ("default", "gaussian_b")
+
+
+def number_of_pairs(rank: int, terms: str) -> int:
+    """P, the number of products that `terms` keeps at this rank."""
+    cross = rank * (rank - 1) // 2
+    return {"full": cross + rank, "square": rank, "cross": cross, "linear": 0}[terms]
+
+
+def pairs(rank: int, terms: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The index pairs (i, j), i ≤ j, that `terms` keeps: two tensors of shape (P,)."""
+    if terms == "square":
+        both = torch.arange(rank, device=device)
+        return both, both
+    i, j = torch.triu_indices(rank, rank, offset=1 if terms == "cross" else 0, device=device).unbind()
+    return i, j
+
+
+def expand(A: Tensor, B: Tensor, h: Tensor | None, terms: str) -> tuple[Tensor, Tensor]:
+    """The expanded factors of PERA.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        h: coefficients of the products, (P,); None for ``terms="linear"``.
+        terms: which products, one of `TERMS`.
+
+    Returns:
+        Â (r + P, in) and B̂ (out, r + P).
+    """
+    if h is None:
+        return A, B
+    i, j = pairs(A.shape[0], terms, A.device)
+    # F.embedding gathers rows as index_select does; its backward pass is faster, and deterministic on CUDA.
+    products = h[:, None] * F.embedding(i, A) * F.embedding(j, A)  # (P, in)
+    columns = B.T.contiguous()  # (r, out): rows are gathered faster than columns
+    crossed = F.embedding(i, columns) * F.embedding(j, columns)  # (P, out)
+    return torch.cat([A, products]), torch.cat([columns, crossed]).T
+
+
+class PERALayer(LinearAdapter):
+    """The update s · B̂ Â of one linear map.
+
+    Args:
+        in_features: in.
+        out_features: out.
+        rank: r.
+        scale: s.
+        dropout: on the update's input.
+        terms: one of `TERMS`.
+        init: one of `INITS`.
+        init_std: standard deviation of B for ``init="gaussian_b"``.
+        device: where the parameters live.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        terms: str = "full",
+        init: str = "default",
+        init_std: float = 0.02,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
+        self.terms, self.init, self.init_std = terms, init, init_std
+        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
+        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
+        count = number_of_pairs(rank, terms)
+        self.register_parameter("h", new_parameter(count, device=device) if count else None)  # (P,)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws A or B, zeroes the other and h; see the file's head."""
+        if self.init == "gaussian_b":
+            self.A.zero_()
+            draw(self.B, nn.init.normal_, generator, std=self.init_std)
+        else:
+            draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
+            self.B.zero_()
+        if self.h is not None:
+            self.h.zero_()
+
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        """Â (r + P, in) and B̂ (out, r + P), without the scale."""
+        return expand(self.A, self.B, self.h, self.terms)
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return lora_output(x, *self.expanded(), self.scale)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """s · B̂ Â, (out, in); see `LinearAdapter.delta_weight`."""
+        A, B = self.expanded()
+        return self.scale * (B @ A)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, terms={self.terms}"
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class PERA(LinearMethod):
+    """Polynomial expansion of the low-rank factors (arXiv 2604.11841).
+
+    Args:
+        rank: r.
+        alpha: the scale is alpha / rank.
+        dropout: probability on the update's input, in training.
+        terms: which products of the factors are added, see the file's head.
+        init: initial values, see the file's head.
+        init_std: standard deviation of B for ``init="gaussian_b"``; not in the paper, ours.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    terms: Literal["full", "square", "cross", "linear"] = "full"
+    init: Literal["default", "gaussian_b"] = "default"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_scale(self.alpha)
+        check_dropout(self.dropout)
+        check_choice(self.terms, "terms", TERMS)
+        check_choice(self.init, "init", INITS)
+        check_scale(self.init_std, "init_std")
+
+    def build(self, context: LayerContext) -> PERALayer:
+        check_fits(context, self.rank)
+        layer = PERALayer(
+            in_features=context.in_features,
+            out_features=context.out_features,
+            rank=self.rank,
+            scale=self.alpha / self.rank,
+            dropout=self.dropout,
+            terms=self.terms,
+            init=self.init,
+            init_std=self.init_std,
+            device=context.weight.device,
+        )
+        layer.reset_parameters(context.generator())
+        return layer

@@ -1,0 +1,288 @@
+"""The callback that adapts a LightningModule: injection at setup, adapter-only checkpoints, exact resume, checks.
+
+It works with anybody's module that builds its network in `__init__`, unchanged. A module that builds in
+`configure_model` offers the hook: a class attribute ``adapter_injection = None`` which the callback sets, called at the
+end of building, before compiling and sharding::
+
+    class MyModule(LightningModule):
+        adapter_injection = None
+
+        def configure_model(self):
+            if self.model is None:
+                self.model = build()
+                if self.adapter_injection is not None:
+                    self.adapter_injection(self.model)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from pera_lightning.adapters.method import Method
+from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
+from pera_lightning.callbacks.coverage import LayerCoverage
+from pera_lightning.callbacks.data_order import Progress, make_resumable
+from pera_lightning.callbacks.random_state import capture, restore
+from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError, listed
+from pera_lightning.injection import adapter_parameter_names, inject, injection_of
+from pera_lightning.state import METADATA, adapter_state_dict, find_injected, forgive_missing_base, write_adapter
+
+HOOK = "adapter_injection"
+_TRUE_PRECISIONS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+
+
+class AdapterInjection(Callback):
+    """Adapts a LightningModule and keeps its checkpoints to what is trained. Put it before all other callbacks.
+
+    Args:
+        method: the adapter method, e.g. ``PERA(rank=16)``.
+        targets: expressions that name linear layers, see `pera_lightning.targets`.
+        trainable: modules trained whole (heads), by name or glob.
+        fused: sizes of row blocks of fused projections whose layout is not known.
+        seed: of the initial values; by default the run's.
+        on_unused: what to do about adapted layers that do not run in the first training or evaluation batch: "raise",
+            or "warn" for models that route (mixtures of experts).
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        targets: list[str] | None = None,
+        trainable: list[str] | None = None,
+        fused: dict[str, dict[str, int]] | None = None,
+        seed: int | None = None,
+        on_unused: Literal["raise", "warn"] = "raise",
+    ) -> None:
+        if on_unused not in ("raise", "warn"):
+            raise ConfigurationError(f"on_unused={on_unused!r}: 'raise' or 'warn' is needed")
+        self.method = method
+        self.targets, self.trainable = targets or [], trainable or []
+        self.fused, self.seed, self.on_unused = fused, seed, on_unused
+        self._coverage = LayerCoverage()
+        self._covered: set[str] = set()
+        self._rng: dict[str, Any] | None = None
+        self._gradients_seen = False
+
+    def injector(self) -> partial:
+        """Called with a network, it injects: what a module's hook is set to."""
+        return partial(
+            inject,
+            method=self.method,
+            targets=self.targets,
+            trainable=self.trainable,
+            fused=self.fused,
+            seed=self.seed,
+        )
+
+    # --- before anything runs ---
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_position(self, trainer)
+        check_precision(trainer)
+        if hasattr(type(pl_module), HOOK):
+            setattr(pl_module, HOOK, self.injector())
+        else:
+            self._inject_foreign(pl_module)
+        prepare_loading(pl_module)
+        trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
+        if stage == TrainerFn.FITTING:
+            self._covered.clear()
+            self._gradients_seen = False
+            resume_data_order(trainer)
+
+    def _inject_foreign(self, module: LightningModule) -> None:
+        try:
+            self.injector()(module)
+        except NoTargetMatched as error:
+            if is_overridden("configure_model", module):
+                raise ConfigurationError(
+                    f"{type(module).__name__} builds its network in configure_model, after the injection: add the "
+                    f"class attribute `{HOOK} = None` to it, and at the end of building `if self.{HOOK} is not None: "
+                    f"self.{HOOK}(self)` ({error})"
+                ) from None
+            raise
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = find_injected(pl_module)
+        if found is None:
+            raise ConfigurationError(
+                f"{type(pl_module).__name__} has the hook `{HOOK}` and did not call it in configure_model"
+            )
+        rank_zero_only(print)(injection_of(found[1]).report, flush=True)  # type: ignore[union-attr]
+        check_float32(pl_module)
+        check_optimizers(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        load_loader_states(trainer)
+
+    # --- which layers run ---
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._watch("training", pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._check("training")
+        self._rng = capture()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if not self._gradients_seen:
+            self._gradients_seen = True
+            silent = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+            mine = adapter_parameter_names(pl_module).intersection(silent)
+            self._complain(sorted(mine), "adapter parameters had no gradient in the first optimizer step")
+
+    def _evaluation_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._watch("evaluation", pl_module)
+
+    def _evaluation_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._check("evaluation")
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _evaluation_start
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_end
+
+    def _watch(self, kind: str, module: LightningModule) -> None:
+        if kind not in self._covered:
+            self._coverage.start(module)
+
+    def _check(self, kind: str) -> None:
+        if kind not in self._covered:
+            self._covered.add(kind)
+            self._complain(self._coverage.stop(), f"adapted layers did not run in the first {kind} batch")
+
+    def _complain(self, names: list[str], what: str) -> None:
+        if not names:
+            return
+        text = (
+            f"{len(names)} {what}, so their adapters change nothing: {listed(names)}; leave them out of targets, or "
+            "set on_unused='warn' where a layer need not run in every batch"
+        )
+        if self.on_unused == "raise":
+            raise UnusedLayerError(text)
+        rank_zero_warn(text)
+
+    # --- randomness: validation leaves the training run as if it had not been ---
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
+            restore(self._rng)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.state.fn == TrainerFn.FITTING and loop._should_accumulate():
+            rank_zero_warn(
+                f"this checkpoint (step {trainer.global_step}) is written in the middle of gradient accumulation: the "
+                "gradients gathered so far are not in it; save every_n_train_steps or at an epoch's end"
+            )
+
+    # --- at the end ---
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # asked on every rank
+        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        written, source = write_best_adapter(trainer, pl_module, Path(folder) / "adapter")
+        print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
+
+
+def check_position(callback: Callback, trainer: Trainer) -> None:
+    """Raises `ConfigurationError` unless the callback is the first (weight averaging copies the model at its setup)."""
+    first = trainer.callbacks[0]  # type: ignore[attr-defined]
+    if first is not callback:
+        raise ConfigurationError(
+            f"{type(callback).__name__} must be the first callback, {type(first).__name__} comes before it: "
+            f"Trainer(callbacks=[{type(callback).__name__}(…), …])"
+        )
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Raises `ConfigurationError` for precisions that cast the adapters too."""
+    if trainer.precision in _TRUE_PRECISIONS:
+        raise ConfigurationError(
+            f"precision={trainer.precision} casts the adapters too, and their small updates vanish: load the base in "
+            "low precision (base_dtype=bfloat16 in our modules) and train with precision=bf16-mixed or 32-true"
+        )
+
+
+def check_float32(module: torch.nn.Module) -> None:
+    """Raises `ConfigurationError` where an adapter's parameter is in low precision."""
+    parameters = dict(module.named_parameters())
+    low = [
+        n for n in sorted(adapter_parameter_names(module)) if parameters[n].dtype not in (torch.float32, torch.float64)
+    ]
+    if low:
+        raise ConfigurationError(
+            f"{len(low)} adapter parameters are {parameters[low[0]].dtype}, float32 is needed: {listed(low, 2)}; "
+            "cast the base before the injection, not after it"
+        )
+
+
+def check_optimizers(trainer: Trainer, module: LightningModule) -> None:
+    """Raises `ConfigurationError` where a trained parameter is in no optimizer."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    left = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if left and trainer.optimizers:
+        raise ConfigurationError(
+            f"{len(left)} trained parameters are in no optimizer: {listed(left, 3)}; give configure_optimizers all "
+            "parameters with requires_grad"
+        )
+
+
+def prepare_loading(module: LightningModule) -> None:
+    """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
+    if forgive_missing_base not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(forgive_missing_base)
+
+
+def resume_data_order(trainer: Trainer) -> None:
+    """Makes every train loader resumable, where Lightning hands loaders to the strategy."""
+    loop, strategy = trainer.fit_loop, trainer.strategy
+
+    def progress() -> Progress:
+        batches = loop.epoch_loop.batch_progress
+        return Progress(loop.epoch_progress.current.processed, batches.current.processed, batches.is_last_batch)
+
+    def process(loader: Any) -> Any:
+        loader = type(strategy).process_dataloader(strategy, loader)
+        training = trainer.state.stage == RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING
+        return make_resumable(loader, progress) if training else loader
+
+    strategy.process_dataloader = process  # type: ignore[method-assign]
+
+
+def load_loader_states(trainer: Trainer) -> None:
+    """Hands the train loaders their states from a checkpoint where Lightning could not.
+
+    A module that asks for `estimated_stepping_batches` while it makes its optimizer makes Lightning build the loaders
+    before the checkpoint's loop state is read, and that state is then left over.
+    """
+    loop = trainer.fit_loop
+    if loop.restarting and loop._combined_loader_states_to_load:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)  # type: ignore[call-overload]
+
+
+def write_best_adapter(trainer: Trainer, module: LightningModule, folder: Path) -> tuple[Path, str]:
+    """Writes the adapter folder from the best checkpoint, else the last, else the module as it is.
+
+    Returns:
+        The folder, and what it was written from, in words.
+    """
+    prefix, root = find_injected(module)  # type: ignore[misc]
+    spec = injection_of(root).spec()  # type: ignore[union-attr]
+    keeper = trainer.checkpoint_callback
+    for kind, attribute in (("the best checkpoint", "best_model_path"), ("the last checkpoint", "last_model_path")):
+        path = getattr(keeper, attribute, "")
+        if path and Path(path).is_file():
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if METADATA in checkpoint:
+                state = {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}
+                return write_adapter(folder, state, spec), kind
+    return write_adapter(folder, adapter_state_dict(root), spec), "the last step"

@@ -1,0 +1,95 @@
+"""Checkpoints without the frozen base, for anybody's LightningModule.
+
+Every strategy writes and reads files through a `CheckpointIO`, with ``save_weights_only=True`` too, where callbacks are
+not asked. Filtering there leaves `state_dict()` of the module whole for everyone else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from torch import nn
+
+from pera_lightning import __version__
+from pera_lightning.errors import CheckpointError, shorten
+from pera_lightning.injection import injection_of
+from pera_lightning.state import METADATA, check_injection, check_state, find_injected, frozen_names, metadata, without
+
+# Where a checkpoint may hold a state dict: Lightning's own, and WeightAveraging's second copy.
+_STATES = ("state_dict", "current_model_state")
+
+
+def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A copy of a Lightning checkpoint without the frozen base, with the injection described.
+
+    Args:
+        checkpoint: what Lightning is about to write.
+        module: the LightningModule, injected.
+    """
+    frozen = frozen_names(module)
+    trimmed = {key: without(value, frozen) if key in _STATES else value for key, value in checkpoint.items()}
+    trimmed[METADATA] = metadata(module, __version__)
+    return trimmed
+
+
+def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:
+    """Raises `CheckpointError` where a checkpoint does not belong to this module's adapters and base.
+
+    Args:
+        checkpoint: a loaded Lightning checkpoint.
+        module: the LightningModule, injected.
+        source: its file, for the message.
+    """
+    found = find_injected(module)
+    if found is None:
+        return
+    present = injection_of(found[1])
+    if METADATA not in checkpoint:
+        raise CheckpointError(
+            f"{source} holds no adapters (it was written without AdapterInjection); load such weights into the module "
+            "before training, or give a checkpoint of this method"
+        )
+    check_injection(checkpoint[METADATA], present, source)  # type: ignore[arg-type]
+    if "state_dict" in checkpoint:
+        check_state(module, checkpoint["state_dict"], source)
+
+
+class AdapterCheckpointIO(CheckpointIO):
+    """Trims what is saved and checks what is loaded; the files are another `CheckpointIO`'s.
+
+    Args:
+        inner: reads and writes the files.
+        module: the LightningModule.
+    """
+
+    def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
+        self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else inner
+        self.module = module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.inner.save_checkpoint(trim(checkpoint, self.module), path, storage_options=storage_options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = _readable(self.inner, path, *args, **kwargs)
+        check_checkpoint(checkpoint, self.module, str(path))
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+
+def _readable(inner: CheckpointIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    try:
+        return inner.load_checkpoint(path, *args, **kwargs)
+    except FileNotFoundError:
+        folder = Path(path).parent
+        there = sorted(p.name for p in folder.glob("*.ckpt")) if folder.is_dir() else []
+        have = f"; {folder} has {', '.join(there)}" if there else ""
+        raise CheckpointError(f"checkpoint {path} does not exist{have}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {shorten(str(error))[:200]}") from None

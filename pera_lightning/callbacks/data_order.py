@@ -1,0 +1,137 @@
+"""Train loaders that resume in the middle of an epoch, at the batch and with the randomness of the run that stopped.
+
+Lightning saves the state of any loader with `state_dict`. A plain `DataLoader` has none, so `make_resumable` gives it
+one: the state of the random generators when the epoch's iterator was made and now, and the number of batches trained.
+Resuming makes the iterator again from the first state, passes over those batches and sets the second. That needs
+nothing of the sampler, the data set or the workers but that they draw from the usual generators; passing over costs the
+loading of those batches. A loader with a state of its own (torchdata's) keeps it, and nothing is passed over.
+
+With several train loaders, or one that other code draws from, order is restored but not to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+
+from pera_lightning.callbacks.random_state import capture, from_plain, restore, to_plain
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: the epoch, the batches of it trained, and whether they are all of it."""
+
+    epoch: int
+    batches: int
+    complete: bool
+
+
+class _Plain:
+    """Gives a list or another iterable without a class of its own one that can be extended."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self._iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterable)
+
+    def __len__(self) -> int:
+        return len(self._iterable)  # type: ignore[arg-type]
+
+
+@lru_cache
+def _resumable_class(cls: type) -> type:
+    """A subclass of a loader's class with a state; a mixin could not be given to an object that exists."""
+
+    class Resumable(cls):
+        _progress: Callable[[], Progress]
+        _epoch_start: dict[str, Any] | None = None
+        _pending: dict[str, Any] | None = None
+        _drawn: bool = True
+
+        def __iter__(self) -> Iterator[Any]:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                restore(pending["epoch_start"] if pending["batches"] else pending["now"])
+            elif not self._drawn and self._epoch_start is not None:
+                restore(self._epoch_start)  # Lightning made an iterator already and drew nothing from it
+            _set_epoch(self, self._progress().epoch)
+            self._epoch_start, self._drawn = capture(), False
+            own_state = pending and pending.get("loader")
+            if own_state is not None:
+                super().load_state_dict(own_state)
+            iterator = super().__iter__()
+            if pending is not None and pending["batches"]:
+                for _ in range(0 if own_state is not None else pending["batches"]):
+                    try:
+                        next(iterator)
+                    except StopIteration:  # the shorter of several loaders starts again, as in Lightning's cycle
+                        iterator = super().__iter__()
+                        next(iterator)
+                self._epoch_start = pending["epoch_start"]
+                restore(pending["now"])
+            return self._watched(iterator)
+
+        def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
+            for batch in iterator:
+                self._drawn = True
+                yield batch
+
+        def state_dict(self) -> dict[str, Any]:
+            """Batches trained and random states, for every rank."""
+            progress = self._progress()
+            start = capture() if self._epoch_start is None else self._epoch_start
+            inner = getattr(super(), "state_dict", None)
+            state = {
+                "batches": 0 if progress.complete else progress.batches,
+                "epoch_start": to_plain(start),
+                "now": to_plain(capture()),
+                "loader": inner() if inner is not None and not progress.complete else None,
+            }
+            ranks = [state]
+            if dist.is_available() and dist.is_initialized():
+                ranks = [None] * dist.get_world_size()  # type: ignore[list-item]
+                dist.all_gather_object(ranks, state)
+            return {"ranks": ranks}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Takes this rank's part; used by the next iterator."""
+            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            if len(state["ranks"]) != world:
+                rank_zero_warn(
+                    f"the checkpoint was written by {len(state['ranks'])} processes and is loaded by {world}: "
+                    "the order of the data and the random state are not restored"
+                )
+                return
+            own = state["ranks"][rank]
+            self._pending = {**own, "epoch_start": from_plain(own["epoch_start"]), "now": from_plain(own["now"])}
+
+    Resumable.__name__, Resumable.__qualname__, Resumable.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return Resumable
+
+
+def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:
+    """Gives a loader a state that restores its order; the same object where it has a class of its own.
+
+    Args:
+        loader: a `DataLoader`, or any iterable that Lightning takes.
+        progress: tells where training stands.
+    """
+    if type(loader).__module__ == "builtins":
+        loader = _Plain(loader)
+    if not hasattr(loader, "_progress"):
+        loader.__class__ = _resumable_class(type(loader))
+    loader._progress = progress
+    return loader
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    # Lightning sets it after the first iterator was made, too late for one that reads ahead.
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)

@@ -1,0 +1,58 @@
+"""Reloading the Lightning checkpoint of an adapted module in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+from pera_lightning.callbacks.adapter_injection import prepare_loading
+from pera_lightning.callbacks.checkpoint_io import check_checkpoint
+from pera_lightning.errors import CheckpointError
+from pera_lightning.state import METADATA, find_injected, inject_spec
+
+ModuleType = TypeVar("ModuleType", bound=LightningModule)
+
+
+def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init_args: Any) -> ModuleType:
+    """Reloads anybody's LightningModule from a checkpoint that `AdapterInjection` wrote.
+
+    The base comes from the module itself (its constructor, or the instance), adapters and heads from the checkpoint.
+    Our own modules also reload by their `load_from_checkpoint`.
+
+    Args:
+        module: a LightningModule with its base weights, or a class that is built with the checkpoint's hyperparameters.
+        path: the checkpoint.
+        init_args: for a class, arguments that win over the checkpoint's.
+
+    Returns:
+        The module, adapted, in eval mode.
+
+    Raises:
+        CheckpointError: where the file holds no adapters, or does not fit the module.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if METADATA not in checkpoint:
+        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    if isinstance(module, type):
+        # strict=False: adapters come afterwards, and the frozen base is not in the file.
+        module = module.load_from_checkpoint(path, map_location="cpu", strict=False, **init_args)
+    inject_from(module, checkpoint)
+    check_checkpoint(checkpoint, module, str(path))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()
+
+
+def inject_from(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Injects what a checkpoint describes into the part of a module that it names, and lets the base be missing.
+
+    Args:
+        module: a LightningModule whose network is built.
+        checkpoint: a loaded Lightning checkpoint with adapters.
+    """
+    if find_injected(module) is None:
+        spec = checkpoint[METADATA]
+        inject_spec(module.get_submodule(spec["root"]), spec)
+    prepare_loading(module)

@@ -1,0 +1,111 @@
+"""The command line: Lightning's fit, validate, test and predict with adapters, and this package's own commands.
+
+``--help`` and the own commands' names are answered before Lightning is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pera_lightning.errors import PeraError, closest, shorten
+
+TRAINER_COMMANDS = {
+    "fit": "train adapters",
+    "validate": "measure a checkpoint on the validation data",
+    "test": "measure a checkpoint on the test data",
+    "predict": "write predictions",
+}
+OWN_COMMANDS = {
+    "params": ("pera_lightning.commands.params:run", "print the injection report of a config, without weights"),
+}
+_CONFIG_FLAGS = ("--config", "-c")
+
+
+def usage() -> str:
+    """The text of a bare ``--help``."""
+    commands = TRAINER_COMMANDS | {name: text for name, (_, text) in OWN_COMMANDS.items()}
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
+    return "\n".join(
+        [
+            "usage: python cli.py COMMAND --config FILE [--KEY VALUE ...]   (or: pera COMMAND ...)",
+            "",
+            *lines,
+            "",
+            "examples:",
+            "  python cli.py fit --config configs/quickstart.yaml",
+            "  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8",
+            "  python cli.py COMMAND --help   every key of a command",
+        ]
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 2 and one line where the input is at fault.
+
+    Args:
+        args: the words after the program's name; by default those of this process.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(usage())
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from pera_lightning import __version__
+
+        print(__version__)
+        return
+    try:
+        words = find_configs(words)
+        if words[0] in OWN_COMMANDS:
+            module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
+            getattr(importlib.import_module(module), function)(words[1:])
+        elif words[0] in TRAINER_COMMANDS:
+            from pera_lightning.commands.lightning_cli import run
+
+            run(words)
+        else:
+            known = [*TRAINER_COMMANDS, *OWN_COMMANDS]
+            raise PeraError(f"unknown command {words[0]!r}; there are {', '.join(known)}{closest(words[0], known)}")
+    except PeraError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Prints one line and exits with 2."""
+    print(f"error: {shorten(message)}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def find_configs(words: list[str]) -> list[str]:
+    """Words with each config path resolved: as given, else among the configs that come with the package.
+
+    Raises:
+        PeraError: where there is no such file.
+    """
+    found = list(words)
+    for k, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in _CONFIG_FLAGS and equals:
+            found[k] = f"{flag}={_config(value)}"
+        elif word in _CONFIG_FLAGS and k + 1 < len(words):
+            found[k + 1] = _config(words[k + 1])
+    return found
+
+
+def _config(value: str) -> str:
+    if Path(value).is_file() or value.lstrip().startswith("{"):
+        return value
+    package = Path(__file__).resolve().parent
+    shipped = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
+    if shipped is not None:
+        inside = shipped / value.removeprefix("configs/")
+        if inside.is_file():
+            return str(inside)
+    names = [f"configs/{p.relative_to(shipped)}" for p in sorted(shipped.rglob("*.yaml"))] if shipped else []
+    raise PeraError(
+        f"config {value!r} does not exist{closest(value, names) or f'; there are {len(names)} in configs/'}"
+    )

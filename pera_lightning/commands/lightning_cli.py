@@ -1,0 +1,117 @@
+"""LightningCLI with adapters: the `adapter` group, one-line errors, and command-line values that always win."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Imported so that short class names (AuroRA, ImageDataModule) are found.
+import pera_lightning.adapters
+import pera_lightning.data.images
+import pera_lightning.modules.image_classification  # noqa: F401
+from pera_lightning.adapters.registry import registered_methods
+from pera_lightning.callbacks import AdapterInjection
+from pera_lightning.commands.messages import explain
+from pera_lightning.errors import PeraError, shorten
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage; it takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a nested parser, whose error the outer one may recover from
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise InputError(explain(message, options, known_classes()))
+
+
+class InputError(PeraError, SystemExit):
+    """Wrong input on the command line; a `SystemExit` so that the parser does not take it for a failed alternative."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = 2
+
+
+def known_classes() -> dict[str, list[str]]:
+    """The short class names that the config's groups take."""
+    return {
+        "adapter.method": list(registered_methods()),
+        "model": ["ImageClassificationModule"],
+        "data": ["ImageDataModule"],
+    }
+
+
+class PeraCLI(LightningCLI):
+    """LightningCLI with an `adapter` group, whose callback comes first, and without optimizer groups.
+
+    Models and data modules are given by class path; those of other packages work too.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        defaults: dict[str, Any] = {
+            "save_config_kwargs": {"overwrite": True},
+            "parser_class": OneLineParser,
+            # Lightning would build the optimizer before the adapters exist.
+            "auto_configure_optimizers": False,
+            "seed_everything_default": 0,
+        }
+        super().__init__(**{**defaults, **kwargs})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(AdapterInjection, "adapter")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the checkpoint's hyperparameters override what the command line says."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise PeraError(explain(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the adapter callback before all others."""
+        config = {**self._get(self.config_init, "trainer", default=Namespace()), **kwargs}
+        others = config.get("callbacks") or []
+        others = others if isinstance(others, list) else [others]
+        config["callbacks"] = [self._get(self.config_init, "adapter"), *others]
+        return self._instantiate_trainer(config, [])
+
+
+class ConfiguredCLI(PeraCLI):
+    """Parses and builds model, data and adapter, and no trainer: for commands that train nothing."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        super().__init__(args=list(args), run=False, save_config_callback=None)
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        return None
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs fit, validate, test or predict.
+
+    Args:
+        args: the command and its options.
+
+    Raises:
+        PeraError: for wrong input.
+    """
+    # Words are handed over so that config paths can be resolved first; Lightning warns about that.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    try:
+        PeraCLI(args=list(args))
+    except MisconfigurationException as error:
+        raise PeraError(shorten(str(error))) from error

@@ -1,0 +1,154 @@
+"""Pictures of the hub: one split of a data set, with its labels read and every way to fail put into words."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pera_lightning.data.image_sources import same_classes, to_rgb
+from pera_lightning.errors import DataError, listed, shorten
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+
+@dataclass
+class HubSource:
+    """One split of a data set of the hub, as Arrow keeps it on disk."""
+
+    table: datasets.Dataset
+    column: str
+    labels: np.ndarray
+    class_names: list[str]
+
+    def image(self, row: int) -> Image.Image:
+        """The picture of a row, upright and RGB."""
+        image = self.table[row][self.column]
+        if image is None:
+            raise ValueError("the row has no image")
+        return to_rgb(image)
+
+    def identifier(self, row: int) -> str:
+        """The row's number in the source."""
+        return str(row)
+
+
+def load_table(repository: str, config_name: str | None, split: str) -> datasets.Dataset:
+    """Loads one split of a data set of the hub, from the cache where it is there.
+
+    Raises:
+        DataError: where the hub, the data set, its configuration or the split cannot be had.
+    """
+    import datasets
+
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    elsewhere = "or give a local folder of class folders"
+    try:
+        return datasets.load_dataset(repository, config_name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise DataError(
+                f"data set {repository} on {hub} is gated: ask for access on its page, run `hf auth login`, {elsewhere}"
+            ) from error
+        raise DataError(
+            f"no data set {repository} on {hub} (or it is private), and no folder of that name here; check the name, "
+            f"run `hf auth login` if it is private, {elsewhere}"
+        ) from error
+    except Exception as error:  # of datasets, its hub client and the HTTP library of that: no common base
+        if isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests")):
+            raise DataError(
+                f"data set {repository} is not in the cache and {hub} cannot be reached ({shorten(str(error))}); set "
+                f"HF_ENDPOINT to a hub that can, {elsewhere}"
+            ) from error
+        # An unknown split or configuration among them: the message of datasets lists what there is.
+        config = f", configuration {config_name!r}" if config_name else ""
+        raise DataError(f"data set {repository}{config}, split {split!r}: {shorten(str(error))}") from error
+
+
+def _words(kind: object) -> str:
+    """A feature's type, short enough for a message."""
+    return str(getattr(kind, "dtype", None) or type(kind).__name__)
+
+
+def hub_source(
+    repository: str,
+    split: str,
+    *,
+    config_name: str | None,
+    image_column: str,
+    label_column: str,
+    training_names: list[str] | None,
+) -> HubSource:
+    """One split of a data set of the hub, its labels read and its pictures left where they are.
+
+    Args:
+        repository: ``org/name``.
+        split: a split of it.
+        config_name: a configuration of it, where it has several.
+        image_column: holds the pictures.
+        label_column: holds the classes: class labels, whole numbers or text.
+        training_names: class names of the training split; None for that split itself.
+
+    Raises:
+        DataError: where a column is missing or of another type, the split is empty, or its classes are not those of
+            training.
+    """
+    import datasets
+
+    table = load_table(repository, config_name, split)
+    where = f"data set {repository}, split {split!r}"
+    for argument, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in table.column_names:
+            names = table.column_names
+            raise DataError(f"{where} has no column {column!r}: give {argument}, one of {', '.join(names)}")
+    if not len(table):
+        raise DataError(f"{where} has no rows")
+    kind = table.features[image_column]
+    if not isinstance(kind, datasets.Image):
+        raw = kind == datasets.Value("binary") or (isinstance(kind, dict) and "bytes" in kind)
+        if not raw:
+            raise DataError(f"{where}: column {image_column!r} holds no images but {_words(kind)}; give image_column")
+        table = table.cast_column(image_column, datasets.Image())
+    labels, names = read_labels(table, label_column, training_names, where)
+    return HubSource(table.select_columns([image_column]), image_column, labels, names)
+
+
+def read_labels(
+    table: datasets.Dataset, column: str, training_names: list[str] | None, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """Reads a label column in the numbering of the training split.
+
+    Args:
+        table: n rows.
+        column: class labels (numbered as declared), or whole numbers or text (numbered in sorted order).
+        training_names: class names of the training split; None for that split itself.
+        where: names the data in messages.
+
+    Returns:
+        (n,) int64, -1 where the label is missing or negative; and the class names.
+    """
+    import datasets
+
+    kind = table.features[column]
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    if isinstance(kind, datasets.ClassLabel):
+        own = list(kind.names)
+        if training_names is not None:
+            same_classes(where, own, training_names)
+        values = [None if value is None or value < 0 else own[value] for value in values]
+    elif isinstance(kind, datasets.Value) and (kind.dtype == "string" or kind.dtype.startswith(("int", "uint"))):
+        known = {value for value in values if value is not None and (isinstance(value, str) or value >= 0)}
+        own = [str(value) for value in sorted(known)]
+        values = [str(value) if value in known else None for value in values]
+        # A small evaluation split may lack a class here: values are what is there, not what is declared.
+        if training_names is not None and (extra := [name for name in own if name not in set(training_names)]):
+            raise DataError(f"{where} has {listed(extra)} in column {column!r} that training lacks")
+    else:
+        raise DataError(f"{where}: column {column!r} holds no classes but {_words(kind)}; give label_column")
+    names = own if training_names is None else training_names
+    number = {name: index for index, name in enumerate(names)}
+    return np.array([-1 if value is None else number[value] for value in values], dtype=np.int64), names

@@ -1,0 +1,133 @@
+"""Seeded splits, independent of every global random state, and the file that records them.
+
+The order comes from the raw doubles of PCG64, which numpy keeps stable, and not from `Generator.permutation`, which
+it may change. The indices are saved all the same: they are the only proof of which rows a result rests on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pera_lightning.errors import DataError
+
+
+def held_out_size(count: int, fraction: float) -> int:
+    """Rows to hold out of `count`, rounded up as scikit-learn and datasets do.
+
+    Args:
+        count: rows there are.
+        fraction: between 0 and 1, both excluded.
+    """
+    # Rounded first: 0.1 times a multiple of ten must not become one row more through the last bit of a float.
+    return math.ceil(round(fraction * count, 6))
+
+
+def hold_out(
+    rows: np.ndarray, fraction: float, generator: np.random.Generator, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts rows in two at random.
+
+    Args:
+        rows: (n,) row numbers.
+        fraction: the part to hold out, between 0 and 1, both excluded; rounded up.
+        generator: where the order comes from; it advances.
+        labels: (n,) classes of these rows. With them every class gives its share (to one row), and none gives its
+            last row; without them rows are drawn regardless of class.
+
+    Returns:
+        The rows kept and the rows held out, both sorted.
+
+    Raises:
+        DataError: where one of the two would be empty.
+    """
+    order = np.argsort(generator.random(len(rows)), kind="stable")
+    size = held_out_size(len(rows), fraction)
+    if not 0 < size < len(rows):
+        raise DataError(f"{len(rows)} images cannot be split: {fraction:g} held out leaves one side empty; add images")
+    if labels is not None:
+        order = _stratified(order, np.asarray(labels), size)
+    held = np.zeros(len(rows), dtype=bool)
+    held[order[:size]] = True
+    return np.sort(rows[~held]), np.sort(rows[held])
+
+
+def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+    """Reorders so that the first `size` entries have every class in proportion; ties go to who comes first."""
+    classes, first, index, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    quota = counts * (size / len(order))
+    take = np.minimum(np.floor(quota).astype(int), counts - 1)
+    for one in np.lexsort((first, np.floor(quota) - quota)):  # largest remainder first
+        if take.sum() < size and take[one] < counts[one] - 1:
+            take[one] += 1
+    if take.sum() < size:
+        raise DataError(
+            f"{len(order)} images of {len(classes)} classes are too few to hold out {size} and keep one of each class; "
+            "add images"
+        )
+    place = np.empty(len(order), dtype=int)  # of each row among the rows of its class, in this order
+    place[np.argsort(index, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    front = place < take[index]
+    return np.concatenate([order[front], order[~front]])
+
+
+def cut(
+    rows: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+    stratify: bool,
+) -> dict[str, np.ndarray]:
+    """Completes train, validation and test by cutting what is missing from the training rows, test first.
+
+    Args:
+        rows: row numbers of the splits that exist; "train" always does.
+        labels: classes of all rows of the training source.
+        validation_fraction: of what remains after the test rows; unused where "validation" exists.
+        test_fraction: of the training rows; unused where "test" exists.
+        seed: of this split alone.
+        stratify: every class gives its share.
+
+    Returns:
+        Sorted row numbers of "train", "validation" and "test".
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    done = dict(rows)
+    for split, fraction in (("test", test_fraction), ("validation", validation_fraction)):
+        if split not in done:
+            of_rows = labels[done["train"]] if stratify else None
+            done["train"], done[split] = hold_out(done["train"], fraction, generator, of_rows)
+    return {split: done[split] for split in ("train", "validation", "test")}
+
+
+def file_name(dataset: str) -> str:
+    """A name that any file system holds: ``org/name`` becomes ``org--name``."""
+    return re.sub(r"[^\w.-]+", "-", dataset.replace("/", "--")).strip("-.") or "dataset"
+
+
+def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) -> Path:
+    """Writes ``<log_dir>/splits/<dataset>.json`` in one step, so that no reader meets half of it.
+
+    Args:
+        log_dir: the run's folder.
+        dataset: names the file, through `file_name`.
+        record: what goes into it; primitives only.
+    """
+    path = Path(log_dir) / "splits" / f"{file_name(dataset)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,222 @@
+"""Injection: adapts the targeted layers of a model, freezes the rest and reports.
+
+One definition of "trained", by structure, serves freezing, counting, saving and loading: the parameters of every
+`LinearAdapter`, of the modules named in `trainable`, and those that the method itself claims (`Method.trains`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter, base_weight
+from pera_lightning.adapters.method import InjectionReport, Method
+from pera_lightning.errors import AlreadyInjectedError, ConfigurationError
+from pera_lightning.fingerprint import fingerprint
+from pera_lightning.layouts import call_the_layer
+from pera_lightning.targets import match_modules, resolve
+
+_MARK = "_pera_injection"
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was injected into a model; kept on the model, and as primitives in its checkpoints.
+
+    Attributes:
+        method: the method.
+        targets: the expressions as given.
+        trainable: names of modules trained whole, as given.
+        fused: row blocks as given.
+        seed: of the initial values.
+        layers: path of each adapted layer to its row blocks.
+        trained_modules: paths of the modules trained whole.
+        fingerprint: path of a frozen weight to its shape and hash, see `fingerprint`.
+        report: for people.
+    """
+
+    method: Method
+    targets: tuple[str, ...]
+    trainable: tuple[str, ...]
+    fused: dict[str, dict[str, int]]
+    seed: int
+    layers: dict[str, tuple[str, ...]]
+    trained_modules: tuple[str, ...]
+    fingerprint: dict[str, str] = field(repr=False)
+    report: InjectionReport = field(repr=False)
+
+    def spec(self) -> dict[str, Any]:
+        """Primitives that `inject` can be repeated from."""
+        return {
+            "method": self.method.spec(),
+            "targets": list(self.targets),
+            "trainable": list(self.trainable),
+            "fused": {name: dict(blocks) for name, blocks in self.fused.items()},
+            "seed": self.seed,
+            "layers": {path: list(blocks) for path, blocks in self.layers.items()},
+            "trained_modules": list(self.trained_modules),
+            "fingerprint": dict(self.fingerprint),
+        }
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """What was injected into `model`, or None."""
+    return getattr(model, _MARK, None)
+
+
+def inject(
+    model: nn.Module,
+    method: Method,
+    targets: Sequence[str] | str = (),
+    trainable: Sequence[str] | str = (),
+    *,
+    fused: Mapping[str, Mapping[str, int]] | None = None,
+    seed: int | None = None,
+) -> InjectionReport:
+    """Adapts a model in place and freezes everything but adapters and heads.
+
+    Load the base weights before: references and initial values taken from them (HiRA's, PiSSA's) are not recomputed.
+
+    Args:
+        model: any module; layers are adapted where they are, no key of its state dict changes.
+        method: a method, e.g. ``PERA(rank=16)``.
+        targets: expressions that name linear layers, see `pera_lightning.targets`.
+        trainable: modules that are trained whole (heads), by name or glob.
+        fused: sizes of row blocks where the layout of a fused projection is not known, e.g.
+            ``{"qkv_proj": {"q": 4096, "k": 1024, "v": 1024}}``.
+        seed: of the initial values; by default torch's.
+
+    Returns:
+        The report. Doing it twice with the same arguments changes nothing and returns the first report.
+
+    Raises:
+        NoTargetMatched: where an expression matches nothing.
+        UnsupportedTarget: where a layer cannot be adapted.
+        AlreadyInjectedError: where the model is adapted already, otherwise.
+        ConfigurationError: for values that do not fit the model.
+    """
+    if not isinstance(method, Method):
+        raise ConfigurationError(f"method={method!r}: an adapter method such as LoRA(rank=8) is needed")
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    trainable = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    fused = {name: dict(blocks) for name, blocks in (fused or {}).items()}
+    done = injection_of(model)
+    if done is not None:
+        if (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused):
+            return done.report
+        raise AlreadyInjectedError(
+            f"this model has {done.method} on {list(done.targets)} already; build it anew to inject "
+            f"{method} on {list(targets)}"
+        )
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise AlreadyInjectedError("a part of this model is adapted already; inject into the whole model once")
+    if method.needs_targets and not targets:
+        raise ConfigurationError(f"{type(method).__name__} adapts linear layers: name them in targets=[…]")
+
+    seed = torch.initial_seed() if seed is None else seed
+    trained_modules = match_modules(model, trainable, "trainable")
+    resolved = resolve(model, targets, fused) if method.needs_targets else []
+    for target in resolved:
+        inside = next((name for name in trained_modules if f"{target.path}.".startswith(f"{name}.")), None)
+        if inside:
+            raise ConfigurationError(f"{target.path} is a target and part of {inside!r}, which is trained whole")
+    # Before anything is changed: an error leaves the model as it was.
+    for name in _claimed(model, method, trained_modules):
+        if not model.get_parameter(name).is_floating_point():
+            raise ConfigurationError(f"{name} is {model.get_parameter(name).dtype} and cannot be trained")
+    notes = [f"targets are not used by {type(method).__name__}"] if targets and not method.needs_targets else []
+    notes += method.apply(model, resolved, trained_modules, seed)
+    modules = dict(model.named_modules())
+    for target in resolved:
+        owner, _, name = target.path.rpartition(".")
+        notes.append(call_the_layer(model, modules[owner], name))
+    _freeze(model, method, trained_modules)
+    layers = {target.path: tuple(target.blocks) for target in resolved}
+    shapes = {target.path: tuple(base_weight(target.module).shape) for target in resolved}
+    report = _report(model, method, layers, shapes, trained_modules, notes)
+    mark = Injection(
+        method=method,
+        targets=targets,
+        trainable=trainable,
+        fused=fused,
+        seed=seed,
+        layers=layers,
+        trained_modules=trained_modules,
+        fingerprint=fingerprint(model, layers),
+        report=report,
+    )
+    setattr(model, _MARK, mark)
+    return report
+
+
+def adapter_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that belong to adapters."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, LinearAdapter)
+        for name, _ in module.named_parameters()
+    }
+
+
+def trained_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the trained parameters of an injected model: adapters, heads, and what the method claims."""
+    mark = injection_of(model)
+    return set() if mark is None else _trained(model, mark.method, mark.trained_modules)
+
+
+def _trained(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
+    return adapter_parameter_names(model) | _claimed(model, method, trained_modules)
+
+
+def _claimed(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
+    """Names of the base parameters that are trained: those of the heads and those that the method trains."""
+    return {
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if method.trains(name) or any(name.startswith(f"{module}.") for module in trained_modules)
+    }
+
+
+def _freeze(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> None:
+    trained = _trained(model, method, trained_modules)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in trained:
+            parameter.requires_grad_(False)
+    # After freezing: a parameter shared by a head and the base is the head's, and trained.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in trained:
+            parameter.requires_grad_(True)
+
+
+def _report(
+    model: nn.Module,
+    method: Method,
+    layers: dict[str, tuple[str, ...]],
+    shapes: dict[str, tuple[int, ...]],
+    trained_modules: tuple[str, ...],
+    notes: Sequence[str],
+) -> InjectionReport:
+    adapters = adapter_parameter_names(model)
+    parameters = dict(model.named_parameters())
+    notes = list(dict.fromkeys(note for note in notes if note))
+    resting = sum(not module.training for module in model.modules())
+    if resting:
+        notes.append(
+            f"{resting} modules are in eval mode, as from_pretrained leaves them: base dropout and activation "
+            "checkpointing do nothing there until .train() is called"
+        )
+    return InjectionReport(
+        method=str(method),
+        matched=layers,
+        shapes=shapes,
+        trained_modules=trained_modules,
+        adapter_parameters=sum(parameters[name].numel() for name in adapters),
+        trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in parameters.values()),
+        notes=notes,
+    )

@@ -1,0 +1,15 @@
+"""LightningModules, one a task; imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES = {"ImageClassificationModule": "pera_lightning.modules.image_classification"}
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)

@@ -1,0 +1,141 @@
+"""What all modules share: building, injection, optimizer and schedule, and the stop at a loss that is no number.
+
+A subclass defines `build_network` and the steps. The network is built in `configure_model`, once, so that it can be
+sharded and `load_from_checkpoint` can rebuild it; adapters come from the `AdapterInjection` callback, or from the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from pera_lightning.adapters.method import check_choice, check_number, check_scale
+from pera_lightning.callbacks.checkpoint_io import check_checkpoint
+from pera_lightning.checkpoints import inject_from
+from pera_lightning.errors import ConfigurationError, NonFiniteLossError
+from pera_lightning.injection import injection_of
+from pera_lightning.modules.optim import parameter_groups
+from pera_lightning.modules.schedules import SCHEDULES, lr_factor, warmup_length
+from pera_lightning.state import METADATA
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_training_values(
+    *, lr: float, head_lr: float | None, weight_decay: float, lr_schedule: str, warmup_steps: int, warmup_ratio: float
+) -> None:
+    """Raises `ConfigurationError` for learning rates, decay, schedule or warm-up that are not allowed."""
+    check_scale(lr, "lr")
+    if head_lr is not None:
+        check_scale(head_lr, "head_lr")
+    check_number(weight_decay, "weight_decay", low=-1e-300, allowed="a number of at least 0")
+    check_choice(lr_schedule, "lr_schedule", SCHEDULES)
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ConfigurationError(f"warmup_steps={warmup_steps!r}: a whole number of optimizer steps is needed")
+    check_number(warmup_ratio, "warmup_ratio", low=-1e-300, high=1.0, allowed="a share in [0, 1)")
+    if warmup_steps and warmup_ratio:
+        raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")
+
+
+class AdapterModule(LightningModule):
+    """Base of this package's modules; `self.model` is the network, None until `configure_model`.
+
+    Subclasses take `lr`, `head_lr`, `weight_decay`, `lr_schedule`, `warmup_steps`, `warmup_ratio` and `base_dtype` and
+    call ``save_hyperparameters()``.
+    """
+
+    adapter_injection: Callable[[nn.Module], Any] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: nn.Module | None = None
+
+    @abstractmethod
+    def build_network(self, weights: bool = True) -> nn.Module:
+        """The network in float32, with its base weights, or (for counting, on the meta device) without."""
+
+    def configure_model(self) -> None:
+        """Builds, casts and injects, once."""
+        if self.model is not None:
+            return
+        # The cast comes first: adapters and heads stay float32 over a base in low precision.
+        network = self.build_network().to(DTYPES[self.hparams["base_dtype"]])
+        if self.adapter_injection is not None:
+            self.adapter_injection(network)
+            keep_heads_float32(network)
+        self.model = network
+
+    def dry_run(self, injection: Callable[[nn.Module], Any]) -> Any:
+        """Injects into a network on the meta device, without weights and memory.
+
+        Args:
+            injection: called with the network, e.g. `AdapterInjection.injector()`.
+
+        Returns:
+            What `injection` returns, the report.
+        """
+        with torch.device("meta"):
+            return injection(self.build_network(weights=False))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Injects what the checkpoint describes where the network is plain (`load_from_checkpoint`)."""
+        if METADATA in checkpoint and self.model is not None:
+            inject_from(self, checkpoint)
+            keep_heads_float32(self.model)
+            check_checkpoint(checkpoint, self, "the checkpoint")
+
+    def on_fit_start(self) -> None:
+        # fit never does this, and networks from from_pretrained come in eval mode, without their dropout.
+        self.model.train()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a group each for adapters and heads, and the schedule, stepped at every optimizer step."""
+        h = self.hparams
+        head_lr = h["lr"] if h["head_lr"] is None else h["head_lr"]
+        groups = parameter_groups(self, lr=h["lr"], head_lr=head_lr, weight_decay=h["weight_decay"])
+        if not groups:
+            raise ConfigurationError(
+                "nothing is trained: give AdapterInjection a method with adapters or trainable=[…]"
+            )
+        optimizer = torch.optim.AdamW(groups)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = warmup_length(total, steps=h["warmup_steps"], ratio=h["warmup_ratio"])
+
+        def factor(step: int) -> float:
+            return lr_factor(step, total=total, warmup=warmup, schedule=h["lr_schedule"])
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def check_loss(self, loss: Tensor, batch_idx: int) -> None:
+        """Raises `NonFiniteLossError` where the loss is NaN or infinite."""
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the training loss is {loss.item()} at optimizer step {self.global_step}, epoch {self.current_epoch}, "
+                f"batch {batch_idx}: lower the learning rate, or look at this batch"
+            )
+
+
+def keep_heads_float32(network: nn.Module) -> None:
+    """Casts the modules trained whole to float32 over a base in low precision, and their inputs with them.
+
+    Args:
+        network: injected; nothing happens to one that is float32 throughout.
+    """
+    mark = injection_of(network)
+    for path in mark.trained_modules if mark else ():
+        head = network.get_submodule(path)
+        low = any(p.is_floating_point() and p.dtype != torch.float32 for p in head.parameters())
+        if low:
+            head.float()
+            head.register_forward_pre_hook(_cast_inputs)
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

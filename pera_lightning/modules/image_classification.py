@@ -1,0 +1,291 @@
+"""Image classification with any timm network; written for frozen ViTs, as in the AuroRA paper."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from pera_lightning.adapters.aurora import static_inference
+from pera_lightning.adapters.method import check_choice, check_number, check_rank
+from pera_lightning.errors import ConfigurationError, closest, shorten
+from pera_lightning.modules import results
+from pera_lightning.modules.base import DTYPES, AdapterModule, check_training_values
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def timm_name(model_name: str) -> str:
+    """The name as timm takes it: ``asset:NAME`` (shipped with this package) and folders become ``local-dir:…``.
+
+    Raises:
+        ConfigurationError: where the folder, the asset or timm's model does not exist.
+    """
+    import timm
+
+    if model_name.startswith("asset:"):
+        folder = ASSETS / model_name.removeprefix("asset:")
+        if not (folder / "config.json").is_file():
+            have = ", ".join(sorted(p.name for p in ASSETS.iterdir() if p.is_dir()))
+            raise ConfigurationError(f"model_name={model_name!r}: no such asset; there are: {have}")
+        return f"local-dir:{folder}"
+    folder = Path(model_name.removeprefix("local-dir:"))
+    if model_name.startswith("local-dir:") or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(f"model_name={model_name!r}: {folder} has no config.json, so it is no timm folder")
+        return f"local-dir:{folder.resolve()}"
+    if ":" in model_name:  # hf-hub:org/name
+        return model_name
+    name = model_name.partition(".")[0]
+    if not timm.is_model(name):
+        near = closest(name, timm.list_models())
+        raise ConfigurationError(f"model_name={model_name!r} is no timm model, no folder and no hf-hub: id{near}")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{name}.*")]
+    if "." in model_name and model_name.partition(".")[2] not in tags:
+        raise ConfigurationError(f"model_name={model_name!r}: {name} has the weights {', '.join(tags) or 'none'}")
+    return model_name
+
+
+class ImageClassificationModule(AdapterModule):
+    """Trains adapters and a new head of an image classifier.
+
+    Batches are ``(images (B, 3, H, W), labels (B,))``, at predict ``(images, labels, ids)``. Logged: `train/loss`,
+    `val/loss`, `val/accuracy`, `val/accuracy_top5` (from six classes up), the same at test with the confusion matrix
+    as a picture and `test/accuracy_per_class` in `results.json`. An AuroRA whose inference is dynamic is tested twice:
+    `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's AuroRA).
+
+    Args:
+        model_name: a timm name, ``hf-hub:org/name``, a timm folder, or ``asset:vit_digits``.
+        pretrained: loads the weights; otherwise they are random.
+        num_classes: of the new head; by default the data module's.
+        image_size: height and width in pixels, by default the model's own.
+        lr: learning rate of the adapters.
+        head_lr: of the head, by default `lr`.
+        weight_decay: AdamW's, for tensors of two dimensions or more.
+        lr_schedule: after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: the same as a share of all steps.
+        label_smoothing: of the training loss, in [0, 1).
+        base_dtype: of the frozen base; adapters and head are float32.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "vit_base_patch16_224.orig_in21k",
+        pretrained: bool = True,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        lr: float = 1e-3,
+        head_lr: float | None = None,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        label_smoothing: float = 0.0,
+        base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        super().__init__()
+        check_training_values(
+            lr=lr,
+            head_lr=head_lr,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+            warmup_ratio=warmup_ratio,
+        )
+        check_number(label_smoothing, "label_smoothing", low=-1e-300, high=1.0, allowed="a number in [0, 1)")
+        check_choice(base_dtype, "base_dtype", tuple(DTYPES))
+        for name, value in (("num_classes", num_classes), ("image_size", image_size)):
+            if value is not None:
+                check_rank(value, name)
+        self.save_hyperparameters()
+        self._data_config: dict[str, Any] | None = None
+        self._started = 0.0
+        self._rows: list[tuple[str, str, float]] = []
+
+    # --- the network ---
+
+    def build_network(self, weights: bool = True) -> nn.Module:
+        network = self._create(pretrained=weights and self.hparams["pretrained"])
+        # Always a new head: weights for another task with as many classes must not survive.
+        network.reset_classifier(self.hparams["num_classes"])
+        return network
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        if self.hparams["num_classes"] is None:
+            # Saved with the checkpoint, so that load_from_checkpoint needs no data.
+            self.hparams["num_classes"] = self._classes_of_data()
+        super().configure_model()
+        count = self.hparams["num_classes"]
+        accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
+        if count > 5:
+            accuracy["accuracy_top5"] = MulticlassAccuracy(count, average="micro", top_k=5)
+        # Updated one by one, so no compute groups: accuracy and loss take different arguments.
+        metrics = MetricCollection({**accuracy, "loss": MeanMetric()}, compute_groups=False)
+        per_class = {
+            "accuracy_per_class": MulticlassAccuracy(count, average="none"),
+            "confusion": ConfusionMatrix(task="multiclass", num_classes=count),
+        }
+        self.metrics = nn.ModuleDict({"val": metrics.clone(prefix="val/")})
+        for stage in ("test", "test_static"):
+            self.metrics[stage] = metrics.clone(prefix=f"{stage}/")
+            self.metrics[f"{stage}_classes"] = MetricCollection(
+                {k: m.clone() for k, m in per_class.items()}, compute_groups=False
+            )
+
+    def _create(self, pretrained: bool) -> nn.Module:
+        import timm
+
+        name, size = timm_name(self.hparams["model_name"]), self.hparams["image_size"]
+        options = {} if size is None else {"img_size": size}
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError as error:
+            if size is not None and "img_size" in str(error):
+                raise ConfigurationError(f"image_size={size}: {name} takes images of any size, leave it out") from None
+            raise
+        except (OSError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"model_name={self.hparams['model_name']!r} cannot be loaded: {shorten(str(error))[:200]}; "
+                "give a timm folder, or set HF_ENDPOINT to a hub that can be reached"
+            ) from None
+
+    def _classes_of_data(self) -> int:
+        data = getattr(self._trainer, "datamodule", None)
+        count = getattr(data, "num_classes", None)
+        if count is None:
+            raise ConfigurationError(
+                "num_classes is not given, and no data module with num_classes is attached: give it"
+            )
+        return count
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What images the network expects, as timm says it: input_size, mean, std, interpolation, crop_pct."""
+        if self._data_config is None:
+            import timm
+
+            with torch.device("meta"):  # no weights, no memory
+                network = self._create(pretrained=False)
+            config = timm.data.resolve_model_data_config(network)
+            if self.hparams["image_size"] is not None:
+                config["input_size"] = (3, self.hparams["image_size"], self.hparams["image_size"])
+            self._data_config = config
+        return self._data_config
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> logits (B, classes)."""
+        return self.model(images.to(DTYPES[self.hparams["base_dtype"]]))  # type: ignore[misc]
+
+    # --- training and evaluation ---
+
+    def _shared_step(self, batch: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, logits (B, classes) in float32, labels (B,)."""
+        images, labels = batch[0], batch[1]
+        logits = self(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])
+        self.check_loss(loss, batch_idx)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def _update(self, stage: str, batch: Any) -> None:
+        loss, logits, labels = self._shared_step(batch)
+        self._score(stage, loss, logits, labels)
+        self.log_dict(self.metrics[stage], on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
+
+    def _score(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        for name, metric in self.metrics[stage].items(keep_base=True, copy_state=False):
+            metric.update(loss, weight=len(labels)) if name == "loss" else metric.update(logits, labels)
+        if f"{stage}_classes" in self.metrics:
+            self.metrics[f"{stage}_classes"].update(logits, labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._update("val", batch)
+
+    def on_test_start(self) -> None:
+        self._started = time.perf_counter()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._update("test", batch)
+        with static_inference(self) as dynamic:
+            if dynamic:
+                self._update("test_static", batch)
+
+    def on_test_epoch_end(self) -> None:
+        stages = [s for s in ("test", "test_static") if self.metrics[s]["accuracy"].update_called]
+        folder = self.trainer.log_dir
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        names = [str(n) for n in names or range(self.hparams["num_classes"])]
+        per_class: dict[str, dict[str, float]] = {}
+        n = 0
+        for stage in stages:
+            values = self.metrics[f"{stage}_classes"].compute()
+            per_class[stage] = dict(zip(names, values["accuracy_per_class"].tolist(), strict=True))
+            n = int(values["confusion"].sum())
+            self._draw(f"{stage}/confusion", values["confusion"], names)
+            self.metrics[f"{stage}_classes"].reset()
+        seconds = time.perf_counter() - self._started
+        scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
+        if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
+            mode = {"test": "as configured", "test_static": "static, the paper's row AuroRA"}
+            facts = {
+                "n": n,
+                "seconds": seconds,
+                "accuracy_per_class": per_class,
+                "inference": {s: mode[s] for s in stages},
+            }
+            results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
+
+    def _protocol(self) -> dict[str, Any]:
+        """How the images were seen, and by what network."""
+        config = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
+        return {"task": "image_classification", "model_name": self.hparams["model_name"], "data_config": config}
+
+    def _draw(self, title: str, matrix: Tensor, names: list[str]) -> None:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        from pera_lightning.modules.pictures import confusion_figure
+
+        boards = [lg for lg in self.loggers if isinstance(lg, TensorBoardLogger)]
+        if boards and self.trainer.is_global_zero:
+            figure = confusion_figure(matrix.cpu(), names, title)
+            for board in boards:
+                board.experiment.add_figure(title, figure, global_step=self.global_step)
+
+    # --- prediction ---
+
+    def on_predict_start(self) -> None:
+        self._rows = []
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Label index and probability of each image: ``{"id", "label", "probability"}``."""
+        probability, label = self(batch[0]).float().softmax(-1).max(-1)
+        ids = list(batch[2]) if len(batch) > 2 else [f"{batch_idx}_{k}" for k in range(len(label))]
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        labels = [str(names[k]) if names else str(k) for k in label.tolist()]
+        self._rows += zip(ids, labels, probability.tolist(), strict=True)
+        return {"id": ids, "label": label, "probability": probability}
+
+    def on_predict_end(self) -> None:
+        """Writes `predictions/predictions.csv` (one a rank where there are several)."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"-rank{self.global_rank}" if self.trainer.world_size > 1 else ""
+        path = folder / f"predictions{rank}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("id", "label", "probability"))
+            writer.writerows((i, label, f"{p:.6f}") for i, label, p in self._rows)
+        print(f"Predictions of {len(self._rows)} images: {path}", flush=True)

@@ -1,0 +1,42 @@
+"""Optimizer groups: adapters, heads and whatever else is trained, each with and without weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pera_lightning.injection import adapter_parameter_names, injection_of
+from pera_lightning.state import find_injected
+
+
+def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of the trained parameters, named for the learning-rate monitor.
+
+    Tensors of one dimension (biases, norms, PERA's h) get no weight decay.
+
+    Args:
+        model: a module with an injected part, or none (then everything trained is "base").
+        lr: of adapters, and of base parameters where the method trains them.
+        head_lr: of the modules trained whole.
+        weight_decay: of tensors with two dimensions or more.
+
+    Returns:
+        Non-empty groups: adapter, base, head, each perhaps with "_no_decay".
+    """
+    prefix, root = find_injected(model) or ("", model)
+    mark = injection_of(root)
+    heads = tuple(f"{prefix}{name}." for name in (mark.trained_modules if mark else ()))
+    adapters = adapter_parameter_names(model)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "adapter" if name in adapters else "head" if name.startswith(heads) and heads else "base"
+        decays = parameter.dim() > 1
+        key = kind if decays else f"{kind}_no_decay"
+        rate, decay = (head_lr if kind == "head" else lr), (weight_decay if decays else 0.0)
+        groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})["params"].append(
+            parameter
+        )
+    return list(groups.values())

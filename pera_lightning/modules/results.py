@@ -1,0 +1,79 @@
+"""`results.json`: what a test measured, of what, and with what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pera_lightning import __version__
+from pera_lightning.injection import injection_of
+from pera_lightning.state import find_injected, write_atomically
+
+_PACKAGES = ("torch", "lightning", "timm", "transformers", "datasets", "diffusers", "torchmetrics")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, and the installed ones among those that matter to a result."""
+    found = {"pera_lightning": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak memory of this process in bytes: resident, and on the CUDA device where one was used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def collect(module: nn.Module, metrics: dict[str, float], **facts: Any) -> dict[str, Any]:
+    """A result as primitives.
+
+    Args:
+        module: what was tested; its injection gives method, hyperparameters and parameter counts.
+        metrics: name to value.
+        facts: anything else, e.g. protocol, n, seconds.
+    """
+    found = find_injected(module)
+    mark = injection_of(found[1]) if found else None
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    result: dict[str, Any] = {"method": None}
+    if mark is not None:
+        result = {
+            "method": mark.method.spec(),
+            "targets": list(mark.targets),
+            "trainable": list(mark.trainable),
+            "trainable_parameters": mark.report.trainable_parameters,
+            "total_parameters": mark.report.total_parameters,
+        }
+    return {
+        **result,
+        **facts,
+        "metrics": metrics,
+        "seed": None if seed is None else int(seed),
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+    }
+
+
+def write(folder: Path, result: dict[str, Any]) -> Path:
+    """Writes `results.json` into a run's folder, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    return path
