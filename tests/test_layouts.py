@@ -195,14 +195,15 @@ def test_torch_encoder_calls_the_adapted_layer(method: object, mode: bool, targe
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_torch_encoder_with_padding() -> None:
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_torch_encoder_with_padding(method: object) -> None:
     """The encoder's own fast path, taken with a padding mask, passes by the layers as well."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = seeded(nn.TransformerEncoder, layer, num_layers=2)
     x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
         before = model(x, src_key_padding_mask=padding)
-        report = inject(model, LoRA(rank=2), targets=["linear1"])
+        report = inject(model, method, targets=["linear1"])
         after = model(x, src_key_padding_mask=padding)
         torch.testing.assert_close(after[~padding], before[~padding])
         for adapter in (m for m in model.modules() if isinstance(m, LinearAdapter)):

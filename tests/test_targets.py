@@ -129,6 +129,13 @@ def test_neighbours_are_of_the_same_role_and_shape(model: Model) -> None:
     assert by_path["head"].previous is by_path["head"].next is None
 
 
+def test_layers_of_another_shape_are_no_neighbours() -> None:
+    stages = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(n, n)}) for n in (4, 4, 8))
+    second, third = resolve(stages, ["1.fc", "2.fc"])
+    assert second.next is third.previous is None
+    assert second.previous is stages[0]["fc"]
+
+
 @pytest.mark.parametrize(
     ("targets", "fused", "error", "message"),
     [
@@ -136,6 +143,7 @@ def test_neighbours_are_of_the_same_role_and_shape(model: Model) -> None:
         (["blocks.*.attn.qvk"], None, NoTargetMatched, r"none of the 61 modules; closest: qkv"),
         (["zzzzzz"], None, NoTargetMatched, r"there are: qkv, q_proj, proj, head"),
         (["re:.*q_porj"], None, NoTargetMatched, r"closest: q_proj"),
+        (["blocks.*.proj"], None, NoTargetMatched, r"'blocks.\*.proj' matches none"),  # * is one component
         (["q_proj", "nothing_like"], None, NoTargetMatched, r"'nothing_like' matches none"),
         (["re:(("], None, ConfigurationError, r"'re:\(\(': not a regular expression"),
         ([""], None, ConfigurationError, r"target '': a module name"),

@@ -29,13 +29,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pera_lightning.adapters.method import Method
 from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from pera_lightning.callbacks.coverage import LayerCoverage
-from pera_lightning.callbacks.data_order import Progress, make_resumable
+from pera_lightning.callbacks.data_order import Progress, make_resumable, on_every_rank
 from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection import adapter_parameter_names, inject, injection_of
 from pera_lightning.state import METADATA, adapter_state_dict, find_injected, forgive_missing_base, write_adapter
 
 HOOK = "adapter_injection"
+GRADIENTS = "pera_lightning_gradients"
 _TRUE_PRECISIONS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -70,6 +71,7 @@ class AdapterInjection(Callback):
         self._covered: set[str] = set()
         self._rng: dict[str, Any] | None = None
         self._gradients_seen = False
+        self._gradients: dict[str, torch.Tensor] = {}
 
     def injector(self) -> partial:
         """Called with a network, it injects: what a module's hook is set to."""
@@ -122,6 +124,10 @@ class AdapterInjection(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)
+        for name, gradient in self._gradients.items():
+            parameter = pl_module.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
+        self._gradients = {}
 
     # --- which layers run ---
 
@@ -174,13 +180,15 @@ class AdapterInjection(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
             restore(self._rng)
 
+    # --- a checkpoint in the middle of gradient accumulation keeps the gradients gathered so far ---
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if trainer.state.fn == TrainerFn.FITTING and loop._should_accumulate():
-            rank_zero_warn(
-                f"this checkpoint (step {trainer.global_step}) is written in the middle of gradient accumulation: the "
-                "gradients gathered so far are not in it; save every_n_train_steps or at an epoch's end"
-            )
+        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
+            checkpoint[GRADIENTS] = on_every_rank(trained_gradients(pl_module))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        ranks = checkpoint.get(GRADIENTS, [])
+        self._gradients = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else {}
 
     # --- at the end ---
 
@@ -235,6 +243,11 @@ def check_optimizers(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
+def trained_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the gradients that there are, by parameter name, on the CPU."""
+    return {name: p.grad.detach().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
 def prepare_loading(module: LightningModule) -> None:
     """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
     if forgive_missing_base not in module._load_state_dict_post_hooks.values():
@@ -260,12 +273,13 @@ def resume_data_order(trainer: Trainer) -> None:
 def load_loader_states(trainer: Trainer) -> None:
     """Hands the train loaders their states from a checkpoint where Lightning could not.
 
-    A module that asks for `estimated_stepping_batches` while it makes its optimizer makes Lightning build the loaders
-    before the checkpoint's loop state is read, and that state is then left over.
+    It loads them only in the middle of an epoch, and not where the loaders were built before the checkpoint's loop
+    state was read (a module that asks for `estimated_stepping_batches` while it makes its optimizer does that).
     """
     loop = trainer.fit_loop
-    if loop.restarting and loop._combined_loader_states_to_load:
-        loop._load_combined_loader_states()
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    if states and loop._combined_loader is not None:
+        loop._combined_loader._load_state_dicts(states)
         iter(loop._data_fetcher)  # type: ignore[call-overload]
 
 

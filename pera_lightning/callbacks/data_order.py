@@ -6,7 +6,8 @@ Resuming makes the iterator again from the first state, passes over those batche
 nothing of the sampler, the data set or the workers but that they draw from the usual generators; passing over costs the
 loading of those batches. A loader with a state of its own (torchdata's) keeps it, and nothing is passed over.
 
-With several train loaders, or one that other code draws from, order is restored but not to the bit.
+With several train loaders, order is restored but not to the bit; nor is what persistent workers draw (random crops),
+since their generators are seeded once a run: a warning says so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ class Progress:
     epoch: int
     batches: int
     complete: bool
+
+
+def on_every_rank(value: Any) -> list[Any]:
+    """What each process has, by rank; every process must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, value)
+    return ranks
 
 
 class _Plain:
@@ -75,9 +85,12 @@ def _resumable_class(cls: type) -> type:
                         next(iterator)
                 self._epoch_start = pending["epoch_start"]
                 restore(pending["now"])
-            return self._watched(iterator)
+            return self._watched(iterator, None if pending is None else capture())
 
-        def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        def _watched(self, iterator: Iterator[Any], start: dict[str, Any] | None) -> Iterator[Any]:
+            if start is not None:
+                # Between here and the iterator's making, Lightning draws for a validation that it then leaves out.
+                restore(start)
             for batch in iterator:
                 self._drawn = True
                 yield batch
@@ -93,11 +106,7 @@ def _resumable_class(cls: type) -> type:
                 "now": to_plain(capture()),
                 "loader": inner() if inner is not None and not progress.complete else None,
             }
-            ranks = [state]
-            if dist.is_available() and dist.is_initialized():
-                ranks = [None] * dist.get_world_size()  # type: ignore[list-item]
-                dist.all_gather_object(ranks, state)
-            return {"ranks": ranks}
+            return {"ranks": on_every_rank(state)}
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
             """Takes this rank's part; used by the next iterator."""
@@ -124,6 +133,11 @@ def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:
     """
     if type(loader).__module__ == "builtins":
         loader = _Plain(loader)
+    if getattr(loader, "persistent_workers", False):
+        rank_zero_warn(
+            "the train loader has persistent workers, whose random state cannot be restored: a resumed run sees the "
+            "same order but other augmentations; set persistent_workers=False for one that equals the run to the bit"
+        )
     if not hasattr(loader, "_progress"):
         loader.__class__ = _resumable_class(type(loader))
     loader._progress = progress

@@ -14,8 +14,9 @@ _TELLING = (
     r"unrecognized arguments: (?P<unknown>\S+)",
     r"Expected a dot import path string: (?P<name>\S+)",
     r"(?:No module named|module .* has no attribute|cannot import name).*",
-    r"Expected a (?!<class 'NoneType'>)(?!path but).*",
     r".*(?:required|not expected|is not valid|not a subclass|does not correspond).*",
+    r"- (?!Expected a |Not a valid |Problem with |a class path|a dict )(?P<alternative>.+)",
+    r"(?P<expected>Expected a (?!<class 'NoneType'>)(?!path but).*)",
 )
 
 
@@ -38,7 +39,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Mapping[str, Ite
     else:
         return shorten(message)
     given = found.groupdict()
-    text = found[0]
+    text = found[0].strip().removeprefix("- ")
     if option := given.get("option"):
         text = _option(message, option)
     elif unknown := given.get("unknown"):
@@ -46,18 +47,45 @@ def explain(message: str, options: Iterable[str] = (), classes: Mapping[str, Ite
         text = f"unknown option {unknown}{closest(unknown, options)}"
     elif name := given.get("name"):
         names = list((classes or {}).get(key, ()))
-        text = (
-            f"class {name!r} is not known; there are {listed(names, 20)}, or give a dotted path{closest(name, names)}"
-        )
+        there = f"there are {listed(names, 20)}, or give" if names else "give"
+        text = f"class {name!r} is not known; {there} a dotted path{closest(name, names)}"
+    elif alternative := given.get("alternative"):
+        text = alternative
+    elif given.get("expected"):
+        text = _expected(message)
+    elif "are required" in text and (owner := _owner(message)):
+        text = f"{owner.rpartition('.')[2]}: {text}"
     return shorten(f"{key}: {text}" if key else text)
+
+
+def _owner(message: str) -> str:
+    """The class that a message is about, as a dotted path; the innermost one."""
+    return (re.findall(r"Problem with given class_path '([\w.]+)'", message) or [""])[-1]
+
+
+def _expected(message: str) -> str:
+    """What was given, and the types or values that are allowed."""
+    kinds = []
+    for kind in re.findall(r"Expected a (?!path but)(.+?)(?:\. Got value: .*)?$", message, re.MULTILINE):
+        plain = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
+        values = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        word = plain[1] if plain else f"one of {values[1]}" if values else kind
+        if word not in (*kinds, "NoneType"):
+            kinds.append(word)
+    given = re.search(r"(?:Got value|Given value): (.*)", message)
+    text = f"{' or '.join(kinds)} is needed"
+    if given:
+        values = re.findall(r"'([^']*)'", text)
+        text += f"; given {given[1]}{closest(given[1], values)}"
+    return text
 
 
 def _option(message: str, option: str) -> str:
     """An option that a class does not take, with those that it does."""
-    owner = re.findall(r"Problem with given class_path '([\w.]+)'", message)
+    owner = _owner(message)
     if not owner:
         return f"option {option!r} is not accepted"
-    module, _, name = owner[-1].rpartition(".")
+    module, _, name = owner.rpartition(".")
     allowed = _parameters(module, name)
     return f"{name} has no option {option!r}{closest(option, allowed)}; it has {', '.join(allowed) or 'none'}"
 

@@ -394,7 +394,6 @@ class ImageDataModule(L.LightningDataModule):
             shuffle=training,
             drop_last=training and self.drop_last,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             collate_fn=sources.collate_identified if part.with_identifier else None,
             pin_memory=device is not None and device.type not in ("cpu", "mps"),
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pera_lightning.adapters.method import check_choice, check_number, check_scale
 from pera_lightning.callbacks.checkpoint_io import check_checkpoint
 from pera_lightning.checkpoints import inject_from
-from pera_lightning.errors import ConfigurationError, NonFiniteLossError
+from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.optim import parameter_groups
 from pera_lightning.modules.schedules import SCHEDULES, lr_factor, warmup_length
@@ -69,6 +69,7 @@ class AdapterModule(LightningModule):
         if self.adapter_injection is not None:
             self.adapter_injection(network)
             keep_heads_float32(network)
+            check_trained_float32(network)
         self.model = network
 
     def dry_run(self, injection: Callable[[nn.Module], Any]) -> Any:
@@ -135,6 +136,16 @@ def keep_heads_float32(network: nn.Module) -> None:
         if low:
             head.float()
             head.register_forward_pre_hook(_cast_inputs)
+
+
+def check_trained_float32(network: nn.Module) -> None:
+    """Raises `ConfigurationError` where base parameters are trained in low precision, where small updates vanish."""
+    low = [n for n, p in network.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        raise ConfigurationError(
+            f"{len(low)} trained parameters are in low precision, where small updates vanish: {listed(low, 2)}; set "
+            "base_dtype=float32"
+        )
 
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -319,6 +319,9 @@ def test_row_blocks(method: LinearMethod, mode: bool) -> None:
     inject(model, dataclasses.replace(method, dropout=0.5), ["proj[v,q]"], fused=fused, seed=0)
     x = inputs(8, torch.float32).view(2, 4, IN)
     assert torch.equal(model.train(mode)(x), plain(x))
+    if not starts_from_the_weight(method):
+        starts = [list(model.proj.adapters[block].parameters()) for block in ("q", "v")]
+        assert not all(torch.equal(one, other) for one, other in zip(*starts, strict=True))
     randomise(model)
     q, k, v = (model(x) - plain(x)).split(OUT, dim=-1)
     assert torch.equal(k, torch.zeros_like(k))

@@ -1,0 +1,124 @@
+"""One line from the parser's nested messages."""
+
+import textwrap
+
+import pytest
+
+from pera_lightning.commands.messages import explain
+
+CASES = {
+    "a literal": (
+        """
+        Parser key "adapter.method":
+          Problem with given class_path 'pera_lightning.adapters.AuroRA':
+            Parser key "activation":
+              Expected a typing.Literal['tanh', 'relu']. Got value: tanhh
+        """,
+        "adapter.method.activation: one of 'tanh', 'relu' is needed; given tanhh; closest: tanh",
+    ),
+    "a union": (
+        """
+        Parser key "trainer.max_epochs":
+          Does not validate against any of the Union subtypes
+          Subtypes: [<class 'int'>, <class 'NoneType'>]
+          Errors:
+            - Expected a <class 'int'>
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'str'>
+          Given value: three
+        """,
+        "trainer.max_epochs: int is needed; given three",
+    ),
+    "a nested union": (
+        """
+        Parser key "data":
+          Does not validate against any of the Union subtypes
+          Errors:
+            - Problem with given class_path 'pera_lightning.ImageDataModule':
+                Parser key "classes":
+                  Does not validate against any of the Union subtypes
+                  Errors:
+                    - Expected a <class 'list'>
+                    - Expected a <class 'NoneType'>
+                  Given value type: <class 'str'>
+                  Given value: five
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'jsonargparse._util.NestedArg'>
+          Given value: NestedArg(key='classes', val='five')
+        """,
+        "data.classes: list is needed; given five",
+    ),
+    "a constructor that raised": (
+        """
+        Does not validate against any of the Union subtypes
+        Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+        Errors:
+          - lr=-1.0: a number above 0 is needed
+          - Expected a <class 'NoneType'>
+        Given value type: <class 'jsonargparse._namespace.Namespace'>
+        Given value: Namespace(lr=-1.0)
+        """,
+        "lr=-1.0: a number above 0 is needed",
+    ),
+    "a class of another kind": (
+        """
+        Parser key "adapter.method":
+
+          - Expected a path but torch.nn.Linear either not accessible or invalid
+          - Import path torch.nn.Linear does not correspond to a subclass of Method
+        """,
+        "adapter.method: Import path torch.nn.Linear does not correspond to a subclass of Method",
+    ),
+    "a class that is not known": (
+        'Parser key "model":\n  - Expected a dot import path string: ImageModule',
+        "model: class 'ImageModule' is not known; there are ImageClassificationModule, or give a dotted path; "
+        "closest: ImageClassificationModule",
+    ),
+    "a class of a key without a list": (
+        'Parser key "trainer.callbacks":\n  - Expected a dot import path string: EarlyStoping',
+        "trainer.callbacks: class 'EarlyStoping' is not known; give a dotted path",
+    ),
+    "a module that is not installed": (
+        """
+        Parser key "adapter.method":
+          - Expected a path but no.such.Method either not accessible or invalid
+          - Problem with given class_path 'no.such.Method':
+            No module named 'no'
+        """,
+        "adapter.method: No module named 'no'",
+    ),
+    "an argument left out": (
+        """
+        Parser key "trainer.callbacks":
+          Errors:
+            - Problem with given class_path 'lightning.pytorch.callbacks.EarlyStopping':
+                the following arguments are required: monitor
+            - Not a valid subclass of Callback
+              Subclass types expect one of:
+              - a class path (str)
+            - Expected a <class 'NoneType'>
+        """,
+        "trainer.callbacks: EarlyStopping: the following arguments are required: monitor",
+    ),
+    "an option that a class does not take": (
+        """
+        Parser key "adapter.method":
+          Problem with given class_path 'pera_lightning.adapters.HiLoRA':
+            Option 'hira_rnak' is not accepted
+        """,
+        "adapter.method: HiLoRA has no option 'hira_rnak'; closest: hira_rank, lora_rank; it has hira_rank, lora_rank",
+    ),
+    "an option that is not known": (
+        "unrecognized arguments: --trainer.max_epoch 3",
+        "unknown option --trainer.max_epoch; closest: --trainer.max_epochs",
+    ),
+    "anything else": ("first line\n   second line", "first line second line"),
+}
+
+
+@pytest.mark.parametrize(("message", "expected"), CASES.values(), ids=CASES)
+def test_one_line(message, expected):
+    classes = {"model": ["ImageClassificationModule"]}
+    line = explain(textwrap.dedent(message).strip(), ["--trainer.max_epochs", "--data"], classes)
+    assert line.startswith(expected)
+    assert "\n" not in line

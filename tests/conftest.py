@@ -1,0 +1,84 @@
+"""What every test relies on: one thread, no network, no settings left over; and the command line in process."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; fork after several threads were used hangs
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = {
+    "trainer.max_epochs": 1,
+    "trainer.limit_train_batches": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """`seed_everything` leaves its seed in the environment, where the next test would find it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
+def run_pera(*words):
+    """Runs the command line in process; returns its exit code, 0 where it simply ends."""
+    from pera_lightning.cli import main
+
+    try:
+        main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def quick_words(folder, command="fit", config=ROOT / "configs" / "quickstart.yaml"):
+    """The quickstart cut down to two steps, its files under `folder`."""
+    words = [command, "--config", str(config)]
+    for key, value in {**QUICK, "trainer.logger.init_args.save_dir": folder}.items():
+        words += [f"--{key}", str(value)]
+    return words
+
+
+@pytest.fixture
+def pera(capsys):
+    """Runs the command line: ``pera(*words)`` has `code`, `out` and `err`."""
+
+    def run(*words):
+        capsys.readouterr()
+        code = run_pera(*words)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def quick(pera, tmp_path):
+    """Runs two steps of the quickstart with more options: ``quick(*options, command="fit")``."""
+
+    def run(*options, command="fit", folder=None, **keywords):
+        return pera(*quick_words(folder or tmp_path, command, **keywords), *options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory):
+    """A folder with a run of two steps of the quickstart, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("fitted")
+    assert run_pera(*quick_words(folder)) == 0
+    run = folder / "quickstart"
+    return SimpleNamespace(folder=folder, run=run, checkpoint=run / "checkpoints" / "best.ckpt")
