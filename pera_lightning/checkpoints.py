@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,8 +38,10 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
     if METADATA not in checkpoint:
         raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
     if isinstance(module, type):
-        # strict=False: adapters come afterwards, and the frozen base is not in the file.
-        module = module.load_from_checkpoint(path, map_location="cpu", strict=False, **init_args)
+        # strict=False: adapters come afterwards, and the frozen base is not in the file. Both are checked below.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found keys that are")
+            module = module.load_from_checkpoint(path, map_location="cpu", strict=False, **init_args)
     inject_from(module, checkpoint)
     check_checkpoint(checkpoint, module, str(path))
     module.load_state_dict(checkpoint["state_dict"])

@@ -79,7 +79,8 @@ def inject(
 ) -> InjectionReport:
     """Adapts a model in place and freezes everything but adapters and heads.
 
-    Load the base weights before: references and initial values taken from them (HiRA's, PiSSA's) are not recomputed.
+    New adapters are in training mode, so their dropout acts until ``model.eval()``. Load the base weights before:
+    references and initial values taken from them (HiRA's, PiSSA's) are not recomputed.
 
     Args:
         model: any module; layers are adapted where they are, no key of its state dict changes.
@@ -106,11 +107,14 @@ def inject(
     fused = {name: dict(blocks) for name, blocks in (fused or {}).items()}
     done = injection_of(model)
     if done is not None:
-        if (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused):
+        if (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused) and seed in (
+            None,
+            done.seed,
+        ):
             return done.report
         raise AlreadyInjectedError(
             f"this model has {done.method} on {list(done.targets)} already; build it anew to inject "
-            f"{method} on {list(targets)}"
+            f"{method} on {list(targets)}" + ("" if seed in (None, done.seed) else f" with seed {seed}")
         )
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise AlreadyInjectedError("a part of this model is adapted already; inject into the whole model once")

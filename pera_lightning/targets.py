@@ -105,9 +105,12 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
                 )
             seen.update(wanted)
     for name in fused or {}:
-        if not any(parse(name).pattern.fullmatch(path) for path in chosen):
+        named = [path for path in chosen if parse(name).pattern.fullmatch(path)]
+        if not named:
             raise NoTargetMatched(f"fused names {name!r}, which is no targeted layer: {listed(chosen)}")
-    neighbours = _neighbours(modules)
+        if all(WHOLE in chosen[path] for path in named):
+            raise ConfigurationError(f"fused names {name!r}, which is targeted whole: name its blocks, {name}[q,v]")
+    neighbours = _neighbours(model, modules)
     order = {path: k for k, path in enumerate(modules)}
     found = []
     for path in sorted(chosen, key=order.__getitem__):
@@ -158,9 +161,10 @@ def _matches(expression: Expression, modules: dict[str, nn.Module], owners: dict
     if not hits:
         names = [path for path, module in modules.items() if is_linear(module)]
         raise NoTargetMatched(f"targets: {_nothing(expression.text, names or modules)}")
-    refused = {p: _reason(p, modules[p], owners[p]) for p in (hits if expression.literal or not linear else linear)}
-    for path, reason in refused.items():
-        if reason:
+    # A glob may pass over norms and activations, but not over linear layers of a kind that cannot be adapted.
+    for path in hits:
+        meant = expression.literal or not linear or isinstance(modules[path], nn.Linear)
+        if meant and (reason := _reason(path, modules[path], owners[path])):
             raise UnsupportedTarget(f"target {expression.text!r} names {path}: {reason}")
     return linear
 
@@ -211,12 +215,22 @@ def _blocks(
     return blocks
 
 
-def _neighbours(modules: dict[str, nn.Module]) -> dict[str, tuple[str | None, str | None]]:
-    """Path of each linear layer to the paths of the layers of the same role and shape before and after it."""
+def _repeats(container: nn.Module) -> bool:
+    return len({type(child) for child in container.children()}) == 1
+
+
+def _neighbours(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, tuple[str | None, str | None]]:
+    """Path of each linear layer to the paths of the layers of the same role and shape before and after it.
+
+    Two layers have one role where their paths differ only in the numbers of repeated blocks: containers whose children
+    are all of one class.
+    """
     roles: dict[tuple, list[str]] = {}
     for path, module in modules.items():
         if is_linear(module):
-            role = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+            parts = path.split(".")
+            containers = [modules.get(".".join(parts[:k]), model) for k in range(len(parts))]
+            role = tuple("*" if p.isdigit() and _repeats(c) else p for p, c in zip(parts, containers, strict=True))
             roles.setdefault((role, *base_weight(module).shape), []).append(path)
     around = {}
     for paths in roles.values():

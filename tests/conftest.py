@@ -1,6 +1,8 @@
 """What every test relies on: one thread, no network, no settings left over; and the command line in process."""
 
+import logging
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; fork after several threads were used hangs
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,7 +29,11 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def no_leftovers():
-    """`seed_everything` leaves its seed in the environment, where the next test would find it."""
+    """Undoes what Lightning leaves: the seed in the environment, a log handler on the stderr of an earlier test."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.stream = sys.stderr
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)

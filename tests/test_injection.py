@@ -352,3 +352,12 @@ def test_number_of_trained_parameters(
 ) -> None:
     report = inject(on_meta(make, *args), method, targets=targets)
     assert report.adapter_parameters == report.trainable_parameters == count
+
+
+def test_another_seed_is_another_injection() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    report = inject(model, LoRA(rank=2), ["0"], seed=1)
+    assert inject(model, LoRA(rank=2), ["0"]) is report
+    assert inject(model, LoRA(rank=2), ["0"], seed=1) is report
+    with pytest.raises(AlreadyInjectedError, match="with seed 2"):
+        inject(model, LoRA(rank=2), ["0"], seed=2)

@@ -223,3 +223,35 @@ def test_trained_modules(model: Model, names: list[str], expected: tuple[str, ..
 def test_trained_modules_that_do_not_exist(model: Model, name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         match_modules(model, [name], "trainable")
+
+
+def test_numbers_that_are_no_layers_make_no_neighbours() -> None:
+    """The two linears of one MLP in a Sequential are not the same role, those of two blocks are."""
+
+    def block() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+
+    model = nn.Module()
+    model.blocks = nn.Sequential(block(), block())
+    first, second = resolve(model, ["blocks.*.2"])
+    assert first.previous is None
+    assert first.next is model.blocks[1][2]
+    assert second.next is None
+
+
+def test_a_glob_does_not_pass_over_linears_it_cannot_adapt() -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Quantised(4, 4))
+    with pytest.raises(UnsupportedTarget, match=r"names body\.2: Quantised is a subclass of nn\.Linear"):
+        resolve(model, ["body.*"])
+    assert [t.path for t in resolve(model, ["body.0"])] == ["body.0"]
+
+
+def test_fused_for_a_layer_targeted_whole() -> None:
+    model = nn.Module()
+    model.qkv = nn.Linear(4, 12)
+    with pytest.raises(ConfigurationError, match="which is targeted whole"):
+        resolve(model, ["qkv"], {"qkv": {"q": 4, "k": 4, "v": 4}})

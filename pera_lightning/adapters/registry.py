@@ -61,6 +61,6 @@ def method_from_spec(spec: Mapping[str, Any]) -> Method:
     """
     cls = method_class(spec["class_path"])
     try:
-        return cls(**spec["init_args"])
+        return cls(**spec.get("init_args", {}))
     except TypeError as error:
         raise CheckpointError(f"{cls.__name__} does not take the stored hyperparameters: {error}") from None

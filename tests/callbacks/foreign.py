@@ -16,7 +16,9 @@ class Plain(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         generator = torch.Generator().manual_seed(1)  # the "pretrained" base is the same in every run
-        self.body = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Linear(8, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU()
+        )
         self.norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, 3)
         for p in self.parameters():
