@@ -81,8 +81,8 @@ def check_state(model: nn.Module, state: Mapping[str, Any], source: str) -> None
         parts = [f"{len(missing)} missing: {listed(missing, 3)}"] if missing else []
         parts += [f"{len(unexpected)} unexpected: {listed(unexpected, 3)}"] if unexpected else []
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(parts)}")
-    for name, value in state.items():
-        given, expected = getattr(value, "shape", None), getattr(present[name], "shape", None)
+    for name in (n for n in present if n in state):
+        given, expected = getattr(state[name], "shape", None), getattr(present[name], "shape", None)
         if given != expected:
             hint = "" if ".adapters." in name else "; does the data have another number of classes?"
             raise CheckpointError(f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}")

@@ -9,22 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from run_helpers import quick_words, run_pera
 
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = {
-    "trainer.max_epochs": 1,
-    "trainer.limit_train_batches": 2,
-    "trainer.limit_val_batches": 1,
-    "trainer.enable_progress_bar": "false",
-    "trainer.enable_model_summary": "false",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -37,25 +28,6 @@ def no_leftovers():
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
-
-
-def run_pera(*words):
-    """Runs the command line in process; returns its exit code, 0 where it simply ends."""
-    from pera_lightning.cli import main
-
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
-
-def quick_words(folder, command="fit", config=ROOT / "configs" / "quickstart.yaml"):
-    """The quickstart cut down to two steps, its files under `folder`."""
-    words = [command, "--config", str(config)]
-    for key, value in {**QUICK, "trainer.logger.init_args.save_dir": folder}.items():
-        words += [f"--{key}", str(value)]
-    return words
 
 
 @pytest.fixture
@@ -88,3 +60,13 @@ def fitted(tmp_path_factory):
     assert run_pera(*quick_words(folder)) == 0
     run = folder / "quickstart"
     return SimpleNamespace(folder=folder, run=run, checkpoint=run / "checkpoints" / "best.ckpt")
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    """A timm folder with a very small ViT."""
+    from vision_helpers import save_tiny_vit
+
+    folder = tmp_path_factory.mktemp("timm") / "tiny_vit"
+    save_tiny_vit(folder)
+    return folder

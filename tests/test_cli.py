@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, quick_words, run_pera
 from PIL import Image
+from run_helpers import ROOT, quick_words, run_pera
 
 from pera_lightning import __version__
 from pera_lightning.adapters import registry
@@ -53,6 +53,7 @@ def test_the_quick_answers_import_nothing_heavy(words):
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
+@pytest.mark.slow
 def test_importing_the_commands_imports_no_other_task():
     """timm and diffusers are imported when a network is built, not to parse a command line."""
     code = (
@@ -610,11 +611,14 @@ UNFITTING = {
 }
 
 
-@pytest.mark.parametrize("command", ["fit", "test"])
 @pytest.mark.parametrize(("words", "expected"), UNFITTING.values(), ids=UNFITTING)
-def test_a_checkpoint_that_does_not_fit_is_one_line(quick, fitted, command, words, expected):
-    line = error_line(quick("--ckpt_path", fitted.checkpoint, *words, command=command))
+def test_a_checkpoint_that_does_not_fit_is_one_line(quick, fitted, words, expected):
+    line = error_line(quick("--ckpt_path", fitted.checkpoint, *words, command="test"))
     assert all(part in line for part in expected), line
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_trained_on(quick, fitted):
+    assert "is of AuroRA(rank=8" in error_line(quick("--ckpt_path", fitted.checkpoint, "--adapter.method.rank", 4))
 
 
 def test_a_damaged_checkpoint_is_one_line(quick, fitted, tmp_path):

@@ -32,12 +32,10 @@ from torch import Tensor, nn
 from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
 from pera_lightning.adapters.method import (
     LayerContext,
-    LinearMethod,
+    LowRankMethod,
     check_choice,
-    check_dropout,
     check_fits,
     check_rank,
-    check_scale,
 )
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.errors import ConfigurationError, NotMergeableError
@@ -233,7 +231,7 @@ def static_inference(model: nn.Module) -> Iterator[int]:
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class AuroRA(LinearMethod):
+class AuroRA(LowRankMethod):
     """An adaptive nonlinear layer between the low-rank factors (Dong et al. 2025).
 
     Args:
@@ -265,9 +263,7 @@ class AuroRA(LinearMethod):
     learnable: bool = True
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
-        check_scale(self.alpha)
-        check_dropout(self.dropout)
+        super().__post_init__()
         check_choice(self.activation, "activation", tuple(ACTIVATIONS))
         check_choice(self.train_mode, "train_mode", MODES)
         check_choice(self.inference_mode, "inference_mode", MODES)
@@ -282,7 +278,6 @@ class AuroRA(LinearMethod):
 
     def build(self, context: LayerContext) -> AuroRALayer:
         check_fits(context, self.rank)
-        device = context.weight.device
         anl = AdaptiveNonlinearLayer(
             rank=self.rank,
             activation=self.activation,
@@ -291,18 +286,16 @@ class AuroRA(LinearMethod):
             grid_range=self.grid_range,
             fixed=self.fixed,
             learnable=self.learnable,
-            device=device,
+            device=context.weight.device,
         )
         layer = AuroRALayer(
-            in_features=context.in_features,
-            out_features=context.out_features,
+            **context.layer_arguments(),
             anl=anl,
             rank=self.rank,
-            scale=self.alpha / self.rank,
+            scale=self.scale,
             dropout=self.dropout,
             train_mode=self.train_mode,
             inference_mode=self.inference_mode,
-            device=device,
         )
         layer.reset_parameters(context.generator())
         return layer

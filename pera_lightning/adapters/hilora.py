@@ -104,13 +104,11 @@ class HiLoRA(LinearMethod):
         check_fits(context, self.hira_rank, "hira_rank")
         check_fits(context, self.lora_rank, "lora_rank")
         layer = HiLoRALayer(
-            in_features=context.in_features,
-            out_features=context.out_features,
+            **context.layer_arguments(),
             hira_rank=self.hira_rank,
             lora_rank=self.lora_rank,
             scale=self.alpha / self.lora_rank,
             dropout=self.dropout,
-            device=context.weight.device,
         )
         layer.reset_parameters(context.generator())
         return layer

@@ -148,13 +148,11 @@ class HiRA(LinearMethod):
     def build(self, context: LayerContext) -> HiRALayer:
         check_fits(context, self.rank)
         layer = HiRALayer(
-            in_features=context.in_features,
-            out_features=context.out_features,
+            **context.layer_arguments(),
             rank=self.rank,
             scale=self.scale,
             dropout=self.dropout,
             reference=reference_matrix(context, self.reference, self.reference_rank or 0, self.reference_seed or 0),
-            device=context.weight.device,
         )
         layer.reset_parameters(context.generator())
         return layer

@@ -22,12 +22,9 @@ from torch import Tensor, nn
 from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
 from pera_lightning.adapters.method import (
     LayerContext,
-    LinearMethod,
+    LowRankMethod,
     check_choice,
-    check_dropout,
     check_fits,
-    check_rank,
-    check_scale,
 )
 from pera_lightning.adapters.registry import register_method
 
@@ -132,7 +129,7 @@ class LoRALayer(LinearAdapter):
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class LoRA(LinearMethod):
+class LoRA(LowRankMethod):
     """Low-rank adaptation (Hu et al. 2022).
 
     Args:
@@ -142,27 +139,20 @@ class LoRA(LinearMethod):
         init: initial values, see the file's head.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
     init: Literal["default", "gaussian", "pissa", "milora"] = "default"
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
-        check_scale(self.alpha)
-        check_dropout(self.dropout)
+        super().__post_init__()
         check_choice(self.init, "init", INITS)
 
     def build(self, context: LayerContext) -> LoRALayer:
         check_fits(context, self.rank)
         layer = LoRALayer(
-            in_features=context.in_features,
-            out_features=context.out_features,
+            **context.layer_arguments(),
             rank=self.rank,
-            scale=self.alpha / self.rank,
+            scale=self.scale,
             dropout=self.dropout,
             init=self.init,
-            device=context.weight.device,
         )
         layer.reset_parameters(context.generator())
         if self.init in SVD_INITS:

@@ -53,6 +53,14 @@ class LayerContext:
     def in_features(self) -> int:
         return self.weight.shape[1]
 
+    def layer_arguments(self) -> dict[str, Any]:
+        """What every adapter layer takes from its place: in_features, out_features, device."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "device": self.weight.device,
+        }
+
     def generator(self, purpose: str = "init", seed: int | None = None) -> torch.Generator:
         """A CPU generator that depends on seed, path, block and purpose alone, not on the order of injection.
 
@@ -228,6 +236,30 @@ class LinearMethod(Method):
         for target, adapters in built:
             adapt_layer(target.module, adapters, target.blocks)
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankMethod(LinearMethod):
+    """A linear method with a rank and a scale s = alpha / rank.
+
+    Args:
+        rank: r.
+        alpha: the scale is alpha / rank.
+        dropout: probability on the update's input, in training.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_scale(self.alpha)
+        check_dropout(self.dropout)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 def check_rank(value: Any, name: str = "rank") -> None:

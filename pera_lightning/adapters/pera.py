@@ -27,11 +27,9 @@ from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
 from pera_lightning.adapters.method import (
     LayerContext,
-    LinearMethod,
+    LowRankMethod,
     check_choice,
-    check_dropout,
     check_fits,
-    check_rank,
     check_scale,
 )
 from pera_lightning.adapters.registry import register_method
@@ -144,7 +142,7 @@ class PERALayer(LinearAdapter):
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class PERA(LinearMethod):
+class PERA(LowRankMethod):
     """Polynomial expansion of the low-rank factors (arXiv 2604.11841).
 
     Args:
@@ -156,17 +154,12 @@ class PERA(LinearMethod):
         init_std: standard deviation of B for ``init="gaussian_b"``; not in the paper, ours.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
     terms: Literal["full", "square", "cross", "linear"] = "full"
     init: Literal["default", "gaussian_b"] = "default"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
-        check_scale(self.alpha)
-        check_dropout(self.dropout)
+        super().__post_init__()
         check_choice(self.terms, "terms", TERMS)
         check_choice(self.init, "init", INITS)
         check_scale(self.init_std, "init_std")
@@ -174,15 +167,13 @@ class PERA(LinearMethod):
     def build(self, context: LayerContext) -> PERALayer:
         check_fits(context, self.rank)
         layer = PERALayer(
-            in_features=context.in_features,
-            out_features=context.out_features,
+            **context.layer_arguments(),
             rank=self.rank,
-            scale=self.alpha / self.rank,
+            scale=self.scale,
             dropout=self.dropout,
             terms=self.terms,
             init=self.init,
             init_std=self.init_std,
-            device=context.weight.device,
         )
         layer.reset_parameters(context.generator())
         return layer

@@ -22,14 +22,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pera_lightning.adapters.method import Method
 from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
+from pera_lightning.callbacks.checks import check_float32, check_optimizers, check_position, check_precision
 from pera_lightning.callbacks.coverage import LayerCoverage
-from pera_lightning.callbacks.data_order import Progress, make_resumable, on_every_rank
+from pera_lightning.callbacks.data_order import load_loader_states, on_every_rank, resume_data_order
 from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection import adapter_parameter_names, inject, injection_of
@@ -37,7 +38,6 @@ from pera_lightning.state import METADATA, adapter_state_dict, find_injected, fo
 
 HOOK = "adapter_injection"
 GRADIENTS = "pera_lightning_gradients"
-_TRUE_PRECISIONS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class AdapterInjection(Callback):
@@ -200,49 +200,6 @@ class AdapterInjection(Callback):
         print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
 
 
-def check_position(callback: Callback, trainer: Trainer) -> None:
-    """Raises `ConfigurationError` unless the callback is the first (weight averaging copies the model at its setup)."""
-    first = trainer.callbacks[0]  # type: ignore[attr-defined]
-    if first is not callback:
-        raise ConfigurationError(
-            f"{type(callback).__name__} must be the first callback, {type(first).__name__} comes before it: "
-            f"Trainer(callbacks=[{type(callback).__name__}(…), …])"
-        )
-
-
-def check_precision(trainer: Trainer) -> None:
-    """Raises `ConfigurationError` for precisions that cast the adapters too."""
-    if trainer.precision in _TRUE_PRECISIONS:
-        raise ConfigurationError(
-            f"precision={trainer.precision} casts the adapters too, and their small updates vanish: load the base in "
-            "low precision (base_dtype=bfloat16 in our modules) and train with precision=bf16-mixed or 32-true"
-        )
-
-
-def check_float32(module: torch.nn.Module) -> None:
-    """Raises `ConfigurationError` where an adapter's parameter is in low precision."""
-    parameters = dict(module.named_parameters())
-    low = [
-        n for n in sorted(adapter_parameter_names(module)) if parameters[n].dtype not in (torch.float32, torch.float64)
-    ]
-    if low:
-        raise ConfigurationError(
-            f"{len(low)} adapter parameters are {parameters[low[0]].dtype}, float32 is needed: {listed(low, 2)}; "
-            "cast the base before the injection, not after it"
-        )
-
-
-def check_optimizers(trainer: Trainer, module: LightningModule) -> None:
-    """Raises `ConfigurationError` where a trained parameter is in no optimizer."""
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    left = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-    if left and trainer.optimizers:
-        raise ConfigurationError(
-            f"{len(left)} trained parameters are in no optimizer: {listed(left, 3)}; give configure_optimizers all "
-            "parameters with requires_grad"
-        )
-
-
 def trained_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the gradients that there are, by parameter name, on the CPU."""
     return {name: p.grad.detach().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -252,35 +209,6 @@ def prepare_loading(module: LightningModule) -> None:
     """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
     if forgive_missing_base not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(forgive_missing_base)
-
-
-def resume_data_order(trainer: Trainer) -> None:
-    """Makes every train loader resumable, where Lightning hands loaders to the strategy."""
-    loop, strategy = trainer.fit_loop, trainer.strategy
-
-    def progress() -> Progress:
-        batches = loop.epoch_loop.batch_progress
-        return Progress(loop.epoch_progress.current.processed, batches.current.processed, batches.is_last_batch)
-
-    def process(loader: Any) -> Any:
-        loader = type(strategy).process_dataloader(strategy, loader)
-        training = trainer.state.stage == RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING
-        return make_resumable(loader, progress) if training else loader
-
-    strategy.process_dataloader = process  # type: ignore[method-assign]
-
-
-def load_loader_states(trainer: Trainer) -> None:
-    """Hands the train loaders their states from a checkpoint where Lightning could not.
-
-    It loads them only in the middle of an epoch, and not where the loaders were built before the checkpoint's loop
-    state was read (a module that asks for `estimated_stepping_batches` while it makes its optimizer does that).
-    """
-    loop = trainer.fit_loop
-    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
-    if states and loop._combined_loader is not None:
-        loop._combined_loader._load_state_dicts(states)
-        iter(loop._data_fetcher)  # type: ignore[call-overload]
 
 
 def write_best_adapter(trainer: Trainer, module: LightningModule, folder: Path) -> tuple[Path, str]:

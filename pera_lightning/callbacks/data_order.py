@@ -18,6 +18,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.callbacks.random_state import capture, from_plain, restore, to_plain
@@ -149,3 +151,32 @@ def _set_epoch(loader: Any, epoch: int) -> None:
     for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
+
+
+def resume_data_order(trainer: Trainer) -> None:
+    """Makes every train loader resumable, where Lightning hands loaders to the strategy."""
+    loop, strategy = trainer.fit_loop, trainer.strategy
+
+    def progress() -> Progress:
+        batches = loop.epoch_loop.batch_progress
+        return Progress(loop.epoch_progress.current.processed, batches.current.processed, batches.is_last_batch)
+
+    def process(loader: Any) -> Any:
+        loader = type(strategy).process_dataloader(strategy, loader)
+        training = trainer.state.stage == RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING
+        return make_resumable(loader, progress) if training else loader
+
+    strategy.process_dataloader = process  # type: ignore[method-assign]
+
+
+def load_loader_states(trainer: Trainer) -> None:
+    """Hands the train loaders their states from a checkpoint where Lightning could not.
+
+    It loads them only in the middle of an epoch, and not where the loaders were built before the checkpoint's loop
+    state was read (a module that asks for `estimated_stepping_batches` while it makes its optimizer does that).
+    """
+    loop = trainer.fit_loop
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    if states and loop._combined_loader is not None:
+        loop._combined_loader._load_state_dicts(states)
+        iter(loop._data_fetcher)  # type: ignore[call-overload]

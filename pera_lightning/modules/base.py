@@ -46,14 +46,16 @@ def check_training_values(
 class AdapterModule(LightningModule):
     """Base of this package's modules; `self.model` is the network, None until `configure_model`.
 
-    Subclasses take `lr`, `head_lr`, `weight_decay`, `lr_schedule`, `warmup_steps`, `warmup_ratio` and `base_dtype` and
-    call ``save_hyperparameters()``.
+    Subclasses take `lr`, `head_lr`, `weight_decay`, `lr_schedule`, `warmup_steps`, `warmup_ratio` and `base_dtype`,
+    hand all their arguments to this `__init__` and call ``save_hyperparameters()``. What acts is `settings`; `hparams`
+    are what a checkpoint rebuilds the module from: a subclass in another project may take fewer arguments, or others.
     """
 
     adapter_injection: Callable[[nn.Module], Any] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
+        self.settings = settings
         self.model: nn.Module | None = None
 
     @abstractmethod
@@ -65,7 +67,7 @@ class AdapterModule(LightningModule):
         if self.model is not None:
             return
         # The cast comes first: adapters and heads stay float32 over a base in low precision.
-        network = self.build_network().to(DTYPES[self.hparams["base_dtype"]])
+        network = self.build_network().to(DTYPES[self.settings["base_dtype"]])
         if self.adapter_injection is not None:
             self.adapter_injection(network)
             keep_heads_float32(network)
@@ -97,7 +99,7 @@ class AdapterModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a group each for adapters and heads, and the schedule, stepped at every optimizer step."""
-        h = self.hparams
+        h = self.settings
         head_lr = h["lr"] if h["head_lr"] is None else h["head_lr"]
         groups = parameter_groups(self, lr=h["lr"], head_lr=head_lr, weight_decay=h["weight_decay"])
         if not groups:

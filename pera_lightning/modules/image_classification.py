@@ -15,42 +15,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_choice, check_number, check_rank
-from pera_lightning.errors import ConfigurationError, closest, shorten
+from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import results
 from pera_lightning.modules.base import DTYPES, AdapterModule, check_training_values
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-def timm_name(model_name: str) -> str:
-    """The name as timm takes it: ``asset:NAME`` (shipped with this package) and folders become ``local-dir:…``.
-
-    Raises:
-        ConfigurationError: where the folder, the asset or timm's model does not exist.
-    """
-    import timm
-
-    if model_name.startswith("asset:"):
-        folder = ASSETS / model_name.removeprefix("asset:")
-        if not (folder / "config.json").is_file():
-            have = ", ".join(sorted(p.name for p in ASSETS.iterdir() if p.is_dir()))
-            raise ConfigurationError(f"model_name={model_name!r}: no such asset; there are: {have}")
-        return f"local-dir:{folder}"
-    folder = Path(model_name.removeprefix("local-dir:"))
-    if model_name.startswith("local-dir:") or folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigurationError(f"model_name={model_name!r}: {folder} has no config.json, so it is no timm folder")
-        return f"local-dir:{folder.resolve()}"
-    if ":" in model_name:  # hf-hub:org/name
-        return model_name
-    name = model_name.partition(".")[0]
-    if not timm.is_model(name):
-        near = closest(name, timm.list_models())
-        raise ConfigurationError(f"model_name={model_name!r} is no timm model, no folder and no hf-hub: id{near}")
-    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{name}.*")]
-    if "." in model_name and model_name.partition(".")[2] not in tags:
-        raise ConfigurationError(f"model_name={model_name!r}: {name} has the weights {', '.join(tags) or 'none'}")
-    return model_name
+from pera_lightning.modules.image_networks import create
 
 
 class ImageClassificationModule(AdapterModule):
@@ -91,7 +59,7 @@ class ImageClassificationModule(AdapterModule):
         label_smoothing: float = 0.0,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
         check_training_values(
             lr=lr,
             head_lr=head_lr,
@@ -113,19 +81,20 @@ class ImageClassificationModule(AdapterModule):
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> nn.Module:
-        network = self._create(pretrained=weights and self.hparams["pretrained"])
+        network = self._create(pretrained=weights and self.settings["pretrained"])
         # Always a new head: weights for another task with as many classes must not survive.
-        network.reset_classifier(self.hparams["num_classes"])
+        network.reset_classifier(self.settings["num_classes"])
         return network
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        if self.hparams["num_classes"] is None:
-            # Saved with the checkpoint, so that load_from_checkpoint needs no data.
-            self.hparams["num_classes"] = self._classes_of_data()
+        if self.settings["num_classes"] is None:
+            self.settings["num_classes"] = self._classes_of_data()
+            if "num_classes" in self.hparams:  # saved, so that load_from_checkpoint needs no data
+                self.hparams["num_classes"] = self.settings["num_classes"]
         super().configure_model()
-        count = self.hparams["num_classes"]
+        count = self.settings["num_classes"]
         accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
         if count > 5:
             accuracy["accuracy_top5"] = MulticlassAccuracy(count, average="micro", top_k=5)
@@ -143,21 +112,7 @@ class ImageClassificationModule(AdapterModule):
             )
 
     def _create(self, pretrained: bool) -> nn.Module:
-        import timm
-
-        name, size = timm_name(self.hparams["model_name"]), self.hparams["image_size"]
-        options = {} if size is None else {"img_size": size}
-        try:
-            return timm.create_model(name, pretrained=pretrained, **options)
-        except TypeError as error:
-            if size is not None and "img_size" in str(error):
-                raise ConfigurationError(f"image_size={size}: {name} takes images of any size, leave it out") from None
-            raise
-        except (OSError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"model_name={self.hparams['model_name']!r} cannot be loaded: {shorten(str(error))[:200]}; "
-                "give a timm folder, or set HF_ENDPOINT to a hub that can be reached"
-            ) from None
+        return create(self.settings["model_name"], pretrained=pretrained, image_size=self.settings["image_size"])
 
     def _classes_of_data(self) -> int:
         data = getattr(self._trainer, "datamodule", None)
@@ -177,14 +132,14 @@ class ImageClassificationModule(AdapterModule):
             with torch.device("meta"):  # no weights, no memory
                 network = self._create(pretrained=False)
             config = timm.data.resolve_model_data_config(network)
-            if self.hparams["image_size"] is not None:
-                config["input_size"] = (3, self.hparams["image_size"], self.hparams["image_size"])
+            if self.settings["image_size"] is not None:
+                config["input_size"] = (3, self.settings["image_size"], self.settings["image_size"])
             self._data_config = config
         return self._data_config
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> logits (B, classes)."""
-        return self.model(images.to(DTYPES[self.hparams["base_dtype"]]))  # type: ignore[misc]
+        return self.model(images.to(DTYPES[self.settings["base_dtype"]]))  # type: ignore[misc]
 
     # --- training and evaluation ---
 
@@ -195,7 +150,7 @@ class ImageClassificationModule(AdapterModule):
         return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])
+        loss, _, labels = self._shared_step(batch, self.settings["label_smoothing"])
         self.check_loss(loss, batch_idx)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
@@ -227,7 +182,7 @@ class ImageClassificationModule(AdapterModule):
         stages = [s for s in ("test", "test_static") if self.metrics[s]["accuracy"].update_called]
         folder = self.trainer.log_dir
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        names = [str(n) for n in names or range(self.hparams["num_classes"])]
+        names = [str(n) for n in names or range(self.settings["num_classes"])]
         per_class: dict[str, dict[str, float]] = {}
         n = 0
         for stage in stages:
@@ -251,7 +206,7 @@ class ImageClassificationModule(AdapterModule):
     def _protocol(self) -> dict[str, Any]:
         """How the images were seen, and by what network."""
         config = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
-        return {"task": "image_classification", "model_name": self.hparams["model_name"], "data_config": config}
+        return {"task": "image_classification", "model_name": self.settings["model_name"], "data_config": config}
 
     def _draw(self, title: str, matrix: Tensor, names: list[str]) -> None:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -280,6 +235,8 @@ class ImageClassificationModule(AdapterModule):
 
     def on_predict_end(self) -> None:
         """Writes `predictions/predictions.csv` (one a rank where there are several)."""
+        if self.trainer.fast_dev_run:
+            return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"-rank{self.global_rank}" if self.trainer.world_size > 1 else ""

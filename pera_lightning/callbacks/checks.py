@@ -1,0 +1,52 @@
+"""What the injection callback refuses before training starts, since it would go wrong in silence."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import float32, float64, nn
+
+from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.injection import adapter_parameter_names
+
+_TRUE_PRECISIONS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+
+
+def check_position(callback: Callback, trainer: Trainer) -> None:
+    """Raises `ConfigurationError` unless the callback is the first (weight averaging copies the model at its setup)."""
+    first = trainer.callbacks[0]  # type: ignore[attr-defined]
+    if first is not callback:
+        raise ConfigurationError(
+            f"{type(callback).__name__} must be the first callback, {type(first).__name__} comes before it: "
+            f"Trainer(callbacks=[{type(callback).__name__}(…), …])"
+        )
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Raises `ConfigurationError` for precisions that cast the adapters too."""
+    if trainer.precision in _TRUE_PRECISIONS:
+        raise ConfigurationError(
+            f"precision={trainer.precision} casts the adapters too, and their small updates vanish: load the base in "
+            "low precision (base_dtype=bfloat16 in our modules) and train with precision=bf16-mixed or 32-true"
+        )
+
+
+def check_float32(module: nn.Module) -> None:
+    """Raises `ConfigurationError` where an adapter's parameter is in low precision."""
+    parameters = dict(module.named_parameters())
+    low = [n for n in sorted(adapter_parameter_names(module)) if parameters[n].dtype not in (float32, float64)]
+    if low:
+        raise ConfigurationError(
+            f"{len(low)} adapter parameters are {parameters[low[0]].dtype}, float32 is needed: {listed(low, 2)}; "
+            "cast the base before the injection, not after it"
+        )
+
+
+def check_optimizers(trainer: Trainer, module: LightningModule) -> None:
+    """Raises `ConfigurationError` where a trained parameter is in no optimizer."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    left = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if left and trainer.optimizers:
+        raise ConfigurationError(
+            f"{len(left)} trained parameters are in no optimizer: {listed(left, 3)}; give configure_optimizers all "
+            "parameters with requires_grad"
+        )

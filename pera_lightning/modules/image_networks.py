@@ -1,0 +1,70 @@
+"""timm networks by name, hub id, folder, or as shipped with this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from pera_lightning.errors import ConfigurationError, closest, shorten
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def timm_name(model_name: str) -> str:
+    """The name as timm takes it: ``asset:NAME`` (shipped with this package) and folders become ``local-dir:…``.
+
+    Raises:
+        ConfigurationError: where the folder, the asset or timm's model does not exist.
+    """
+    import timm
+
+    if model_name.startswith("asset:"):
+        folder = ASSETS / model_name.removeprefix("asset:")
+        if not (folder / "config.json").is_file():
+            have = ", ".join(sorted(p.name for p in ASSETS.iterdir() if p.is_dir()))
+            raise ConfigurationError(f"model_name={model_name!r}: no such asset; there are: {have}")
+        return f"local-dir:{folder}"
+    folder = Path(model_name.removeprefix("local-dir:"))
+    if model_name.startswith("local-dir:") or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(f"model_name={model_name!r}: {folder} has no config.json, so it is no timm folder")
+        return f"local-dir:{folder.resolve()}"
+    if ":" in model_name:  # hf-hub:org/name
+        return model_name
+    name = model_name.partition(".")[0]
+    if not timm.is_model(name):
+        near = closest(name, timm.list_models())
+        raise ConfigurationError(f"model_name={model_name!r} is no timm model, no folder and no hf-hub: id{near}")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{name}.*")]
+    if "." in model_name and model_name.partition(".")[2] not in tags:
+        raise ConfigurationError(f"model_name={model_name!r}: {name} has the weights {', '.join(tags) or 'none'}")
+    return model_name
+
+
+def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:
+    """Makes a timm network with its own head.
+
+    Args:
+        model_name: see `timm_name`.
+        pretrained: loads the weights.
+        image_size: height and width in pixels, None for the network's own.
+
+    Raises:
+        ConfigurationError: where there is no such network, or its weights cannot be had.
+    """
+    import timm
+
+    name = timm_name(model_name)
+    options = {} if image_size is None else {"img_size": image_size}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        if image_size is not None and "img_size" in str(error):
+            raise ConfigurationError(f"image_size={image_size}: {name} takes any size, leave it out") from None
+        raise
+    except (OSError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"model_name={model_name!r} cannot be loaded: {shorten(str(error))[:200]}; give a timm folder, or set "
+            "HF_ENDPOINT to a hub that can be reached"
+        ) from None

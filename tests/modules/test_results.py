@@ -1,0 +1,51 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from pera_lightning import __version__, inject
+from pera_lightning.adapters import PERA
+from pera_lightning.modules import results
+
+
+def test_versions_name_what_is_installed():
+    found = results.versions()
+    assert found["pera_lightning"] == __version__
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "lightning", "timm", "torchmetrics"} <= set(found)
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_peak_memory_is_in_bytes():
+    peak = results.peak_memory()
+    assert 50e6 < peak["host"] < 100e9
+    assert ("cuda" in peak) == torch.cuda.is_available()
+
+
+def test_what_was_injected_is_collected(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    model = nn.ModuleDict({"inner": nn.ModuleDict({"body": nn.Linear(6, 6), "head": nn.Linear(6, 2)})})
+    report = inject(model["inner"], PERA(rank=2), ["body"], ["head"])
+    result = results.collect(model, {"test/accuracy": 0.5}, n=10)
+    assert result["method"] == PERA(rank=2).spec()
+    assert (result["targets"], result["trainable"]) == (["body"], ["head"])
+    assert result["trainable_parameters"] == report.trainable_parameters == 2 * 6 * 2 + 3 + 14
+    assert result["total_parameters"] == report.total_parameters
+    assert (result["n"], result["seed"], result["metrics"]) == (10, 7, {"test/accuracy": 0.5})
+
+
+def test_without_injection_and_seed(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    result = results.collect(nn.Linear(2, 2), {})
+    assert (result["method"], result["seed"]) == (None, None)
+    assert "trainable_parameters" not in result
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    path = results.write(tmp_path / "new", {"n": 1})
+    assert json.loads(path.read_text()) == {"n": 1}
+    with pytest.raises(TypeError):
+        results.write(tmp_path / "new", {"n": torch.ones(1)})
+    assert json.loads(path.read_text()) == {"n": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
