@@ -97,19 +97,23 @@ class AdapterInjection(Callback):
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
         if stage == TrainerFn.FITTING:
             self._covered.clear()
-            self._gradients_seen = False
+            self._gradients_seen, self._gradients, self._rng = False, {}, None
             resume_data_order(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
+        late = ConfigurationError(
+            f"{type(module).__name__} builds its network in configure_model, after the injection: add the class "
+            f"attribute `{HOOK} = None` to it, and at the end of building `if self.{HOOK} is not None: "
+            f"self.{HOOK}(self)`"
+        )
+        builds_late = is_overridden("configure_model", module)
+        if builds_late and next(module.parameters(), None) is None:
+            raise late
         try:
             self.injector()(module)
-        except NoTargetMatched as error:
-            if is_overridden("configure_model", module):
-                raise ConfigurationError(
-                    f"{type(module).__name__} builds its network in configure_model, after the injection: add the "
-                    f"class attribute `{HOOK} = None` to it, and at the end of building `if self.{HOOK} is not None: "
-                    f"self.{HOOK}(self)` ({error})"
-                ) from None
+        except NoTargetMatched:
+            if builds_late:
+                raise late from None
             raise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,9 +25,10 @@ class ImageClassificationModule(AdapterModule):
     """Trains adapters and a new head of an image classifier.
 
     Batches are ``(images (B, 3, H, W), labels (B,))``, at predict ``(images, labels, ids)``. Logged: `train/loss`,
-    `val/loss`, `val/accuracy`, `val/accuracy_top5` (from six classes up), the same at test with the confusion matrix
-    as a picture and `test/accuracy_per_class` in `results.json`. An AuroRA whose inference is dynamic is tested twice:
-    `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's AuroRA).
+    `val/loss`, `val/accuracy`, `val/accuracy_top5` (from six classes up), the same at test, with the accuracy of each
+    class as `test_class/NAME` and the confusion matrix as a picture in TensorBoard. An AuroRA whose inference is
+    dynamic is tested twice: `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's
+    AuroRA).
 
     Args:
         model_name: a timm name, ``hf-hub:org/name``, a timm folder, or ``asset:vit_digits``.
@@ -190,6 +191,8 @@ class ImageClassificationModule(AdapterModule):
             per_class[stage] = dict(zip(names, values["accuracy_per_class"].tolist(), strict=True))
             n = int(values["confusion"].sum())
             self._draw(f"{stage}/confusion", values["confusion"], names)
+            for logger in self.loggers:
+                logger.log_metrics({f"{stage}_class/{k}": v for k, v in per_class[stage].items()}, self.global_step)
             self.metrics[f"{stage}_classes"].reset()
         seconds = time.perf_counter() - self._started
         scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
