@@ -139,19 +139,19 @@ def match_modules(model: nn.Module, names: Sequence[str], what: str) -> tuple[st
             raise ConfigurationError(f"{what}: {name!r}: modules are trained whole, row blocks are for targets only")
         hits = [path for path in paths if expression.pattern.fullmatch(path)]
         if not hits:
-            raise NoTargetMatched(f"{what}: {_nothing(name, paths)}")
+            raise NoTargetMatched(f"{what}: {_nothing(name, paths, 'modules')}")
         found.update(hits)
     outer = [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
     return tuple(sorted(outer, key=paths.index))
 
 
-def _nothing(text: str, paths: Iterable[str]) -> str:
+def _nothing(text: str, paths: Iterable[str], kind: str) -> str:
     """The message for an expression that matches nothing: closest names, or what ends there are."""
     paths = list(paths)
     ends = dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
     wanted = text.removeprefix("re:").partition("[")[0].strip()
     near = closest(wanted, ends) or closest(wanted.rpartition(".")[2], ends) or f"; there are: {listed(ends, 12)}"
-    return f"{text!r} matches none of the {len(paths)} modules{near}"
+    return f"{text!r} matches none of the {len(paths)} {kind}{near}"
 
 
 def _matches(expression: Expression, modules: dict[str, nn.Module], owners: dict[str, nn.Module]) -> list[str]:
@@ -160,7 +160,7 @@ def _matches(expression: Expression, modules: dict[str, nn.Module], owners: dict
     linear = [path for path in hits if is_linear(modules[path])]
     if not hits:
         names = [path for path, module in modules.items() if is_linear(module)]
-        raise NoTargetMatched(f"targets: {_nothing(expression.text, names or modules)}")
+        raise NoTargetMatched(f"targets: {_nothing(expression.text, names, 'linear layers')}")
     # A glob may pass over norms and activations, but not over linear layers of a kind that cannot be adapted.
     for path in hits:
         meant = expression.literal or not linear or isinstance(modules[path], nn.Linear)

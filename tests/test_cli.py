@@ -397,7 +397,7 @@ PARSED = {
     ),
     "unknown init": (
         ["--adapter.method", "LoRA", "--adapter.method.init", "pisa"],
-        "init='pisa' does not exist; one of default, gaussian, pissa, milora; closest: pissa",
+        "adapter.method.init: one of 'default', 'gaussian', 'pissa', 'milora' is needed; given pisa; closest: pissa",
     ),
     "unknown key of a method": (
         ["--adapter.method.rnak", "3"],

@@ -139,8 +139,8 @@ def test_layers_of_another_shape_are_no_neighbours() -> None:
 @pytest.mark.parametrize(
     ("targets", "fused", "error", "message"),
     [
-        (["q_porj"], None, NoTargetMatched, r"'q_porj' matches none of the 61 modules; closest: q_proj"),
-        (["blocks.*.attn.qvk"], None, NoTargetMatched, r"none of the 61 modules; closest: qkv"),
+        (["q_porj"], None, NoTargetMatched, r"'q_porj' matches none of the 61 linear layers; closest: q_proj"),
+        (["blocks.*.attn.qvk"], None, NoTargetMatched, r"none of the 61 linear layers; closest: qkv"),
         (["zzzzzz"], None, NoTargetMatched, r"there are: qkv, q_proj, proj, head"),
         (["re:.*q_porj"], None, NoTargetMatched, r"closest: q_proj"),
         (["blocks.*.proj"], None, NoTargetMatched, r"'blocks.\*.proj' matches none"),  # * is one component

@@ -204,7 +204,8 @@ class ImageClassificationModule(AdapterModule):
                 "accuracy_per_class": per_class,
                 "inference": {s: mode[s] for s in stages},
             }
-            results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
+            path = results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
+            print(f"Results: {path}", flush=True)
 
     def _protocol(self) -> dict[str, Any]:
         """How the images were seen, and by what network."""
