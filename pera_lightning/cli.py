@@ -75,7 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
-    """Prints one line and exits with 2."""
+    """Prints one line and exits with 2; of an error in a loader's worker, the line that says what was wrong."""
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"error: {shorten(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, closest, listed, shorten
-from pera_lightning.fingerprint import differing
+from pera_lightning.fingerprint import differing, fingerprint_of
 from pera_lightning.injection import Injection, inject, injection_of, trained_parameter_names
 
 METADATA = "pera_lightning"
 FORMAT = 1
+_UNFROZEN = "_pera_unfrozen"
 WEIGHTS_FILE, CONFIG_FILE = "adapter.safetensors", "adapter_config.json"
 
 
@@ -39,13 +40,28 @@ def find_injected(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """Names of the frozen base parameters of an injected model (or of one that contains it)."""
+    """Names of the base parameters of an injected model (or of one that contains it) that nothing has trained.
+
+    Base parameters that other code has unfrozen are not among them, see `remember_unfrozen`.
+    """
     found = find_injected(model)
     if found is None:
         return set()
     prefix, root = found
-    trained = trained_parameter_names(root)
-    return {prefix + name for name, _ in root.named_parameters(remove_duplicate=False) if name not in trained}
+    kept = trained_parameter_names(root) | getattr(root, _UNFROZEN, set())
+    parameters = root.named_parameters(remove_duplicate=False)
+    return {prefix + name for name, p in parameters if name not in kept and not p.requires_grad}
+
+
+def remember_unfrozen(model: nn.Module) -> list[str]:
+    """Names of base parameters that other code has unfrozen; from now on they are saved, frozen again or not."""
+    found = find_injected(model)
+    if found is None:
+        return []
+    root = found[1]
+    loose = {n for n, p in root.named_parameters() if p.requires_grad} - trained_parameter_names(root)
+    setattr(root, _UNFROZEN, getattr(root, _UNFROZEN, set()) | loose)
+    return sorted(loose)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -66,26 +82,46 @@ def inject_spec(model: nn.Module, spec: Mapping[str, Any]) -> None:
     inject(model, method, spec["targets"], spec["trainable"], fused=spec["fused"], seed=spec["seed"])
 
 
-def check_state(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, strict: bool = True) -> None:
     """Raises `CheckpointError` where adapter tensors are missing, unexpected or of another shape.
 
     Args:
         model: an injected model, or one that contains it.
         state: tensors by name; those of the frozen base may be missing.
         source: where they come from, for the message.
+        strict: whether tensors besides adapters and heads are checked too.
     """
     frozen, present = frozen_names(model), model.state_dict()
     missing = [name for name in present if name not in state and name not in frozen]
     unexpected = [name for name in state if name not in present]
+    if not strict:
+        prefix, root = find_injected(model) or ("", model)
+        ours = {prefix + name for name in trained_parameter_names(root)}
+        missing = [name for name in missing if name in ours]
+        unexpected = [name for name in unexpected if ".adapters." in name]
     if missing or unexpected:
         parts = [f"{len(missing)} missing: {listed(missing, 3)}"] if missing else []
         parts += [f"{len(unexpected)} unexpected: {listed(unexpected, 3)}"] if unexpected else []
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(parts)}")
     for name in (n for n in present if n in state):
-        given, expected = getattr(state[name], "shape", None), getattr(present[name], "shape", None)
+        given, expected = getattr(state[name], "shape", ()), getattr(present[name], "shape", ())
         if given != expected:
-            hint = "" if ".adapters." in name else "; does the data have another number of classes?"
-            raise CheckpointError(f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}")
+            raise CheckpointError(_other_shape(source, name, given, expected))
+
+
+def _other_shape(source: str, name: str, given: Iterable[int], expected: Iterable[int]) -> str:
+    hint = "" if ".adapters." in name else "; does the data have another number of classes?"
+    return f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}"
+
+
+def check_same_base(saved: Mapping[str, str], present: Mapping[str, str], source: str) -> None:
+    """Raises `CheckpointError` where two fingerprints differ."""
+    wrong = differing(saved, present)
+    if wrong:
+        raise CheckpointError(
+            f"{source} was trained on another base: {len(wrong)} of {len(present)} frozen weights differ, "
+            f"first {wrong[0]}"
+        )
 
 
 def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -> None:
@@ -98,7 +134,9 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
     """
     method = method_from_spec(saved["method"])
     if _lasting(method) != _lasting(present.method):
-        raise CheckpointError(f"{source} is of {method}, the model has {present.method}")
+        raise CheckpointError(
+            f"{source} is of {_told(method, present.method)}, the model has {_told(present.method, method)}"
+        )
     layers = {path: tuple(blocks) for path, blocks in saved["layers"].items()}
     if layers != present.layers:
         other = [path for path in {**layers, **present.layers} if layers.get(path) != present.layers.get(path)]
@@ -111,12 +149,16 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
             f"{source} trains {saved['trained_modules']} whole, the model {list(present.trained_modules)}: "
             "give the same trainable"
         )
-    wrong = differing(saved["fingerprint"], present.fingerprint)
-    if wrong:
-        raise CheckpointError(
-            f"{source} was trained on another base: {len(wrong)} of {len(present.fingerprint)} frozen weights differ, "
-            f"first {wrong[0]}"
-        )
+    check_same_base(saved["fingerprint"], present.fingerprint, source)
+
+
+def _told(method: Method, other: Method) -> str:
+    """A method with the hyperparameters in which it differs from another of its class; its name alone otherwise."""
+    own, others = _lasting(method), _lasting(other)
+    if own["class_path"] != others["class_path"]:
+        return type(method).__name__
+    differing_values = ", ".join(f"{k}={v!r}" for k, v in own.items() if others.get(k) != v)
+    return f"{type(method).__name__}({differing_values})"
 
 
 def _lasting(method: Method) -> dict[str, Any]:
@@ -199,6 +241,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     found = find_injected(model)
     root = found[1] if found else model
     if found is None:
+        check_plain(root, state, config, str(folder), check_base=check_base)
         inject_spec(root, config)
     present = injection_of(root)
     if not check_base:
@@ -207,6 +250,31 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     check_state(root, state, str(folder))
     root.load_state_dict(state, strict=False)
     return model
+
+
+def check_plain(
+    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], source: str, *, check_base: bool
+) -> None:
+    """Raises `CheckpointError` where an adapter does not fit a model that is not injected yet.
+
+    Args:
+        model: the base.
+        state: the adapter's tensors.
+        config: the adapter's description.
+        source: where they come from, for the message.
+        check_base: whether the base must be the one trained on.
+    """
+    modules = dict(model.named_modules())
+    absent = [path for path in config["layers"] if path not in modules]
+    if absent:
+        raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
+    present = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
+    if check_base:
+        check_same_base(config["fingerprint"], present, source)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, shape in shapes.items():
+        if name in state and tuple(state[name].shape) != shape:
+            raise CheckpointError(_other_shape(source, name, state[name].shape, shape))
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -237,7 +305,7 @@ def forgive_missing_base(module: nn.Module, incompatible: Any) -> None:
     """A load-state-dict hook: frozen base parameters may be missing, anything else still raises."""
     frozen = frozen_names(module)
     # AveragedModel and DistributedDataParallel put "module." before every name.
-    kept = [n for n in incompatible.missing_keys if n not in frozen and n.partition(".")[2] not in frozen]
+    kept = [n for n in incompatible.missing_keys if n not in frozen and n.removeprefix("module.") not in frozen]
     incompatible.missing_keys[:] = kept
 
 

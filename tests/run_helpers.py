@@ -3,6 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 QUICK = {
     "trainer.max_epochs": 1,
     "trainer.limit_train_batches": 2,
@@ -23,7 +24,7 @@ def run_pera(*words):
     return 0
 
 
-def quick_words(folder, command="fit", config=ROOT / "configs" / "quickstart.yaml"):
+def quick_words(folder, command="fit", config=QUICKSTART):
     """The quickstart cut down to two steps, its files under `folder`."""
     words = [command, "--config", str(config)]
     for key, value in {**QUICK, "trainer.logger.init_args.save_dir": folder}.items():

@@ -254,7 +254,11 @@ def test_fingerprint_tells_bases_apart() -> None:
 
 def test_fingerprint_of_a_bfloat16_copy_agrees() -> None:
     weight = torch.randn(50, 70)
-    assert weight_hash(weight) == weight_hash(weight.bfloat16())
+    for twin in (weight.bfloat16(), weight.half()):
+        assert differing({"a": weight_hash(weight)}, {"a": weight_hash(twin)}) == []
+        assert differing({"a": weight_hash(twin)}, {"a": weight_hash(weight)}) == []
+    assert differing({"a": weight_hash(weight)}, {"a": weight_hash(weight * 1.02)}) == ["a"]
+    assert weight_hash(weight, torch.zeros(weight.shape[0])) != weight_hash(weight, torch.ones(weight.shape[0]))
     assert weight_hash(weight) != weight_hash(weight.T.contiguous())
     assert weight_hash(torch.zeros(3, 4)) != weight_hash(torch.zeros(4, 3))
 

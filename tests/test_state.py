@@ -15,7 +15,7 @@ from pera_lightning import adapter_state_dict, inject, load_adapter, save_adapte
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.injection import injection_of
-from pera_lightning.state import write_atomically
+from pera_lightning.state import forgive_missing_base, write_atomically
 
 METHODS = [
     LoRA(rank=2),
@@ -201,3 +201,38 @@ def test_a_reloaded_adapter_can_be_trained(tmp_path: Path) -> None:
     loaded(torch.randn(4, 6)).sum().backward()
     moved: dict[str, Tensor] = {n: p.grad for n, p in loaded.named_parameters() if p.grad is not None}
     assert set(moved) == {"0.adapters.all.A", "0.adapters.all.B", "3.weight", "3.bias"}
+
+
+def test_a_plain_base_that_does_not_fit_is_left_alone(tmp_path: Path) -> None:
+    save_adapter(adapted(LoRA(rank=2)), tmp_path)
+    wide = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 9))
+    wide[0].load_state_dict(base()[0].state_dict())
+    for other, message in ((base(1), "another base"), (wide, "number of classes"), (nn.Sequential(), "does not have")):
+        before = [(type(m), [p.requires_grad for p in m.parameters()]) for m in other.modules()]
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter(other, tmp_path)
+        assert before == [(type(m), [p.requires_grad for p in m.parameters()]) for m in other.modules()]
+
+
+def test_only_the_frozen_base_is_forgiven() -> None:
+    """A trained tensor below a module of another name is not mistaken for a frozen one of the root."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.gate = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    model = Root()
+    inject(model, LinearProbe(), [], ["gate"])
+    model.register_load_state_dict_post_hook(forgive_missing_base)
+    model.load_state_dict({"gate.weight": torch.ones(3, 3), "gate.bias": torch.ones(3)})
+    with pytest.raises(RuntimeError, match=r"gate\.weight"):
+        model.load_state_dict({"gate.bias": torch.ones(3)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_trained_on_a_low_precision_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = base().to(dtype)
+    inject(model, LoRA(rank=2), ["0"])
+    save_adapter(model, tmp_path)
+    load_adapter(base(), tmp_path)

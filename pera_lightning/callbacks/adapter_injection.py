@@ -28,13 +28,26 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pera_lightning.adapters.method import Method
 from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
-from pera_lightning.callbacks.checks import check_float32, check_optimizers, check_position, check_precision
+from pera_lightning.callbacks.checks import (
+    check_float32,
+    check_optimizers,
+    check_position,
+    check_precision,
+    check_unfrozen,
+)
 from pera_lightning.callbacks.coverage import LayerCoverage
-from pera_lightning.callbacks.data_order import load_loader_states, on_every_rank, resume_data_order
+from pera_lightning.callbacks.data_order import forget_data_order, load_loader_states, on_every_rank, resume_data_order
 from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection import adapter_parameter_names, inject, injection_of
-from pera_lightning.state import METADATA, adapter_state_dict, find_injected, forgive_missing_base, write_adapter
+from pera_lightning.state import (
+    METADATA,
+    adapter_state_dict,
+    find_injected,
+    forgive_missing_base,
+    remember_unfrozen,
+    write_adapter,
+)
 
 HOOK = "adapter_injection"
 GRADIENTS = "pera_lightning_gradients"
@@ -68,9 +81,9 @@ class AdapterInjection(Callback):
         self.targets, self.trainable = targets or [], trainable or []
         self.fused, self.seed, self.on_unused = fused, seed, on_unused
         self._coverage = LayerCoverage()
-        self._covered: set[str] = set()
         self._rng: dict[str, Any] | None = None
-        self._gradients_seen = False
+        self._covered: set[str] = set()
+        self._stepped: set[int] = set()
         self._gradients: dict[str, torch.Tensor] = {}
 
     def injector(self) -> partial:
@@ -96,8 +109,7 @@ class AdapterInjection(Callback):
         prepare_loading(pl_module)
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
         if stage == TrainerFn.FITTING:
-            self._covered.clear()
-            self._gradients_seen, self._gradients, self._rng = False, {}, None
+            self._covered, self._stepped, self._gradients, self._rng = set(), set(), {}, None
             resume_data_order(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
@@ -125,6 +137,7 @@ class AdapterInjection(Callback):
         rank_zero_only(print)(injection_of(found[1]).report, flush=True)  # type: ignore[union-attr]
         check_float32(pl_module)
         check_optimizers(trainer, pl_module)
+        check_unfrozen(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)
@@ -143,11 +156,15 @@ class AdapterInjection(Callback):
         self._rng = capture()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if not self._gradients_seen:
-            self._gradients_seen = True
-            silent = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+        if id(optimizer) not in self._stepped:
+            self._stepped.add(id(optimizer))
+            held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is None}
+            silent = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) in held]
             mine = adapter_parameter_names(pl_module).intersection(silent)
             self._complain(sorted(mine), "adapter parameters had no gradient in the first optimizer step")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        remember_unfrozen(pl_module)  # by a callback that thaws the base later, as BaseFinetuning does
 
     def _evaluation_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._watch("evaluation", pl_module)
@@ -196,9 +213,15 @@ class AdapterInjection(Callback):
 
     # --- at the end ---
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._coverage.stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        forget_data_order(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # asked on every rank
-        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero:
+        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero or not trainer.global_step:
             return
         written, source = write_best_adapter(trainer, pl_module, Path(folder) / "adapter")
         print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)

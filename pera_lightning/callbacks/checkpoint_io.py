@@ -6,6 +6,7 @@ not asked. Filtering there leaves `state_dict()` of the module whole for everyon
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str)
         )
     check_injection(checkpoint[METADATA], present, source)  # type: ignore[arg-type]
     if "state_dict" in checkpoint:
-        check_state(module, checkpoint["state_dict"], source)
+        strict = getattr(module, "strict_loading", True)
+        check_state(module, checkpoint["state_dict"], source, strict=strict)
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -85,11 +87,15 @@ class AdapterCheckpointIO(CheckpointIO):
 
 def _readable(inner: CheckpointIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     try:
-        return inner.load_checkpoint(path, *args, **kwargs)
+        checkpoint = inner.load_checkpoint(path, *args, **kwargs)
     except FileNotFoundError:
         folder = Path(path).parent
         there = sorted(p.name for p in folder.glob("*.ckpt")) if folder.is_dir() else []
         have = f"; {folder} has {', '.join(there)}" if there else ""
         raise CheckpointError(f"checkpoint {path} does not exist{have}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {shorten(str(error))[:200]}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        what = f"{type(error).__name__}: {shorten(str(error))[:200]}"
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({what})") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, no Lightning checkpoint")
+    return checkpoint

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import float32, float64, nn
 
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection import adapter_parameter_names
+from pera_lightning.state import remember_unfrozen
 
 _TRUE_PRECISIONS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
 def check_position(callback: Callback, trainer: Trainer) -> None:
-    """Raises `ConfigurationError` unless the callback is the first (weight averaging copies the model at its setup)."""
-    first = trainer.callbacks[0]  # type: ignore[attr-defined]
+    """Raises `ConfigurationError` unless the callback is the first (weight averaging copies the model at its setup).
+
+    Lightning puts its own finders of batch size and learning rate before all others; they wait for the fit.
+    """
+    others = (c for c in trainer.callbacks if not isinstance(c, (BatchSizeFinder, LearningRateFinder)))  # type: ignore[attr-defined]
+    first = next(others)
     if first is not callback:
         raise ConfigurationError(
             f"{type(callback).__name__} must be the first callback, {type(first).__name__} comes before it: "
@@ -49,4 +56,14 @@ def check_optimizers(trainer: Trainer, module: LightningModule) -> None:
         raise ConfigurationError(
             f"{len(left)} trained parameters are in no optimizer: {listed(left, 3)}; give configure_optimizers all "
             "parameters with requires_grad"
+        )
+
+
+def check_unfrozen(module: nn.Module) -> None:
+    """Warns where base parameters are trained besides adapters and heads; they are saved too."""
+    loose = remember_unfrozen(module)
+    if loose:
+        rank_zero_warn(
+            f"{len(loose)} base parameters are trained besides adapters and heads, and saved with them: "
+            f"{listed(loose, 3)}; name their modules in trainable, or freeze them"
         )

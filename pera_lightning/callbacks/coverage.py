@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
 from pera_lightning.adapters.base import AdaptedLayer
 
 
 class LayerCoverage:
-    """Counts the adapted layers whose forward ran between `start` and `stop`."""
+    """Counts the adapted layers whose forward ran between `start` and `stop`.
+
+    A model with compiled parts is not watched: its graph may be an old one, traced without the hooks. What it trains
+    still shows in the gradients.
+    """
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -20,6 +25,8 @@ class LayerCoverage:
     def start(self, model: nn.Module) -> None:
         """Watches every adapted layer of `model`."""
         self.stop()
+        if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
+            return
         for path, module in model.named_modules():
             if isinstance(module, AdaptedLayer):
                 self._waiting[id(module)] = path

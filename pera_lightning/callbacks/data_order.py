@@ -3,7 +3,8 @@
 Lightning saves the state of any loader with `state_dict`. A plain `DataLoader` has none, so `make_resumable` gives it
 one: the state of the random generators when the epoch's iterator was made and now, and the number of batches trained.
 Resuming makes the iterator again from the first state, passes over those batches and sets the second. That needs
-nothing of the sampler, the data set or the workers but that they draw from the usual generators; passing over costs the
+nothing of the sampler, the data set or the workers but that they draw from the usual generators, or from one that the
+loader or its sampler holds; passing over costs the
 loading of those batches. A loader with a state of its own (torchdata's) keeps it, and nothing is passed over.
 
 With several train loaders, order is restored but not to the bit; nor is what persistent workers draw (random crops),
@@ -12,11 +13,13 @@ since their generators are seeded once a run: a warning says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -68,12 +71,13 @@ def _resumable_class(cls: type) -> type:
 
         def __iter__(self) -> Iterator[Any]:
             pending, self._pending = self._pending, None
+            own = _generators(self)
             if pending is not None:
-                restore(pending["epoch_start"] if pending["batches"] else pending["now"])
+                restore(pending["epoch_start"] if pending["batches"] else pending["now"], own)
             elif not self._drawn and self._epoch_start is not None:
-                restore(self._epoch_start)  # Lightning made an iterator already and drew nothing from it
+                restore(self._epoch_start, own)  # Lightning made an iterator already and drew nothing from it
             _set_epoch(self, self._progress().epoch)
-            self._epoch_start, self._drawn = capture(), False
+            self._epoch_start, self._drawn = capture(own), False
             own_state = pending and pending.get("loader")
             if own_state is not None:
                 super().load_state_dict(own_state)
@@ -86,13 +90,13 @@ def _resumable_class(cls: type) -> type:
                         iterator = super().__iter__()
                         next(iterator)
                 self._epoch_start = pending["epoch_start"]
-                restore(pending["now"])
-            return self._watched(iterator, None if pending is None else capture())
+                restore(pending["now"], own)
+            return self._watched(iterator, None if pending is None else capture(own))
 
         def _watched(self, iterator: Iterator[Any], start: dict[str, Any] | None) -> Iterator[Any]:
             if start is not None:
                 # Between here and the iterator's making, Lightning draws for a validation that it then leaves out.
-                restore(start)
+                restore(start, _generators(self))
             for batch in iterator:
                 self._drawn = True
                 yield batch
@@ -100,12 +104,13 @@ def _resumable_class(cls: type) -> type:
         def state_dict(self) -> dict[str, Any]:
             """Batches trained and random states, for every rank."""
             progress = self._progress()
-            start = capture() if self._epoch_start is None else self._epoch_start
+            now = capture(_generators(self))
+            start = now if self._epoch_start is None else self._epoch_start
             inner = getattr(super(), "state_dict", None)
             state = {
                 "batches": 0 if progress.complete else progress.batches,
                 "epoch_start": to_plain(start),
-                "now": to_plain(capture()),
+                "now": to_plain(now),
                 "loader": inner() if inner is not None and not progress.complete else None,
             }
             return {"ranks": on_every_rank(state)}
@@ -127,23 +132,35 @@ def _resumable_class(cls: type) -> type:
 
 
 def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:
-    """Gives a loader a state that restores its order; the same object where it has a class of its own.
+    """A copy of a loader, over the same data and sampler, with a state that restores its order.
+
+    A copy, since the same object may serve validation, and since other people's objects keep their class.
 
     Args:
         loader: a `DataLoader`, or any iterable that Lightning takes.
         progress: tells where training stands.
     """
-    if type(loader).__module__ == "builtins":
-        loader = _Plain(loader)
     if getattr(loader, "persistent_workers", False):
         rank_zero_warn(
             "the train loader has persistent workers, whose random state cannot be restored: a resumed run sees the "
             "same order but other augmentations; set persistent_workers=False for one that equals the run to the bit"
         )
-    if not hasattr(loader, "_progress"):
-        loader.__class__ = _resumable_class(type(loader))
-    loader._progress = progress
-    return loader
+    try:
+        copied = copy.copy(loader)
+        copied.__class__ = _resumable_class(type(loader))
+    except TypeError:  # lists, generators, itertools, classes with slots
+        copied = _Plain(loader)
+        copied.__class__ = _resumable_class(_Plain)
+    copied._progress = progress
+    return copied
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators of its own that a loader or its sampler draws from, each once."""
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
@@ -169,6 +186,11 @@ def resume_data_order(trainer: Trainer) -> None:
     strategy.process_dataloader = process  # type: ignore[method-assign]
 
 
+def forget_data_order(trainer: Trainer) -> None:
+    """Undoes `resume_data_order`."""
+    vars(trainer.strategy).pop("process_dataloader", None)
+
+
 def load_loader_states(trainer: Trainer) -> None:
     """Hands the train loaders their states from a checkpoint where Lightning could not.
 
@@ -177,6 +199,8 @@ def load_loader_states(trainer: Trainer) -> None:
     """
     loop = trainer.fit_loop
     states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    if len(states) > 1:
+        rank_zero_warn("several train loaders: their order is restored, but not the randomness they share")
     if states and loop._combined_loader is not None:
         loop._combined_loader._load_state_dicts(states)
         iter(loop._data_fetcher)  # type: ignore[call-overload]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that short class names (AuroRA, ImageDataModule) are found.
@@ -18,7 +22,7 @@ import pera_lightning.modules.image_classification  # noqa: F401
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.callbacks import AdapterInjection
 from pera_lightning.commands.messages import explain
-from pera_lightning.errors import PeraError, shorten
+from pera_lightning.errors import PeraError
 
 
 class OneLineParser(LightningArgumentParser):
@@ -88,6 +92,15 @@ class PeraCLI(LightningCLI):
         config["callbacks"] = [self._get(self.config_init, "adapter"), *others]
         return self._instantiate_trainer(config, [])
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        given = arguments.get("ckpt_path")
+        if subcommand in EVALUATIONS and given is None:
+            rank_zero_warn(f"{subcommand} without --ckpt_path: adapters and head are as initialised, not trained")
+        elif subcommand in EVALUATIONS and given in ("best", "last"):
+            arguments["ckpt_path"] = checkpoint_of_run(given, self.trainer.log_dir)
+        return arguments
+
 
 class ConfiguredCLI(PeraCLI):
     """Parses and builds model, data and adapter, and no trainer: for commands that train nothing."""
@@ -98,6 +111,31 @@ class ConfiguredCLI(PeraCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
         return None
+
+
+EVALUATIONS = ("validate", "test", "predict")
+
+
+def checkpoint_of_run(name: str, log_dir: str | None) -> str:
+    """The file that ``--ckpt_path best`` or ``last`` means in a process that did not train.
+
+    Args:
+        name: "best" or "last".
+        log_dir: the run's folder.
+
+    Raises:
+        PeraError: where the folder has no such file.
+    """
+    path = Path(log_dir or ".") / "checkpoints" / f"{name}.ckpt"
+    if not path.is_file():
+        raise PeraError(f"--ckpt_path {name}: {path} does not exist; give the checkpoint's file")
+    return str(path)
+
+
+def raised_by_lightning(error: BaseException) -> bool:
+    """Whether an error comes out of Lightning's own code, as its checks of the trainer's values do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
 
 
 def run(args: Sequence[str]) -> None:
@@ -113,5 +151,9 @@ def run(args: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     try:
         PeraCLI(args=list(args))
-    except MisconfigurationException as error:
-        raise PeraError(shorten(str(error))) from error
+    except (MisconfigurationException, OSError) as error:
+        raise PeraError(str(error)) from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if isinstance(error, PeraError) or not raised_by_lightning(error):
+            raise
+        raise PeraError(f"{type(error).__name__}: {error}") from error

@@ -316,3 +316,19 @@ def same_classes(where: str, names: list[str], training: list[str]) -> None:
         parts = [f"has {listed(extra)} that training lacks"] * bool(extra)
         parts += [f"lacks {listed(lacking)} that training has"] * bool(lacking)
         raise DataError(f"{where} {' and '.join(parts)}; every split needs the same classes")
+
+
+def predict_source(folder: str, class_names: list[str]) -> FolderSource:
+    """All pictures under a folder, at any depth; a folder on their path that is called like a class is their label.
+
+    Raises:
+        DataError: where there are none, or one is broken.
+    """
+    root = require_folder(folder)
+    files = image_files(root)
+    if not files:
+        raise DataError(f"predict_folder {folder} has no images ({', '.join(SUFFIXES)}) at any depth")
+    check_headers(root, files)
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = [next((number[part] for part in Path(file).parts[:-1] if part in number), -1) for file in files]
+    return FolderSource(root, files, np.array(labels, dtype=np.int64), class_names)

@@ -6,6 +6,7 @@ which split in `splits.py` and `image_datasets.py`. Here is the Lightning side o
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,8 +66,7 @@ class ImageDataModule(L.LightningDataModule):
         test_split: for the hub: cut from the training rows if not given.
 
     Raises:
-        ConfigurationError: for values out of range, or arguments that the data set would ignore.
-        UnknownNameError: for an unknown transform, interpolation or data set.
+        ConfigurationError, UnknownNameError: for values out of range, unknown or without effect on this data set.
         DataError: from `prepare_data` and `setup`, for data that is missing, empty or broken.
     """
 
@@ -180,7 +180,7 @@ class ImageDataModule(L.LightningDataModule):
         if not self._sources:
             self._build()
         if self.predict_folder is not None and stage in ("predict", None) and self._to_predict is None:
-            self._to_predict = self._read_predict_folder(self.predict_folder)
+            self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
         self._record()
 
     def train_dataloader(self) -> DataLoader:
@@ -214,8 +214,6 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(
             sources.ImageRows(source, everything, source.labels, self._transform(False), with_identifier=True)
         )
-
-    # ---- building ---------------------------------------------------------------------------------------------------
 
     def _kind(self) -> str:
         """What `dataset` means: "catalogue", "digits", "folder" or "hub"; refuses arguments it would ignore."""
@@ -314,16 +312,6 @@ class ImageDataModule(L.LightningDataModule):
                 )
         self._sources, self._rows, self._kept = found, rows, kept
 
-    def _read_predict_folder(self, folder: str) -> sources.FolderSource:
-        root = sources.require_folder(folder)
-        files = sources.image_files(root)
-        if not files:
-            raise DataError(f"predict_folder {folder} has no images ({', '.join(sources.SUFFIXES)}) at any depth")
-        sources.check_headers(root, files)
-        number = {name: label for label, name in enumerate(self.class_names)}
-        labels = [next((number[part] for part in Path(file).parts[:-1] if part in number), -1) for file in files]
-        return sources.FolderSource(root, files, np.array(labels, dtype=np.int64), self.class_names)
-
     def _record(self) -> None:
         """Writes which rows are in which split into the log folder, on one process."""
         trainer = self.trainer
@@ -337,6 +325,16 @@ class ImageDataModule(L.LightningDataModule):
         known = image_datasets.canonical(self.dataset)
         path = Path(self.dataset).expanduser()
         return known or (path.absolute().name if path.is_dir() and self.dataset.lower() != "digits" else self.dataset)
+
+    def protocol(self) -> dict[str, Any]:
+        """How images are seen and split, as primitives, for results: data set, transform, preprocessing, split."""
+        return {
+            "dataset": self.dataset,
+            "transform": self.transform,
+            "preprocessing": dataclasses.asdict(self._preprocessing()),
+            "split_seed": self.split_seed,
+            "sizes": {split: len(rows) for split, rows in self._rows.items()},
+        }
 
     def split_record(self) -> dict[str, Any]:
         """What ``splits/<dataset>.json`` says: data set, seed, classes, sizes and the rows of every split.
@@ -366,9 +364,11 @@ class ImageDataModule(L.LightningDataModule):
     # ---- loaders ----------------------------------------------------------------------------------------------------
 
     def _transform(self, training: bool) -> transforms.Transform:
+        return transforms.build(self.transform, self._preprocessing(), training=training)
+
+    def _preprocessing(self) -> transforms.Preprocessing:
         module = getattr(self.trainer, "lightning_module", None)
-        preprocessing = transforms.resolve(self.transform, self.given, getattr(module, "data_config", None))
-        return transforms.build(self.transform, preprocessing, training=training)
+        return transforms.resolve(self.transform, self.given, getattr(module, "data_config", None))
 
     def _part(self, split: str, *, training: bool = False, with_identifier: bool = False) -> sources.ImageRows:
         if not self._sources:

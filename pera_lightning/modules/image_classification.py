@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pera_lightning.adapters.aurora import static_inference
+from pera_lightning.adapters.aurora import AuroRALayer, static_inference
 from pera_lightning.adapters.method import check_choice, check_number, check_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import results
@@ -90,11 +90,12 @@ class ImageClassificationModule(AdapterModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        if self.settings["num_classes"] is None:
-            self.settings["num_classes"] = self._classes_of_data()
-            if "num_classes" in self.hparams:  # saved, so that load_from_checkpoint needs no data
-                self.hparams["num_classes"] = self.settings["num_classes"]
+        self._check_classes()
         super().configure_model()
+        if self.adapter_injection is not None and not any(p.requires_grad for p in self._head_parameters()):
+            raise ConfigurationError(
+                "the new head is random and would stay so: name it in trainable, e.g. trainable=[head]"
+            )
         count = self.settings["num_classes"]
         accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
         if count > 5:
@@ -115,14 +116,21 @@ class ImageClassificationModule(AdapterModule):
     def _create(self, pretrained: bool) -> nn.Module:
         return create(self.settings["model_name"], pretrained=pretrained, image_size=self.settings["image_size"])
 
-    def _classes_of_data(self) -> int:
-        data = getattr(self._trainer, "datamodule", None)
+    def _check_classes(self) -> None:
+        """Takes the number of classes from the data module where it is not given, and compares where both are."""
+        given, data = self.settings["num_classes"], getattr(self._trainer, "datamodule", None)
         count = getattr(data, "num_classes", None)
-        if count is None:
+        if given is None and count is None:
             raise ConfigurationError(
                 "num_classes is not given, and no data module with num_classes is attached: give it"
             )
-        return count
+        if given is not None and count is not None and given != count:
+            raise ConfigurationError(
+                f"num_classes={given}, but the data has {count} classes: leave it out, or match it"
+            )
+        self.settings["num_classes"] = count if given is None else given
+        if "num_classes" in self.hparams:  # saved, so that load_from_checkpoint needs no data
+            self.hparams["num_classes"] = self.settings["num_classes"]
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -138,9 +146,20 @@ class ImageClassificationModule(AdapterModule):
             self._data_config = config
         return self._data_config
 
+    def _head_parameters(self) -> list[nn.Parameter]:
+        head = self.model.get_classifier()  # type: ignore[union-attr,operator]
+        parts = head if isinstance(head, (tuple, list)) else [head]  # distilled networks have two
+        return [p for part in parts for p in part.parameters()]
+
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> logits (B, classes)."""
-        return self.model(images.to(DTYPES[self.settings["base_dtype"]]))  # type: ignore[misc]
+        """Images (B, 3, H, W) -> logits (B, classes)."""
+        try:
+            return self.model(images.to(DTYPES[self.settings["base_dtype"]]))  # type: ignore[misc]
+        except AssertionError as error:  # how timm refuses a size
+            size = "x".join(map(str, images.shape[-2:]))
+            raise ConfigurationError(
+                f"images of {size} pixels: {error}; give the model's image_size the same size"
+            ) from error
 
     # --- training and evaluation ---
 
@@ -197,7 +216,7 @@ class ImageClassificationModule(AdapterModule):
         seconds = time.perf_counter() - self._started
         scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
         if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
-            mode = {"test": "as configured", "test_static": "static, the paper's row AuroRA"}
+            mode = {"test": self._inference(), "test_static": "static, the paper's row AuroRA"}
             facts = {
                 "n": n,
                 "seconds": seconds,
@@ -207,10 +226,20 @@ class ImageClassificationModule(AdapterModule):
             path = results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
             print(f"Results: {path}", flush=True)
 
+    def _inference(self) -> str:
+        modes = {m.inference_mode for m in self.modules() if isinstance(m, AuroRALayer)}
+        return {"dynamic": "dynamic, the paper's AuroRA-D"}.get("".join(modes), "".join(modes) or "linear")
+
     def _protocol(self) -> dict[str, Any]:
-        """How the images were seen, and by what network."""
-        config = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
-        return {"task": "image_classification", "model_name": self.settings["model_name"], "data_config": config}
+        """What was tested on what: network, checkpoint, and what the data module says of itself."""
+        checkpoint = self.trainer.ckpt_path
+        data = getattr(self.trainer, "datamodule", None)
+        return {
+            "task": "image_classification",
+            "model_name": self.settings["model_name"],
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "data": data.protocol() if hasattr(data, "protocol") else None,
+        }
 
     def _draw(self, title: str, matrix: Tensor, names: list[str]) -> None:
         from lightning.pytorch.loggers import TensorBoardLogger

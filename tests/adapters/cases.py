@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +95,13 @@ def case_id(method: LinearMethod) -> str:
     plain = {field.name: field.default for field in dataclasses.fields(method)}
     changed = {name: value for name, value in dataclasses.asdict(method).items() if plain[name] != value}
     return "-".join([type(method).__name__, *(f"{name}={value}" for name, value in changed.items())])
+
+
+every_method = pytest.mark.parametrize("method", cases(), ids=case_id)
+
+
+def starts_from_the_weight(method: LinearMethod) -> bool:
+    return getattr(method, "init", None) in ("pissa", "milora")
 
 
 def network(*, bias: bool = True, out: int = OUT, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:

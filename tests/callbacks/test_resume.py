@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from foreign import Plain, train_loader, val_loader
+from foreign import Noisy, Plain, train_loader, val_loader
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA, HiRA
@@ -35,8 +38,9 @@ def fit(folder: Path, *, steps: str, ckpt: str | None = None, method=None, seed:
     """Trains `Plain`; returns the final adapter state, the losses by step and the trainer."""
     seed_everything(seed, verbose=False)
     model, losses = Plain(), Losses()
-    more = options.pop("more", [])
-    keep = ModelCheckpoint(folder, save_top_k=-1, save_last=True, **options.pop("keep", {}))
+    more, train, val = options.pop("more", []), options.pop("loader", None), options.pop("val", None)
+    keep_options = dict(options.pop("keep", {}))
+    keep = ModelCheckpoint(folder, save_top_k=-1, save_last=True, **keep_options)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -54,7 +58,7 @@ def fit(folder: Path, *, steps: str, ckpt: str | None = None, method=None, seed:
         **{"max_epochs": 3, **options},
         **({"max_steps": int(steps)} if steps else {}),
     )
-    trainer.fit(model, train_loader(workers), val_loader(), ckpt_path=ckpt)
+    trainer.fit(model, train or train_loader(workers), val or val_loader(), ckpt_path=ckpt)
     return {k: v.clone() for k, v in adapter_state_dict(model).items()}, losses.seen, trainer
 
 
@@ -156,3 +160,64 @@ def test_random_state_round_trip() -> None:
     draw()
     restore(from_plain(torch.load(__import__("io").BytesIO(buffer.getvalue()), weights_only=True)))
     assert draw() == first
+
+
+class Samples(torch.utils.data.Sampler):
+    """A sampler with a generator of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.generator = size, torch.Generator().manual_seed(4)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self):
+        yield from torch.randperm(self.size, generator=self.generator).tolist()
+
+
+@pytest.mark.parametrize("kind", ["loader's generator", "sampler's generator"])
+@pytest.mark.parametrize("stop", [10, 13])
+def test_with_a_generator_of_its_own(tmp_path: Path, kind: str, stop: int) -> None:
+    def loader():
+        if kind == "loader's generator":
+            return DataLoader(Noisy(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(4))
+        return DataLoader(Noisy(), batch_size=4, sampler=Samples(40))
+
+    keep = {"every_n_train_steps": stop}
+    whole, _, _ = fit(tmp_path / "a", steps="", keep=dict(keep), loader=loader())
+    fit(tmp_path / "b", steps=str(stop), keep=dict(keep), loader=loader())
+    last = str(tmp_path / "b" / "last.ckpt")
+    resumed, _, _ = fit(tmp_path / "b", steps="", keep=dict(keep), loader=loader(), ckpt=last, seed=8)
+    assert_same(whole, resumed)
+
+
+def test_one_loader_for_training_and_validation(tmp_path: Path) -> None:
+    def run(folder: Path, **options):
+        both = DataLoader(Noisy(), batch_size=4, shuffle=True)
+        return fit(folder, loader=both, val=both, val_check_interval=4, keep={"every_n_train_steps": 15}, **options)
+
+    whole, _, _ = run(tmp_path / "a", steps="")
+    run(tmp_path / "b", steps="15")
+    resumed, _, _ = run(tmp_path / "b", steps="", ckpt=str(tmp_path / "b" / "last.ckpt"), seed=8)
+    assert_same(whole, resumed)
+
+
+def test_a_loader_without_a_class_of_its_own(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(4, 8, generator=generator), torch.zeros(4, dtype=torch.long)) for _ in range(10)]
+    options = {"limit_train_batches": 10, "keep": {"every_n_train_steps": 14}}
+    whole, _, _ = fit(tmp_path / "a", steps="", loader=itertools.cycle(batches), **options)
+    fit(tmp_path / "b", steps="14", loader=itertools.cycle(batches), **options)
+    last = str(tmp_path / "b" / "last.ckpt")
+    resumed, _, _ = fit(tmp_path / "b", steps="", loader=itertools.cycle(batches), ckpt=last, seed=8, **options)
+    assert_same(whole, resumed)
+
+
+def test_the_users_loader_is_left_as_it_was(tmp_path: Path) -> None:
+    loader = train_loader()
+    before = dict(vars(loader))
+    _, _, trainer = fit(tmp_path, steps="2", loader=loader)
+    assert type(loader) is DataLoader
+    assert vars(loader) == before
+    pickle.dumps(loader)
+    assert "process_dataloader" not in vars(trainer.strategy)

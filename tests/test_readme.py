@@ -1,0 +1,43 @@
+"""The README: its Python blocks run, and its configs and commands exist."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from run_helpers import ROOT
+
+from pera_lightning.cli import OWN_COMMANDS, TRAINER_COMMANDS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "k", [pytest.param(0, id="lightning", marks=pytest.mark.slow), pytest.param(1, id="any-module")]
+)
+def test_a_python_block_runs(tmp_path, k):
+    script = tmp_path / "block.py"
+    script.write_text(BLOCKS[k], encoding="utf-8")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_config_exists():
+    configs = set(re.findall(r"configs/[\w./-]*\.yaml", README))
+    assert configs
+    assert sorted(path for path in configs if not (ROOT / path).is_file()) == []
+
+
+def test_every_command_is_known():
+    commands = set(re.findall(r"python\s+cli\.py\s+(\w[\w-]*)", README))
+    assert commands
+    assert commands - {*TRAINER_COMMANDS, *OWN_COMMANDS} == set()
+
+
+def test_no_placeholder_is_left():
+    assert re.findall(r"@[A-Z][A-Z0-9_]*@", README) == []
