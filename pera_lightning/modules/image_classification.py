@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +17,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import AuroRALayer, static_inference
 from pera_lightning.adapters.method import check_choice, check_number, check_rank
+from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import results
 from pera_lightning.modules.base import DTYPES, AdapterModule, check_training_values
 from pera_lightning.modules.image_networks import create
+from pera_lightning.state import write_atomically
 
 
 class ImageClassificationModule(AdapterModule):
@@ -260,22 +264,25 @@ class ImageClassificationModule(AdapterModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Label index and probability of each image: ``{"id", "label", "probability"}``."""
         probability, label = self(batch[0]).float().softmax(-1).max(-1)
-        ids = list(batch[2]) if len(batch) > 2 else [f"{batch_idx}_{k}" for k in range(len(label))]
+        prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
+        ids = list(batch[2]) if len(batch) > 2 else [f"{prefix}{batch_idx}_{k}" for k in range(len(label))]
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         labels = [str(names[k]) if names else str(k) for k in label.tolist()]
         self._rows += zip(ids, labels, probability.tolist(), strict=True)
         return {"id": ids, "label": label, "probability": probability}
 
     def on_predict_end(self) -> None:
-        """Writes `predictions/predictions.csv` (one a rank where there are several)."""
-        if self.trainer.fast_dev_run:
+        """Writes `predictions/predictions.csv`, each image once, in the order of the data."""
+        ranks = on_every_rank(self._rows)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
+        # Lightning deals images out to the ranks in turn, and again from the first where they do not come out even.
+        rows = {row[0]: row for dealt in zip_longest(*ranks) for row in dealt if row is not None}
         folder.mkdir(parents=True, exist_ok=True)
-        rank = f"-rank{self.global_rank}" if self.trainer.world_size > 1 else ""
-        path = folder / f"predictions{rank}.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("id", "label", "probability"))
-            writer.writerows((i, label, f"{p:.6f}") for i, label, p in self._rows)
-        print(f"Predictions of {len(self._rows)} images: {path}", flush=True)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("id", "label", "probability"))
+        writer.writerows((i, label, f"{p:.6f}") for i, label, p in rows.values())
+        write_atomically(folder / "predictions.csv", text.getvalue().encode())
+        print(f"Predictions of {len(rows)} images: {folder / 'predictions.csv'}", flush=True)
