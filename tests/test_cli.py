@@ -233,6 +233,8 @@ def test_test_then_predict(quick, fitted, tmp_path):
     data = results["protocol"]["data"]
     assert (data["dataset"], data["transform"], data["split_seed"]) == ("digits", "none", 0)
     assert data["preprocessing"]["size"] == [8, 8]
+    assert {p.name for p in (tmp_path / "quickstart").glob("*.yaml")} >= {"config_test.yaml"}
+    assert not (tmp_path / "quickstart" / "config.yaml").exists()  # that is the fit's
     result = quick("--ckpt_path", fitted.checkpoint, command="predict")
     table = tmp_path / "quickstart" / "predictions" / "predictions.csv"
     assert f"Predictions of 179 images: {table}" in result.out
@@ -276,7 +278,7 @@ def test_the_command_line_wins_over_the_checkpoint(quick, fitted, tmp_path):
     assert "test_static" not in result.out  # static is what is set
     results = json.loads((tmp_path / "quickstart" / "results.json").read_text())
     assert results["method"]["init_args"]["inference_mode"] == "static"
-    saved = yaml.safe_load((tmp_path / "quickstart" / "config.yaml").read_text())
+    saved = yaml.safe_load((tmp_path / "quickstart" / "config_test.yaml").read_text())
     assert saved["data"]["init_args"]["eval_batch_size"] == 7
     assert saved["model"]["init_args"]["lr"] == 0.5
 

@@ -149,8 +149,10 @@ def run(args: Sequence[str]) -> None:
     """
     # Words are handed over so that config paths can be resolved first; Lightning warns about that.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # A test in the run's folder must not replace the config that it was trained by.
+    name = "config.yaml" if args[0] == "fit" else f"config_{args[0]}.yaml"
     try:
-        PeraCLI(args=list(args))
+        PeraCLI(args=list(args), save_config_kwargs={"overwrite": True, "config_filename": name})
     except (MisconfigurationException, OSError) as error:
         raise PeraError(str(error)) from error
     except (ValueError, TypeError, ArithmeticError) as error:
