@@ -59,7 +59,11 @@ def remember_unfrozen(model: nn.Module) -> list[str]:
     if found is None:
         return []
     root = found[1]
-    loose = {n for n, p in root.named_parameters() if p.requires_grad} - trained_parameter_names(root)
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    ours = {
+        id(parameters[name]) for name in trained_parameter_names(root)
+    }  # by identity: a head may be tied to the base
+    loose = {name for name, p in parameters.items() if p.requires_grad and id(p) not in ours}
     setattr(root, _UNFROZEN, getattr(root, _UNFROZEN, set()) | loose)
     return sorted(loose)
 

@@ -15,7 +15,7 @@ from pera_lightning import adapter_state_dict, inject, load_adapter, save_adapte
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.injection import injection_of
-from pera_lightning.state import forgive_missing_base, write_atomically
+from pera_lightning.state import forgive_missing_base, remember_unfrozen, write_atomically
 
 METHODS = [
     LoRA(rank=2),
@@ -236,3 +236,12 @@ def test_trained_on_a_low_precision_base(tmp_path: Path, dtype: torch.dtype) -> 
     inject(model, LoRA(rank=2), ["0"])
     save_adapter(model, tmp_path)
     load_adapter(base(), tmp_path)
+
+
+def test_a_base_tensor_tied_to_the_head_is_the_heads() -> None:
+    model = nn.ModuleDict({"embed": nn.Linear(4, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].weight = model["embed"].weight
+    inject(model, LoRA(rank=2), ["body"], ["head"])
+    assert remember_unfrozen(model) == []
+    model["embed"].bias.requires_grad_(True)
+    assert remember_unfrozen(model) == ["embed.bias"]
