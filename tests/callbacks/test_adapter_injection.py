@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
 )
+from short_fits import HEAD, TARGETS, callback, fitted, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from pera_lightning import inject, load_adapted
 from pera_lightning.adapters import PERA, AdaptedLinear, HiRA, LoRA
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError
-from runs import HEAD, TARGETS, callback, fitted, trainer
 
 
 class Probe(Callback):

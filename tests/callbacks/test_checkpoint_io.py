@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     WeightAveraging,
 )
+from short_fits import TARGETS, callback, fitted, trainer
 
 from pera_lightning import adapter_state_dict, load_adapted, load_adapter
 from pera_lightning.adapters import PERA, FullFineTuning, LinearProbe, LoRA
 from pera_lightning.errors import CheckpointError
-from runs import TARGETS, callback, fitted, trainer
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
