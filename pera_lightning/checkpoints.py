@@ -6,11 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
 
 from pera_lightning.callbacks.adapter_injection import prepare_loading
-from pera_lightning.callbacks.checkpoint_io import check_checkpoint
+from pera_lightning.callbacks.checkpoint_io import check_checkpoint, read_checkpoint
 from pera_lightning.errors import CheckpointError
 from pera_lightning.state import METADATA, find_injected, inject_spec
 
@@ -32,9 +31,9 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
         The module, adapted, in eval mode.
 
     Raises:
-        CheckpointError: where the file holds no adapters, or does not fit the module.
+        CheckpointError: where the file is missing, damaged, holds no adapters, or does not fit the module.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     if METADATA not in checkpoint:
         raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
     if isinstance(module, type):

@@ -10,7 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from torch import nn
 
 from pera_lightning import __version__
@@ -74,7 +74,7 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.save_checkpoint(trim(checkpoint, self.module), path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = _readable(self.inner, path, *args, **kwargs)
+        checkpoint = read_checkpoint(path, self.inner, *args, **kwargs)
         check_checkpoint(checkpoint, self.module, str(path))
         return checkpoint
 
@@ -85,9 +85,22 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.teardown()
 
 
-def _readable(inner: CheckpointIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Reads a Lightning checkpoint.
+
+    Args:
+        path: the file.
+        source: reads it; by default torch does, onto the CPU, tensors and primitives only.
+        args: for `source`.
+        kwargs: for `source`.
+
+    Raises:
+        CheckpointError: where the file is missing, damaged or something else.
+    """
+    if source is None:
+        source, kwargs = TorchCheckpointIO(), {"map_location": "cpu", "weights_only": True}
     try:
-        checkpoint = inner.load_checkpoint(path, *args, **kwargs)
+        checkpoint = source.load_checkpoint(path, *args, **kwargs)
     except FileNotFoundError:
         folder = Path(path).parent
         there = sorted(p.name for p in folder.glob("*.ckpt")) if folder.is_dir() else []

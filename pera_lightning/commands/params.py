@@ -20,6 +20,8 @@ def run(args: Sequence[str]) -> None:
     cli = ConfiguredCLI(args)
     if not hasattr(cli.model, "dry_run"):
         raise ConfigurationError(f"{type(cli.model).__name__} has no dry_run: params works on this package's modules")
-    if cli.model.settings.get("num_classes", 0) is None and cli.datamodule is not None:
+    if cli.model.settings.get("num_classes", 0) is None:
+        if not hasattr(cli.datamodule, "expected_classes"):
+            raise ConfigurationError("the data do not tell how many classes there are: give --model.num_classes")
         cli.model.settings["num_classes"] = cli.datamodule.expected_classes()
     print(cli.model.dry_run(cli.config_init["adapter"].injector()))

@@ -159,7 +159,9 @@ class ImageClassificationModule(AdapterModule):
         """Images (B, 3, H, W) -> logits (B, classes)."""
         try:
             return self.model(images.to(DTYPES[self.settings["base_dtype"]]))  # type: ignore[misc]
-        except AssertionError as error:  # how timm refuses a size
+        except AssertionError as error:
+            if not str(error).startswith("Input "):  # how timm refuses a size
+                raise
             size = "x".join(map(str, images.shape[-2:]))
             raise ConfigurationError(
                 f"images of {size} pixels: {error}; give the model's image_size the same size"

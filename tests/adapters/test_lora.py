@@ -60,7 +60,8 @@ def test_svd_inits_have_the_gradients_of_the_subtracted_weight() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_peft(bias: bool) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     ours, theirs, x = network(bias=bias).double(), network(bias=bias).double(), inputs(4)
     inject(ours, LoRA(rank=4, alpha=6), targets=["proj"])
     randomise(ours.double())

@@ -141,6 +141,10 @@ def test_a_damaged_or_missing_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"cut.ckpt is damaged"):
         trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "cut.ckpt"), verbose=False)
+    with pytest.raises(CheckpointError, match=r"cut.ckpt is damaged"):
+        load_adapted(Plain, tmp_path / "cut.ckpt")
+    with pytest.raises(CheckpointError, match=r"not exist.*best.ckpt"):
+        load_adapted(Plain, tmp_path / "bset.ckpt")
     with pytest.raises(CheckpointError, match=r"not exist.*best.ckpt"):
         trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "bset.ckpt"), verbose=False)
 
