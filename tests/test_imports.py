@@ -25,7 +25,7 @@ BELOW: dict[str, set[str]] = {
     "injection": CORE,
     "state": CORE,
     "merging": CORE | {"state"},
-    "data": {"errors"},
+    "data": {"errors", "evaluation"},
     "evaluation": {"errors"},
 }
 # Everything above `state` and `merging` must leave the command line alone.

@@ -17,7 +17,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that short class names (AuroRA, ImageDataModule) are found.
 import pera_lightning.adapters
+import pera_lightning.data.commonsense
+import pera_lightning.data.dialogue
 import pera_lightning.data.images
+import pera_lightning.data.maths
+import pera_lightning.modules.causal_lm
 import pera_lightning.modules.image_classification  # noqa: F401
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.callbacks import AdapterInjection
@@ -51,8 +55,8 @@ def known_classes() -> dict[str, list[str]]:
     """The short class names that the config's groups take."""
     return {
         "adapter.method": list(registered_methods()),
-        "model": ["ImageClassificationModule"],
-        "data": ["ImageDataModule"],
+        "model": ["CausalLMModule", "ImageClassificationModule"],
+        "data": ["CommonsenseDataModule", "DialogueDataModule", "ImageDataModule", "MathsDataModule"],
     }
 
 

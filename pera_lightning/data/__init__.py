@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "CommonsenseDataModule": "pera_lightning.data.commonsense",
+    "DialogueDataModule": "pera_lightning.data.dialogue",
     "ImageDataModule": "pera_lightning.data.images",
+    "MathsDataModule": "pera_lightning.data.maths",
 }
 
 __all__ = sorted(_WHERE)

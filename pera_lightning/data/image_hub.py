@@ -1,15 +1,15 @@
-"""Pictures of the hub: one split of a data set, with its labels read and every way to fail put into words."""
+"""Pictures of the hub: one split of a data set, with its labels read."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pera_lightning.data import hub
 from pera_lightning.data.image_sources import same_classes, to_rgb
-from pera_lightning.errors import DataError, listed, shorten
+from pera_lightning.errors import DataError, listed
 
 if TYPE_CHECKING:
     import datasets
@@ -38,35 +38,8 @@ class HubSource:
 
 
 def load_table(repository: str, config_name: str | None, split: str) -> datasets.Dataset:
-    """Loads one split of a data set of the hub, from the cache where it is there.
-
-    Raises:
-        DataError: where the hub, the data set, its configuration or the split cannot be had.
-    """
-    import datasets
-
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    elsewhere = "or give a local folder of class folders"
-    try:
-        return datasets.load_dataset(repository, config_name, split=split)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        if "gated" in str(error):
-            raise DataError(
-                f"data set {repository} on {hub} is gated: ask for access on its page, run `hf auth login`, {elsewhere}"
-            ) from error
-        raise DataError(
-            f"no data set {repository} on {hub} (or it is private), and no folder of that name here; check the name, "
-            f"run `hf auth login` if it is private, {elsewhere}"
-        ) from error
-    except Exception as error:  # of datasets, its hub client and the HTTP library of that: no common base
-        if isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests")):
-            raise DataError(
-                f"data set {repository} is not in the cache and {hub} cannot be reached ({shorten(str(error))}); set "
-                f"HF_ENDPOINT to a hub that can, {elsewhere}"
-            ) from error
-        # An unknown split or configuration among them: the message of datasets lists what there is.
-        config = f", configuration {config_name!r}" if config_name else ""
-        raise DataError(f"data set {repository}{config}, split {split!r}: {shorten(str(error))}") from error
+    """`hub.load_table`, which to pictures has an alternative of its own."""
+    return hub.load_table(repository, config_name, split, instead="a local folder of class folders")
 
 
 def _words(kind: object) -> str:

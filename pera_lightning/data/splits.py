@@ -30,6 +30,11 @@ def held_out_size(count: int, fraction: float) -> int:
     return math.ceil(round(fraction * count, 6))
 
 
+def random_order(generator: np.random.Generator, count: int) -> np.ndarray:
+    """The numbers below `count` in random order, of doubles that numpy keeps stable; the generator advances."""
+    return np.argsort(generator.random(count), kind="stable")
+
+
 def hold_out(
     rows: np.ndarray, fraction: float, generator: np.random.Generator, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +53,7 @@ def hold_out(
     Raises:
         DataError: where one of the two would be empty.
     """
-    order = np.argsort(generator.random(len(rows)), kind="stable")
+    order = random_order(generator, len(rows))
     size = held_out_size(len(rows), fraction)
     if not 0 < size < len(rows):
         raise DataError(f"{len(rows)} images cannot be split: {fraction:g} held out leaves one side empty; add images")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_NAMES = {"ImageClassificationModule": "pera_lightning.modules.image_classification"}
+_NAMES = {
+    "CausalLMModule": "pera_lightning.modules.causal_lm",
+    "ImageClassificationModule": "pera_lightning.modules.image_classification",
+}
 __all__ = list(_NAMES)
 
 

@@ -60,14 +60,13 @@ class AdapterModule(LightningModule):
 
     @abstractmethod
     def build_network(self, weights: bool = True) -> nn.Module:
-        """The network in float32, with its base weights, or (for counting, on the meta device) without."""
+        """The network in `base_dtype`, with its base weights, or (for counting, on the meta device) without."""
 
     def configure_model(self) -> None:
-        """Builds, casts and injects, once."""
+        """Builds and injects, once."""
         if self.model is not None:
             return
-        # The cast comes first: adapters and heads stay float32 over a base in low precision.
-        network = self.build_network().to(DTYPES[self.settings["base_dtype"]])
+        network = self.build_network()  # in its dtype already: adapters and heads stay float32 over a low one
         if self.adapter_injection is not None:
             self.adapter_injection(network)
             keep_heads_float32(network)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pera_lightning.adapters.aurora import AuroRALayer, static_inference
+from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_choice, check_number, check_rank
 from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.errors import ConfigurationError
@@ -89,7 +89,7 @@ class ImageClassificationModule(AdapterModule):
         network = self._create(pretrained=weights and self.settings["pretrained"])
         # Always a new head: weights for another task with as many classes must not survive.
         network.reset_classifier(self.settings["num_classes"])
-        return network
+        return network.to(DTYPES[self.settings["base_dtype"]])
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -222,30 +222,21 @@ class ImageClassificationModule(AdapterModule):
         seconds = time.perf_counter() - self._started
         scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
         if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
-            mode = {"test": self._inference(), "test_static": "static, the paper's row AuroRA"}
+            inference = results.inference_rows(self)
             facts = {
                 "n": n,
                 "seconds": seconds,
                 "accuracy_per_class": per_class,
-                "inference": {s: mode[s] for s in stages},
+                "inference": {s: inference[s] for s in stages},
             }
             path = results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
             print(f"Results: {path}", flush=True)
 
-    def _inference(self) -> str:
-        modes = {m.inference_mode for m in self.modules() if isinstance(m, AuroRALayer)}
-        return {"dynamic": "dynamic, the paper's AuroRA-D"}.get("".join(modes), "".join(modes) or "linear")
-
     def _protocol(self) -> dict[str, Any]:
         """What was tested on what: network, checkpoint, and what the data module says of itself."""
-        checkpoint = self.trainer.ckpt_path
         data = getattr(self.trainer, "datamodule", None)
-        return {
-            "task": "image_classification",
-            "model_name": self.settings["model_name"],
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "data": data.protocol() if hasattr(data, "protocol") else None,
-        }
+        about = results.about(self, "image_classification")
+        return {**about, "data": data.protocol() if hasattr(data, "protocol") else None}
 
     def _draw(self, title: str, matrix: Tensor, names: list[str]) -> None:
         from lightning.pytorch.loggers import TensorBoardLogger

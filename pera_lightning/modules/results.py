@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from pera_lightning import __version__
+from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.injection import injection_of
 from pera_lightning.state import find_injected, write_atomically
 
@@ -39,6 +41,32 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def inference_rows(model: nn.Module) -> dict[str, str]:
+    """The stages that a test has, and the row of the papers that each stands for.
+
+    An AuroRA whose inference is dynamic is tested twice.
+    """
+    modes = {m.inference_mode for m in model.modules() if isinstance(m, AuroRALayer)}
+    if "dynamic" in modes:
+        return {"test": "dynamic, the paper's AuroRA-D", "test_static": "static, the paper's row AuroRA"}
+    return {"test": "static" if modes else "linear"}
+
+
+def about(module: LightningModule, task: str) -> dict[str, Any]:
+    """What was tested: the beginning of a result's `protocol`, for modules with `settings`.
+
+    Args:
+        module: attached to its trainer.
+        task: its name.
+    """
+    checkpoint = module.trainer.ckpt_path
+    return {
+        "task": task,
+        "model_name": module.settings["model_name"],  # type: ignore[index]
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
 
 
 def collect(module: nn.Module, metrics: dict[str, float], **facts: Any) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Word problems: MetaMathQA (arXiv 2309.12284) to train on, GSM8K (arXiv 2110.14168) to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pera_lightning.data import hub, json_rows
+from pera_lightning.data.text import TextDataModule
+from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.evaluation.maths import gold_number
+from pera_lightning.evaluation.rows import Row
+
+_ENDINGS = (".json", ".jsonl")
+# Columns that tell a form, the first that fits: LLM-Adapters', MetaMathQA's, GSM8K's.
+_FORMS = (("instruction",), ("query", "response"), ("question", "answer"))
+_IN_WORDS = (
+    "instruction and output or answer (LLM-Adapters), query and response (MetaMathQA), question and answer (GSM8K)"
+)
+
+
+class MathsDataModule(TextDataModule):
+    """MetaMathQA and GSM8K, or word problems of your own in one of three forms.
+
+    The columns tell the form. LLM-Adapters': "instruction", "input", "output", "answer". MetaMathQA's: "query" and
+    "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the whole solution and
+    ends in "#### 72"; it is trained on as it is. The answer of a test row has to be a number.
+
+    Args:
+        train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given
+            after a colon, as in "openai/gsm8k:main".
+        test: the same, with the split "test".
+        protocol: "last_number", see `pera_lightning.evaluation.maths`.
+        options: those of `TextDataModule`.
+    """
+
+    task = "maths"
+
+    def __init__(
+        self,
+        *,
+        train: str = "meta-math/MetaMathQA",
+        test: str = "openai/gsm8k:main",
+        protocol: str = "last_number",
+        **options: Any,
+    ) -> None:
+        super().__init__(protocol=protocol, **options)
+        self.train, self.test = train, test
+        for argument, source in (("train", train), ("test", test)):
+            if not _is_file(source) and source.count("/") != 1:
+                raise ConfigurationError(f"{argument}={source!r} is no hub id such as org/name, and no .json or .jsonl")
+
+    def prepare_data(self) -> None:
+        """Downloads what this run needs from the hub, in one process of each machine."""
+        for source, split, needed in zip((self.train, self.test), ("train", "test"), self.needed(), strict=True):
+            if needed and not _is_file(source):
+                _load(source, split)
+        super().prepare_data()
+
+    def training_rows(self) -> list[Row]:
+        return read_problems(self.train, "train")
+
+    def test_rows(self) -> dict[str, list[Row]]:
+        return {_name(self.test): read_problems(self.test, "test")}
+
+
+def read_problems(source: str, split: str) -> list[Row]:
+    """Reads word problems.
+
+    Args:
+        source: hub id with or without a configuration, or file.
+        split: "train" or "test".
+
+    Raises:
+        DataError: where there are none, or a row cannot be used.
+    """
+    if _is_file(source):
+        entries = json_rows.read_json(Path(source).expanduser())
+        where = source
+        form = _form(list(entries[0]) if isinstance(entries[0], Mapping) else [], where)
+    else:
+        table = _load(source, split)
+        where = f"data set {source}, split {split!r}"
+        form = _form(table.column_names, where)
+        wanted = (*form, "input", "output", "answer")
+        entries = table.select_columns([name for name in table.column_names if name in wanted]).to_list()
+        if not entries:
+            raise DataError(f"{where} has no rows")
+    needed = ("instruction", "output" if split == "train" else "answer")
+    own, rows = _name(source), []
+    for k, entry in enumerate(entries):
+        fields = _unified(entry, form, f"row {k} of {where}")
+        rows.append(json_rows.to_row(fields, number=k, set_name=own, split=split, source=where, needed=needed))
+        if split == "test":
+            _check_number(rows[-1], f"row {k} of {where}")
+    return rows
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(_ENDINGS) or Path(source).expanduser().is_file()
+
+
+def _name(source: str) -> str:
+    """What a source is called in results: ``openai/gsm8k:main`` is gsm8k, ``data/gsm8k/test.json`` too."""
+    if not _is_file(source):
+        return source.partition(":")[0].rpartition("/")[2]
+    path = Path(source).expanduser().absolute()
+    return path.parent.name if path.stem in ("train", "test") and path.parent.name else path.stem
+
+
+def _load(source: str, split: str) -> Any:
+    repository, _, config = source.partition(":")
+    try:
+        return hub.load_table(repository, config or None, split, instead="a file of JSON or JSON lines")
+    except DataError as error:
+        if config or "Config name is missing" not in str(error):
+            raise
+        raise DataError(f"{error}. Here it is given after a colon: {source}:NAME") from error
+
+
+def _form(names: list[str], where: str) -> tuple[str, ...]:
+    for form in _FORMS:
+        if set(form) <= set(names):
+            return form
+    raise DataError(f"{where} has the columns {listed(names) or 'of no object'}; known are {_IN_WORDS}")
+
+
+def _unified(entry: Any, form: tuple[str, ...], where: str) -> Any:
+    """An entry in LLM-Adapters' form."""
+    if form == ("instruction",) or not isinstance(entry, Mapping):
+        return entry
+    for name in form:
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            raise DataError(f"{where}: {name!r} is missing or no text; correct the row or leave it out")
+    question, solution = (entry[name] for name in form)
+    mark = "The answer is:" if form[0] == "query" else "####"
+    return {"instruction": question, "output": solution, "answer": solution.rpartition(mark)[2].strip()}
+
+
+def _check_number(row: Row, where: str) -> None:
+    try:
+        gold_number(row.answer)
+    except DataError:
+        answer = row.answer if len(row.answer) <= 60 else f"… {row.answer[-58:]}"
+        raise DataError(
+            f"{where}: answer {answer!r} is no number; give one such as '72', or a solution that ends in '#### 72'"
+        ) from None

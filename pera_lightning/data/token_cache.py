@@ -1,0 +1,157 @@
+"""Training rows as token ids in an Arrow file, written once and mapped into memory ever after.
+
+The file's name is a hash of all that decides its content: tokenizer, protocol and rows. Ids are kept whole; cutting
+them to a length costs nothing later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pera_lightning.data.json_rows import digest
+from pera_lightning.errors import DataError, shorten
+from pera_lightning.evaluation.encoding import encode_pairs, has_label, tokenizer_key, truncate
+from pera_lightning.evaluation.protocols import Protocol
+from pera_lightning.evaluation.rows import Row
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+_CHUNK = 8192  # rows tokenised and written at once
+
+
+def cache_folder() -> Path:
+    """Where tokenised rows are kept: beside what the library datasets keeps, so ``HF_HOME`` moves both."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pera_lightning"
+
+
+def tokenised(
+    rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> datasets.Dataset:
+    """The table of ``input_ids`` and ``start`` (first token with a label), from the cache where it is there.
+
+    Args:
+        rows: training rows.
+        protocol: gives prompt, response, BOS and what the loss is on.
+        tokenizer: of the model.
+        folder: of the cache.
+
+    Raises:
+        DataError: where the folder cannot be written, or its file is damaged.
+    """
+    import datasets
+    import pyarrow as pa
+
+    facts = [_FORMAT, tokenizer_key(tokenizer), protocol.describe(), digest(rows)]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    path = folder / f"{protocol.task}-{protocol.name}-{key}.arrow"
+    try:
+        if not path.is_file():
+            _write_whole(rows, protocol, tokenizer, path)
+        return datasets.Dataset.from_file(str(path))
+    except OSError as error:
+        raise DataError(
+            f"tokenised rows cannot be kept in {folder}: {error.strerror or error}; make room, or choose another "
+            "cache_dir"
+        ) from error
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error
+
+
+def _write_whole(rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        _write(rows, protocol, tokenizer, temporary)
+        os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("start", pa.int32())])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for begin in range(0, len(rows), _CHUNK):
+            part = rows[begin : begin + _CHUNK]
+            pairs = encode_pairs(
+                tokenizer,
+                [protocol.training_prompt(row) for row in part],
+                [protocol.response(row) for row in part],
+                bos=protocol.bos,
+                eos=True,
+            )
+            ids = pa.array([ids for ids, _ in pairs], type=pa.list_(pa.int32()))
+            starts = pa.array([start if protocol.loss_on == "answer" else 0 for _, start in pairs], type=pa.int32())
+            writer.write_batch(pa.record_batch([ids, starts], schema=schema))
+
+
+class TokenRows:
+    """Rows of the table, cut at a length; those that keep no label are left out.
+
+    Args:
+        table: as `tokenised` gives it.
+        indices: rows of it, in order.
+        max_length: tokens of a row at most; cut at the end.
+
+    Attributes:
+        lengths: tokens of each row kept, after cutting.
+        cut: rows that were cut.
+        dropped: rows left out, since the cut took all their labels.
+    """
+
+    def __init__(self, table: datasets.Dataset, indices: np.ndarray, max_length: int) -> None:
+        self._table, self._max_length = table, max_length
+        columns = table.with_format("arrow")[:]
+        full = np.asarray(_list_lengths(columns.column("input_ids")))[indices]
+        starts = columns.column("start").to_numpy()[indices]
+        lengths = np.minimum(full, max_length)
+        kept = lengths > np.maximum(starts, 1)  # as `has_label` says of one row
+        self.cut, self.dropped = int((full > max_length).sum()), int((~kept).sum())
+        self.indices, self.lengths = indices[kept], lengths[kept]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> dict[str, object]:
+        row = self._table[int(self.indices[number])]
+        ids, start, _ = truncate(row["input_ids"], row["start"], self._max_length)
+        assert has_label(ids, start)
+        return {"input_ids": ids, "start": start}
+
+
+class PackedRows:
+    """Several rows as one item, for packed batches.
+
+    Args:
+        rows: the rows.
+        sequences: the rows of each item.
+    """
+
+    def __init__(self, rows: TokenRows, sequences: Sequence[Sequence[int]]) -> None:
+        self.rows, self.sequences = rows, sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, number: int) -> list[dict[str, object]]:
+        return [self.rows[row] for row in self.sequences[number]]
+
+
+def _list_lengths(column: object) -> list[int]:
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(column).to_pylist()

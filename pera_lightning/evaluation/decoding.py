@@ -1,0 +1,198 @@
+"""Generation and scoring with a causal language model, in batches whose padding changes nothing.
+
+Rows are padded on the left, with the mask and the positions that make a row see what it would see alone:
+
+    ids        p  p  a  b  c
+    mask       0  0  1  1  1
+    positions  0  0  0  1  2
+
+Of the model's own generation_config (sampling, temperature, penalties …) only the EOS ids apply: they belong to the
+model, decoding to the protocol.
+
+Legend: B rows, T tokens of the longest row, R different inputs, K last positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pera_lightning.errors import DataError
+from pera_lightning.evaluation.encoding import pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pera_lightning.evaluation.protocols import Decoding
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote after one prompt.
+
+    Args:
+        ids: the new tokens, without the EOS that ended them.
+        text: the same as text, special tokens left out.
+        score: with beams, the summed log-probability divided by the number of new tokens (EOS included); else None.
+    """
+
+    ids: list[int]
+    text: str
+    score: float | None
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads rows on the left: (input_ids, attention_mask, position_ids), each (B, T) int64.
+
+    Args:
+        rows: B lists of token ids.
+        pad_id: what to fill with.
+        device: where the tensors go.
+    """
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + [*row] for row in rows], dtype=torch.int64)  # (B, T)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the padding gets 0, a position every model has
+    return ids.to(device), mask.to(device), positions.to(device)
+
+
+def forward_arguments(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments that a model's forward spells out; looked up once a class."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps all models in one class
+    if hasattr(model, "get_base_model"):  # PEFT names few arguments and passes all of them on
+        model = model.get_base_model()
+    return _arguments_of(type(model))
+
+
+@functools.lru_cache(maxsize=64)
+def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    synced: bool = False,
+) -> list[Generated]:
+    """Continues prompts, greedily or with beams; the caller has put the model into evaluation mode.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        prompts: B lists of token ids.
+        decoding: new tokens and beams; with beams transformers keeps (B beams, V) float32 of every step, for the score.
+        synced: goes on until every rank is done, for models sharded over ranks.
+
+    Raises:
+        DataError: a prompt has no tokens.
+    """
+    from transformers import GenerationConfig
+
+    if not prompts:
+        return []
+    if not all(prompts):
+        raise DataError(f"prompt {[*map(len, prompts)].index(0)} of the batch has no tokens; nothing to continue")
+    pad_id, ends, beams = pad_token_id(tokenizer), end_ids(model, tokenizer), decoding.num_beams > 1
+    config = GenerationConfig(**asdict(decoding), do_sample=False)
+    config.pad_token_id, config.eos_token_id = pad_id, ends or None
+    config.return_dict_in_generate, config.output_scores = True, beams  # no sequences_scores without the scores
+    # Positions are left to transformers: it makes the same ones from the mask, and moves them on at every step.
+    ids, mask, _ = pad_left(prompts, pad_id, _device(model))  # (B, T)
+    with _own_generation_config(model, GenerationConfig()):
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced)
+    new = output.sequences[:, ids.shape[1] :].tolist()  # (B, up to max_new_tokens)
+    scores = output.sequences_scores.tolist() if beams else [None] * len(new)
+    return [_generated(tokenizer, row, ends, score) for row, score in zip(new, scores, strict=True)]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that end a generation: those of the model and the tokenizer's, sorted."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
+def _generated(tokenizer: PreTrainedTokenizerBase, row: list[int], ends: list[int], score: float | None) -> Generated:
+    """Cuts a row at its first EOS: whatever follows there is padding."""
+    ids = list(itertools.takewhile(lambda token: token not in ends, row))
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generated(ids=ids, text=text, score=score)
+
+
+@contextlib.contextmanager
+def _own_generation_config(model: PreTrainedModel, config: object) -> Iterator[None]:
+    """Puts an empty config in the place of the model's: transformers fills what a given one leaves open from it."""
+    kept = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@torch.no_grad()
+def score_options(
+    model: nn.Module, candidates: Sequence[Sequence[tuple[list[int], int]]], *, pad_id: int
+) -> list[list[float]]:
+    """log p(ids[start:] | ids[:start]) of every option of every question, in one forward.
+
+    The last token of an option is predicted, never read. So options that differ in it alone are one input, and only
+    the last K positions, K = the longest scored span, need logits.
+
+    Args:
+        model: a causal language model; its forward may do without position_ids and logits_to_keep.
+        candidates: for each question its options, each (ids, start): score ids[start:]; `start` is 1 or more.
+        pad_id: what to fill with.
+
+    Returns:
+        One list of summed log-probabilities a question: float32, natural logarithm.
+
+    Raises:
+        DataError: an option with nothing to score, or with nothing before it.
+    """
+    users: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)  # input -> (question, option)
+    for question, options in enumerate(candidates):
+        for option, (ids, start) in enumerate(options):
+            if not 1 <= start < len(ids):
+                where = f"option {option} of question {question} of the batch"
+                raise DataError(f"{where}: start {start} of {len(ids)} tokens; needs one before it and one to score")
+            users[tuple(ids[:-1])].append((question, option))
+    if not users:
+        return [[] for _ in candidates]
+    keep = max(len(ids) - start for options in candidates for ids, start in options)
+    logits = _last_logits(model, list(users), keep, pad_id)  # (R, K, V)
+    sums = {}
+    for row, using in zip(logits, users.values(), strict=True):
+        logs = row.float().log_softmax(-1)  # (K, V); a row at a time, V is large
+        for question, option in using:
+            ids, start = candidates[question][option]
+            span = torch.tensor(ids[start:], device=logs.device)  # (S,)
+            sums[question, option] = logs[keep - len(span) :].gather(-1, span[:, None]).sum()
+    values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # one wait for the device
+    return [[values[question, option] for option in range(len(options))] for question, options in enumerate(candidates)]
+
+
+def _last_logits(model: nn.Module, rows: Sequence[Sequence[int]], keep: int, pad_id: int) -> Tensor:
+    """Logits of the last `keep` positions of rows padded on the left: (R, K, V)."""
+    ids, mask, positions = pad_left(rows, pad_id, _device(model))  # (R, T)
+    optional = {"position_ids": positions, "logits_to_keep": keep, "use_cache": False}
+    taken = {name: optional[name] for name in optional.keys() & forward_arguments(model)}
+    return model(input_ids=ids, attention_mask=mask, **taken).logits[:, -keep:]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

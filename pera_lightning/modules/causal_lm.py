@@ -1,0 +1,236 @@
+"""Causal language models: fine-tuning on texts or answers, and evaluation by named protocols.
+
+Papers: HiRA (ICLR 2025), PERA (arXiv 2604.11841) and AuroRA (arXiv 2505.18738) all adapt LLaMA-like models here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from pera_lightning.adapters.method import check_choice
+from pera_lightning.data.batching import IGNORE, label_positions
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.evaluation.decoding import forward_arguments
+from pera_lightning.evaluation.pretrained import load_tokenizer
+from pera_lightning.injection import injection_of
+from pera_lightning.modules.answering import Answering
+from pera_lightning.modules.base import DTYPES, AdapterModule, check_training_values
+from pera_lightning.modules.language_networks import check_packing, load_network
+from pera_lightning.modules.token_loss import StepMean, summed_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pera_lightning.evaluation.questions import Questions
+
+_TOKENS = "step_tokens"
+_TRAINED = "training_protocol"
+
+
+class CausalLMModule(AdapterModule):
+    """Trains adapters of a causal language model of transformers.
+
+    Training and validation batches are dicts of int64 tensors (B, T): ``input_ids``, ``labels`` (-100: no label) and,
+    where there are any, ``attention_mask`` and ``position_ids``. The loss of an optimizer step is the sum over its
+    labelled tokens, divided by their number over all ranks and accumulated batches. Logged: `train/loss` (of the
+    batch), `val/loss`, `val/perplexity`, `val/token_accuracy`. Test batches are `Questions`: they are answered and
+    scored by the protocol of the data module, see `Answering`.
+
+    Args:
+        model_name: hub id or folder.
+        lr: learning rate of the adapters.
+        head_lr: of modules trained whole, by default `lr`.
+        weight_decay: AdamW's, for tensors of two dimensions or more.
+        lr_schedule: after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: the same as a share of all steps.
+        base_dtype: of the frozen base; adapters are float32. On CPUs without bfloat16 arithmetic float32 is faster.
+        attn_implementation: "sdpa", "eager", "flash_attention_2" …; by default transformers' choice.
+        activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
+        compile: compiles the network, after the injection.
+        revision: branch, tag or commit of the hub's repository.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        lr: float = 1e-4,
+        head_lr: float | None = None,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
+        check_training_values(
+            lr=lr,
+            head_lr=head_lr,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+            warmup_ratio=warmup_ratio,
+        )
+        check_choice(base_dtype, "base_dtype", tuple(DTYPES))
+        self.save_hyperparameters()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._step_mean = StepMean()
+        self._answering = Answering(self)
+        self.trained_with: dict[str, Any] | None = None
+
+    # --- the network ---
+
+    def build_network(self, weights: bool = True) -> nn.Module:
+        h = self.settings
+        return load_network(
+            h["model_name"],
+            dtype=DTYPES[h["base_dtype"]],
+            attn_implementation=h["attn_implementation"],
+            revision=h["revision"],
+            weights=weights,
+        )
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        super().configure_model()
+        self._check_tied_head()
+        if self.settings["activation_checkpointing"]:
+            if not getattr(self.model, "supports_gradient_checkpointing", False):
+                raise ConfigurationError(f"{type(self.model).__name__} cannot checkpoint activations; leave it out")
+            old = getattr(self.model, "gradient_checkpointing_enable", None)  # its name before transformers 5
+            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        if self.settings["compile"]:
+            self.model.compile()
+        self.metrics = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
+
+    def _check_tied_head(self) -> None:
+        """A head that is trained in float32 cannot share its weight with embeddings in low precision."""
+        mark, head = injection_of(self.model), self.model.get_output_embeddings()
+        trained = mark is not None and any(self.model.get_submodule(p) is head for p in mark.trained_modules)
+        tied = head is not None and head.weight is self.model.get_input_embeddings().weight
+        if trained and tied and self.settings["base_dtype"] != "float32":
+            raise ConfigurationError(
+                "the head shares its weight with the embeddings, and trained it is float32: set base_dtype=float32, or "
+                "leave the head out of trainable"
+            )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, for the data module."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.settings["model_name"], self.settings["revision"])
+        return self._tokenizer
+
+    def forward(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
+        """Logits (B, K, V) at `positions` (K,) of the sequences, or at all of them.
+
+        Args:
+            batch: without cache, so that packed sequences stay apart.
+            positions: where logits are wanted.
+        """
+        known = forward_arguments(self.model)  # type: ignore[arg-type]
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = {name: batch[name] for name in names if name in batch and name in known}
+        if positions is not None and "logits_to_keep" in known:
+            return self.model(**inputs, logits_to_keep=positions, use_cache=False).logits  # type: ignore[misc]
+        logits = self.model(**inputs, use_cache=False).logits  # type: ignore[misc]
+        return logits if positions is None else logits[:, positions]
+
+    # --- training and validation ---
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        self.trained_with = data.protocol() if hasattr(data, "protocol") else None
+        if getattr(data, "batching", None) == "packed":
+            check_packing(self.model)  # type: ignore[arg-type]
+
+    def _shared_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss, logits (N, V) and targets (N,) of the positions that need logits."""
+        positions = label_positions(batch["labels"])  # (K,)
+        logits = self(batch, positions).flatten(0, 1)  # (B K, V)
+        targets = batch["labels"][:, positions + 1].flatten()  # (B K,)
+        return summed_loss(logits, targets), logits, targets
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step_mean.start()  # where Lightning empties the gradients; a fit stopped within a window left some
+        summed, _, targets = self._shared_step(batch)
+        self.check_loss(summed, batch_idx)
+        own = (targets != IGNORE).sum()
+        world = self.trainer.world_size
+        tokens = own if world == 1 else self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+        mean = summed.detach() / own.clamp(min=1)
+        self.log("train/loss", mean, prog_bar=True, batch_size=max(int(own), 1))
+        return self._step_mean.loss(summed, int(tokens), world=world)
+
+    def on_after_backward(self) -> None:
+        """Corrects the gradient at the end of the accumulation window."""
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        factor = self._step_mean.correction(self.trainer.accumulate_grad_batches)
+        if factor != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        summed, logits, targets = self._shared_step(batch)
+        labelled = targets != IGNORE
+        count = int(labelled.sum())
+        if count:
+            right = (logits.argmax(-1) == targets)[labelled].float().mean()
+            self.metrics["loss"].update(summed / count, weight=count)
+            self.metrics["token_accuracy"].update(right, weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        loss, accuracy = (self.metrics[name].compute() for name in ("loss", "token_accuracy"))
+        for metric in self.metrics.values():
+            metric.reset()
+        values = {"val/loss": loss, "val/perplexity": loss.exp(), "val/token_accuracy": accuracy}
+        # The metrics are of all ranks already; without sync_dist Lightning warns.
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+
+    # --- test and prediction ---
+
+    def answered(self) -> frozenset[str]:
+        """Ids of the test rows that an interrupted evaluation has answers for; called by the data module."""
+        return self._answering.answered()
+
+    def on_test_start(self) -> None:
+        self._answering.start("test")
+
+    def test_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._answering.step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._answering.finish()
+
+    def on_predict_start(self) -> None:
+        self._answering.start("predict")
+
+    def predict_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """The records of a batch: id, output, prediction and the rest, as in the files."""
+        return self._answering.step(batch)
+
+    def on_predict_end(self) -> None:
+        self._answering.finish()
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_TOKENS] = self._step_mean.state()
+        checkpoint[_TRAINED] = self.trained_with
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._step_mean.load(checkpoint.get(_TOKENS, [0, 0]))
+        self.trained_with = checkpoint.get(_TRAINED)

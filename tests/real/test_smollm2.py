@@ -1,0 +1,151 @@
+"""Fit, resume and test of a real language model, as a user runs them; minutes, all of it marked slow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from smollm2 import build_smollm2, write_questions
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pera_lightning import inject
+from pera_lightning.adapters import PERA, LoRA
+from pera_lightning.cli import main
+from pera_lightning.data import CommonsenseDataModule
+from pera_lightning.evaluation.decoding import generate
+from pera_lightning.evaluation.protocols import protocol
+from pera_lightning.evaluation.questions import make_questions
+from pera_lightning.modules.token_loss import summed_loss
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_smollm2(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("questions") / "data")
+
+
+def options(model: Path, data: Path, folder: Path, steps: int, name: str) -> list[str]:
+    values = {
+        "config": "configs/commonsense_smollm2.yaml",
+        "model.model_name": model,
+        "model.lr": 2e-3,
+        "model.lr_schedule": "constant",
+        "model.warmup_steps": 0,
+        "data.folder": data,
+        "data.train": "ARC-Easy",
+        "data.test": "[ARC-Easy]",
+        "data.cache_dir": folder / "cache",
+        "data.validation_size": 4,
+        "data.batch_size": 2,
+        "data.eval_batch_size": 20,
+        "trainer.max_steps": steps,
+        "trainer.val_check_interval": 4,
+        "trainer.log_every_n_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger.init_args.save_dir": folder,
+        "trainer.logger.init_args.name": name,
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def losses(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for file in sorted(folder.glob("events*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        if "train/loss" in events.Tags()["scalars"]:
+            found += [e.value for e in events.Scalars("train/loss")]
+    return found
+
+
+def test_fit_resume_and_test(model_folder: Path, questions: Path, tmp_path: Path) -> None:
+    def run(command: str, steps: int, name: str, *more: str) -> None:
+        main([command, *options(model_folder, questions, tmp_path, steps, name), *more])
+
+    run("fit", 8, "whole")
+    run("fit", 4, "parts")
+    run("fit", 8, "parts", "--ckpt_path", str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    seen = losses(tmp_path / "whole")
+    assert len(seen) == 8
+    assert sum(seen[-2:]) < 0.5 * sum(seen[:2])
+
+    run("test", 8, "whole", "--ckpt_path", "last")
+    result = json.loads((tmp_path / "whole" / "results.json").read_text(encoding="utf-8"))
+    lines = (tmp_path / "whole" / "predictions" / "score" / "ARC-Easy.jsonl").read_text(encoding="utf-8").splitlines()
+    assert result["n"] == {"test": 40}
+    assert [json.loads(line)["id"] for line in lines] == [f"ARC-Easy/test/{k}" for k in range(40)]
+    assert result["metrics"]["test/accuracy"] == sum(json.loads(line)["correct"] for line in lines) / 40
+
+
+def five_losses(model_folder: Path, questions: Path, method: object, freeze: str | None = None) -> list[float]:
+    """Losses of five steps of AdamW on the same batches."""
+    seed_everything(0)
+    network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    inject(network, method, TARGETS, seed=0)
+    data = CommonsenseDataModule(
+        str(questions),
+        train="ARC-Easy",
+        tokenizer=str(model_folder),
+        batch_size=2,
+        validation_size=8,
+        cache_dir=str(questions / "cache"),
+    )
+    data.setup("fit")
+    trained = [
+        p for name, p in network.named_parameters() if p.requires_grad and not (freeze and name.endswith(f".{freeze}"))
+    ]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    network.train()
+    found = []
+    for _, batch in zip(range(5), data.train_dataloader(), strict=False):
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = network(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = summed_loss(logits, labels) / (labels != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_pera_without_products_is_lora(model_folder: Path, questions: Path) -> None:
+    lora = five_losses(model_folder, questions, LoRA(rank=4, alpha=4))
+    linear = five_losses(model_folder, questions, PERA(rank=4, alpha=4, terms="linear"))
+    frozen = five_losses(model_folder, questions, PERA(rank=4, alpha=4), freeze="h")
+    full = five_losses(model_folder, questions, PERA(rank=4, alpha=4))
+    assert lora[-1] < 0.8 * lora[0]
+    torch.testing.assert_close(torch.tensor(linear), torch.tensor(lora), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(frozen), torch.tensor(lora), atol=1e-5, rtol=1e-5)
+    assert full != lora  # the products do something, or the lines above would say nothing
+
+
+def test_answers_do_not_hang_on_the_batch(model_folder: Path, questions: Path) -> None:
+    hira = protocol("commonsense", "hira")
+    data = CommonsenseDataModule(str(questions), test=["ARC-Easy"], protocol="hira")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    asked = make_questions(hira, tokenizer, data.test_rows()["ARC-Easy"][:8])
+    prompts = [tokenizer("Name one animal.")["input_ids"], *(q.prompt for q in asked)]  # very unlike in length
+    network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    together = generate(network, tokenizer, prompts, hira.decoding)
+    alone = [generate(network, tokenizer, [prompt], hira.decoding)[0] for prompt in prompts]
+    for a, b in zip(together, alone, strict=True):
+        assert a.text == b.text or abs(a.score - b.score) < 1e-4, (a, b)
+    assert len({a.text for a in together}) > 1
