@@ -86,9 +86,7 @@ def test_the_prompt_and_the_choices() -> None:
     assert SELF_PERSONA.response(row) == "two dogs ."
     assert SELF_PERSONA.options(row) == ()
     assert (SELF_PERSONA.loss_on, SELF_PERSONA.bos, SELF_PERSONA.max_length) == ("answer", "always", 512)
-    assert SELF_PERSONA.decoding == Decoding(
-        max_new_tokens=64, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4
-    )
+    assert SELF_PERSONA.decoding == Decoding(max_new_tokens=64, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4)
     assert SELF_PERSONA.main_metric == "bleu"
     assert "Ours" in SELF_PERSONA.origin
     assert not SELF_PERSONA.is_correct("two dogs .", row)

@@ -90,7 +90,7 @@ def test_a_table() -> None:
         "set               n  accuracy  not_found  seconds  tokens_per_second\n"
         "boolq          3270    0.7500     0.0000     12.3             1000.0\n"
         "ARC-Challenge  1172    0.2500     0.1250      3.0\n"
-        "average                0.5000                  7.7"
+        "average                0.5000                 7.7"
     )
 
 

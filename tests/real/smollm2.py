@@ -26,7 +26,8 @@ def build_smollm2(folder: Path) -> Path:
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     whole = GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=whole).save_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=whole)
+    network.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     return folder
 
