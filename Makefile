@@ -57,7 +57,7 @@ test-fast: $(INSTALLED_TEST)  ## run the tests that are not slow
 check: $(INSTALLED_TEST)  ## lint, formatting, and that every file compiles
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m compileall -q cli.py pera_lightning scripts tests
+	$(BIN)/python -m compileall -q cli.py pera_lightning benchmarks scripts tests
 
 style: $(INSTALLED_TEST)  ## format the code and fix what can be fixed
 	$(BIN)/python -m ruff format .

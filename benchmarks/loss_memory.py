@@ -13,13 +13,13 @@ logits).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from report import report
 from torch import Tensor, nn
 
 from pera_lightning.data.batching import IGNORE, label_positions
@@ -130,11 +130,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     settings = {key: value for key, value in vars(given).items() if key != "json"}
     results = measure(**{**settings, "dtype": DTYPES[given.dtype]})
     result = {"settings": {**settings, "chunk": CHUNK, "torch": torch.__version__}, "results": results}
-    print(table(results))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    report(table(results), result, given.json)
     return result
 
 

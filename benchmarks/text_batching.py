@@ -10,7 +10,6 @@ summed losses of all rows are compared as well: the batches differ, the mathemat
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import report
 from torch import Tensor
 
 from pera_lightning import inject
@@ -202,11 +202,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         "settings": {**settings, "rows": len(rows), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "results": results,
     }
-    print(table(results))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    report(table(results), result, given.json)
     return result
 
 

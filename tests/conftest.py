@@ -78,3 +78,20 @@ def llama(tmp_path_factory):
     from language_helpers import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("transformers") / "tiny_llama")
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """A folder of small commonsense sets, `COUNTS` test rows each; for tests in the folder of the helpers."""
+    from answering_helpers import COUNTS
+    from language_helpers import write_sets
+
+    return write_sets(tmp_path_factory.mktemp("commonsense"), COUNTS)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a language model is asked from here on."""
+    from answering_helpers import Asked
+
+    return Asked(monkeypatch)

@@ -181,7 +181,7 @@ class ImageDataModule(L.LightningDataModule):
             self._build()
         if self.predict_folder is not None and stage in ("predict", None) and self._to_predict is None:
             self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
-        self._record()
+        splits.record_run(self.trainer, self._short_name(), self.split_record)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented ``(images, labels)``."""
@@ -311,15 +311,6 @@ class ImageDataModule(L.LightningDataModule):
                     f"{split} has some"
                 )
         self._sources, self._rows, self._kept = found, rows, kept
-
-    def _record(self) -> None:
-        """Writes which rows are in which split into the log folder, on one process."""
-        trainer = self.trainer
-        if trainer is None or trainer.fast_dev_run:
-            return
-        log_dir = trainer.log_dir  # a collective call: before anything that only one process does
-        if log_dir is not None and trainer.is_global_zero:
-            splits.write_split(log_dir, self._short_name(), self.split_record())
 
     def _short_name(self) -> str:
         known = image_datasets.canonical(self.dataset)

@@ -10,13 +10,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pera_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def held_out_size(count: int, fraction: float) -> int:
@@ -136,3 +139,18 @@ def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) ->
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def record_run(trainer: Trainer | None, dataset: str, record: Callable[[], Mapping[str, Any]]) -> None:
+    """Writes a run's split into its log folder, on one process; every process must call it.
+
+    Args:
+        trainer: of the run; without one, in a fast_dev_run or without a log folder nothing is written.
+        dataset: names the file.
+        record: makes what goes into it.
+    """
+    if trainer is None or trainer.fast_dev_run:
+        return
+    log_dir = trainer.log_dir  # a collective call: before anything that only one process does
+    if log_dir is not None and trainer.is_global_zero:
+        write_split(log_dir, dataset, record())

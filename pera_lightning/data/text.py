@@ -133,7 +133,7 @@ class TextDataModule(L.LightningDataModule):
         if stage in ("test", "predict", None) and not self._questions:
             self._build_questions()
         if stage in ("fit", "validate"):
-            self._write_split()
+            splits.record_run(self.trainer, self.task, lambda: self._record)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
@@ -238,14 +238,6 @@ class TextDataModule(L.LightningDataModule):
             self._order += [row.id for row in rows]
             questions = make_questions(self.evaluation, self.tokenizer, rows)
             self._questions[name] = sorted(questions, key=lambda q: -len(q.prompt))
-
-    def _write_split(self) -> None:
-        trainer = self.trainer
-        if trainer is None or trainer.fast_dev_run:
-            return
-        log_dir = trainer.log_dir  # a collective call: before anything that only one process does
-        if log_dir is not None and trainer.is_global_zero:
-            splits.write_split(log_dir, self.task, self._record)
 
     def protocol(self) -> dict[str, Any]:
         """What was trained on and tested on, and how, as primitives."""

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_training_values(
-    *, lr: float, head_lr: float | None, weight_decay: float, lr_schedule: str, warmup_steps: int, warmup_ratio: float
+    *,
+    lr: float,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    lr_schedule: str = "linear",
+    warmup_steps: int = 0,
+    warmup_ratio: float = 0.0,
+    base_dtype: str = "float32",
 ) -> None:
-    """Raises `ConfigurationError` for learning rates, decay, schedule or warm-up that are not allowed."""
+    """Raises `ConfigurationError` for learning rates, decay, schedule, warm-up or type that are not allowed."""
     check_scale(lr, "lr")
     if head_lr is not None:
         check_scale(head_lr, "head_lr")
@@ -39,6 +47,7 @@ def check_training_values(
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ConfigurationError(f"warmup_steps={warmup_steps!r}: a whole number of optimizer steps is needed")
     check_number(warmup_ratio, "warmup_ratio", low=-1e-300, high=1.0, allowed="a share in [0, 1)")
+    check_choice(base_dtype, "base_dtype", tuple(DTYPES))
     if warmup_steps and warmup_ratio:
         raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")
 
@@ -55,6 +64,8 @@ class AdapterModule(LightningModule):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
+        shared = inspect.signature(check_training_values).parameters
+        check_training_values(**{name: value for name, value in settings.items() if name in shared})
         self.settings = settings
         self.model: nn.Module | None = None
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from pera_lightning.adapters.method import check_choice
 from pera_lightning.data.batching import IGNORE, label_positions
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.answering import Answering
-from pera_lightning.modules.base import DTYPES, AdapterModule, check_training_values
+from pera_lightning.modules.base import DTYPES, AdapterModule
 from pera_lightning.modules.language_networks import check_packing, load_network
 from pera_lightning.modules.token_loss import StepMean, summed_loss
 
@@ -70,15 +69,6 @@ class CausalLMModule(AdapterModule):
         revision: str | None = None,
     ) -> None:
         super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
-        check_training_values(
-            lr=lr,
-            head_lr=head_lr,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-            warmup_ratio=warmup_ratio,
-        )
-        check_choice(base_dtype, "base_dtype", tuple(DTYPES))
         self.save_hyperparameters()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._step_mean = StepMean()

@@ -16,11 +16,11 @@ from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.adapters.method import check_choice, check_number, check_rank
+from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import results
-from pera_lightning.modules.base import DTYPES, AdapterModule, check_training_values
+from pera_lightning.modules.base import DTYPES, AdapterModule
 from pera_lightning.modules.image_networks import create
 from pera_lightning.state import write_atomically
 
@@ -65,16 +65,7 @@ class ImageClassificationModule(AdapterModule):
         base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
-        check_training_values(
-            lr=lr,
-            head_lr=head_lr,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-            warmup_ratio=warmup_ratio,
-        )
         check_number(label_smoothing, "label_smoothing", low=-1e-300, high=1.0, allowed="a number in [0, 1)")
-        check_choice(base_dtype, "base_dtype", tuple(DTYPES))
         for name, value in (("num_classes", num_classes), ("image_size", image_size)):
             if value is not None:
                 check_rank(value, name)

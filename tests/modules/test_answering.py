@@ -6,7 +6,6 @@ import pytest
 from answering_helpers import (
     COUNTS,
     TOTAL,
-    Asked,
     by_hand,
     close,
     data,
@@ -15,7 +14,7 @@ from answering_helpers import (
     left,
     ready,
 )
-from language_helpers import CONTEXT, examples, fit, loader, make_trainer, module, padded, save_tiny, write_sets
+from language_helpers import CONTEXT, examples, fit, loader, make_trainer, module, padded, save_tiny
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pera_lightning.adapters import PERA, AuroRA, LinearProbe
@@ -23,17 +22,6 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.evaluation.commonsense import first_match
 from pera_lightning.evaluation.statistics import wilson_interval
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("commonsense"), COUNTS)
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    return Asked(monkeypatch)
-
 
 # ---- results --------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import pytest
 from answering_helpers import (
     COUNTS,
     TOTAL,
-    Asked,
     close,
     data,
     evaluate,
@@ -19,17 +18,6 @@ from language_helpers import QV, module, save_tiny, write_sets
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA
 from pera_lightning.modules import answering
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("commonsense"), COUNTS)
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    return Asked(monkeypatch)
-
 
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
