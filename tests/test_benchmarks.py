@@ -134,3 +134,27 @@ def test_ways_take_turns():
     module = load("text_batching")
     turns = module.take_turns({"a": [{"n": 1}, {"n": 2}, {"n": 3}, {"n": 4}], "b": [{"n": 5}, {"n": 6}]})
     assert [(name, batch["n"]) for name, batch in turns] == [("a", 1), ("b", 5), ("a", 2), ("a", 3), ("b", 6), ("a", 4)]
+
+
+# ---- loss curves ----------------------------------------------------------------------------------------------------
+
+
+def test_loss_curves(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    curves = load("loss_curves")
+    for name, start in (("lora", 3.0), ("pera", 2.0)):
+        for begin in (0, 10):  # stopped, and resumed from an earlier step
+            with SummaryWriter(tmp_path / name) as writer:
+                for step in range(begin, begin + 15):
+                    writer.add_scalar("train/loss", start / (1 + step), step)
+    steps, values = curves.scalars(tmp_path / "lora", "train/loss")
+    assert steps.tolist() == list(range(25))
+    assert values[4] == pytest.approx(0.6)
+    assert curves.smoothed(values, 2)[:3].tolist() == pytest.approx([3.0, 2.25, 1.25])
+    last = curves.draw([tmp_path / "lora", tmp_path / "pera"], tmp_path / "losses.png", window=1)
+    assert last == pytest.approx({"lora": 3 / 25, "pera": 2 / 25})
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"has no train/loss"):
+        curves.draw([tmp_path / "empty"], tmp_path / "none.png")
