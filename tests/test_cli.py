@@ -253,6 +253,16 @@ def test_fit_goes_on_from_a_checkpoint(quick, fitted, tmp_path):
     assert last["global_step"] == 4
 
 
+def test_the_last_checkpoint_is_the_last_also_where_nothing_improves(quick, tmp_path):
+    rates = ("--model.lr", 1e-30, "--model.head_lr", 1e-30)
+    assert quick(*rates, "--trainer.max_epochs", 3).code == 0
+    steps = {
+        name: torch.load(tmp_path / "quickstart" / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("best", "last")
+    }
+    assert steps == {"best": 2, "last": 6}
+
+
 def test_print_config_can_be_fed_back(pera, tmp_path):
     words = [*quick_words(tmp_path)[1:], "--adapter.method", "PERA", "--adapter.method.rank", "8"]
     first = pera("fit", *words, "--print_config")

@@ -91,5 +91,13 @@ def _option(message: str, option: str) -> str:
 
 
 def _parameters(module: str, name: str) -> list[str]:
-    cls = getattr(__import__(module, fromlist=[name]), name)
-    return [p for p in inspect.signature(cls).parameters if p not in ("args", "kwargs")]
+    """The options of a class; where it hands **options on, those of the class above too."""
+    names: dict[str, None] = {}
+    for cls in getattr(__import__(module, fromlist=[name]), name).__mro__:
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            names |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+            if not rest:
+                break
+    return [n for n in names if n != "self"]

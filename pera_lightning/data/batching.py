@@ -8,7 +8,7 @@ predict it, is padding or another example. Shapes: B rows, T tokens in a row, K 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,17 +131,6 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
         by_space.setdefault(space - length, []).append(index)
         spaces |= 1 << (space - length)
     return [sequences[index] for index in random_order(random, len(sequences))]
-
-
-def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
-    """The share of padding in batches of rows that are padded to their longest, from 0 to 1."""
-    rows, real, padded = _checked(lengths), 0, 0
-    for batch in batches:
-        own = rows[np.asarray(batch, dtype=np.int64)]
-        real, padded = real + int(own.sum()), padded + int(own.max()) * len(own)
-    if not padded:
-        raise DataError("no batches to count padding in; give at least one")
-    return 1 - real / padded
 
 
 def collate_padded(examples: Sequence[Example], *, pad_id: int, length: int | None = None) -> dict[str, Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from pera_lightning.data import downloads, json_rows
 from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest
-from pera_lightning.evaluation.commonsense import SETS, TASK
+from pera_lightning.evaluation.commonsense import SETS, TASK, options
 from pera_lightning.evaluation.rows import Row
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
@@ -71,6 +73,7 @@ class CommonsenseDataModule(TextDataModule):
             path = self._find(_training_place(name))
             own = json_rows.read_rows(path, set_name=name, split="train")
             rows += self._counted(path, own, TRAINING_ROWS.get(name))
+        _warn_of_answers(rows)
         return rows
 
     def test_rows(self) -> dict[str, list[Row]]:
@@ -109,6 +112,23 @@ class CommonsenseDataModule(TextDataModule):
                 "to download it again, or give folder"
             )
         return rows
+
+
+def _warn_of_answers(rows: list[Row]) -> None:
+    """Warns of training rows whose answer is none of their options; they are trained on as they are written."""
+    wrong = []
+    for row in rows:
+        try:
+            words = options(row)
+        except DataError:  # a training row need not say them
+            continue
+        if row.answer and row.answer not in words:
+            wrong.append(f"{row.id} has {row.answer!r}, of {'/'.join(words)}")
+    if wrong:
+        rank_zero_warn(
+            f"{len(wrong)} of {len(rows)} training rows have an answer that is none of their options, and are trained "
+            f"on as they are: {wrong[0]}"
+        )
 
 
 def _training_place(name: str) -> str:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from pera_lightning.data import batching, splits
 from pera_lightning.data.json_rows import digest
-from pera_lightning.data.token_cache import PackedRows, TokenRows, cache_folder, tokenised
+from pera_lightning.data.token_cache import DealtRows, PackedRows, TokenRows, cache_folder, tokenised
 from pera_lightning.errors import ConfigurationError, DataError, closest
 from pera_lightning.evaluation.encoding import pad_token_id
 from pera_lightning.evaluation.pretrained import load_tokenizer
@@ -154,8 +154,12 @@ class TextDataModule(L.LightningDataModule):
         return self._loader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self._padded())
 
     def val_dataloader(self) -> DataLoader:
-        """The validation rows, in a fixed order."""
-        return self._loader(self._part("validation"), batch_size=self.eval_batch_size, collate_fn=self._padded())
+        """The validation rows, in a fixed order; over several processes each counts once."""
+        world, rank = getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
+        rows = DealtRows(self._part("validation"), rank, world)
+        # Dealt out already, and of a kind that Lightning does not deal out again.
+        sampler = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
+        return self._loader(rows, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=self._padded())
 
     def test_dataloader(self) -> list[DataLoader]:
         """The questions of each test set, a loader each, longest first; those that are answered already are left out.
@@ -238,6 +242,12 @@ class TextDataModule(L.LightningDataModule):
             self._order += [row.id for row in rows]
             questions = make_questions(self.evaluation, self.tokenizer, rows)
             self._questions[name] = sorted(questions, key=lambda q: -len(q.prompt))
+
+    def extremes(self) -> tuple[int, int]:
+        """Tokens of the longest training or validation row, and the highest token id among them, padding included."""
+        parts = self._parts.values()
+        longest, highest = (max(int(p.lengths.max()) for p in parts), max(p.highest for p in parts))
+        return longest, max(highest, pad_token_id(self.tokenizer))
 
     def protocol(self) -> dict[str, Any]:
         """What was trained on and tested on, and how, as primitives."""

@@ -24,6 +24,7 @@ from pera_lightning.evaluation.rows import Row
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
@@ -111,12 +112,14 @@ class TokenRows:
         lengths: tokens of each row kept, after cutting.
         cut: rows that were cut.
         dropped: rows left out, since the cut took all their labels.
+        highest: the highest token id of the whole table.
     """
 
     def __init__(self, table: datasets.Dataset, indices: np.ndarray, max_length: int) -> None:
         self._table, self._max_length = table, max_length
         columns = table.with_format("arrow")[:]
-        full = np.asarray(_list_lengths(columns.column("input_ids")))[indices]
+        full, self.highest = _lengths_and_highest(columns.column("input_ids"))
+        full = full[indices]
         starts = columns.column("start").to_numpy()[indices]
         lengths = np.minimum(full, max_length)
         kept = lengths > np.maximum(starts, 1)  # as `has_label` says of one row
@@ -151,7 +154,32 @@ class PackedRows:
         return [self.rows[row] for row in self.sequences[number]]
 
 
-def _list_lengths(column: object) -> list[int]:
+class DealtRows:
+    """One process's share of rows, as many items for each: what is left over are rows without a label.
+
+    A sampler would repeat rows to fill up, and a mean over them would count those twice.
+
+    Args:
+        rows: all rows, examples as `TokenRows` gives them.
+        rank: of this process.
+        world: processes.
+    """
+
+    def __init__(self, rows: TokenRows, rank: int, world: int) -> None:
+        self.rows, self.rank, self.world = rows, rank, world
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.world)
+
+    def __getitem__(self, number: int) -> dict[str, object]:
+        own = number * self.world + self.rank
+        if own < len(self.rows):
+            return self.rows[own]
+        example = self.rows[len(self.rows) - 1]
+        return {**example, "start": len(example["input_ids"])}
+
+
+def _lengths_and_highest(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     import pyarrow.compute as pc
 
-    return pc.list_value_length(column).to_pylist()
+    return np.asarray(pc.list_value_length(column)), int(pc.max(pc.list_flatten(column)).as_py())

@@ -11,7 +11,7 @@ from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError, shorten
 from pera_lightning.evaluation import prompts
-from pera_lightning.evaluation.protocols import Decoding, Protocol, register
+from pera_lightning.evaluation.protocols import Decoding, Protocol, no_options, register
 from pera_lightning.evaluation.rows import Row
 
 
@@ -55,11 +55,6 @@ def check_row(row: Row) -> None:
     """
     if not row.answer.strip():
         raise DataError(f"row {row.id} of {row.set}: its answer is empty; give the reply that the model should make")
-
-
-def no_options(row: Row) -> tuple[str, ...]:
-    """A dialogue has no options."""
-    return ()
 
 
 def _texts(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from pera_lightning.errors import DataError
 from pera_lightning.evaluation import prompts
-from pera_lightning.evaluation.protocols import Decoding, Protocol, register
+from pera_lightning.evaluation.protocols import Decoding, Protocol, no_options, register
 from pera_lightning.evaluation.rows import Row
 from pera_lightning.evaluation.statistics import accuracy_summary
 
@@ -80,11 +80,6 @@ def check_row(row: Row) -> None:
         gold_number(row.answer)
     except DataError as error:
         raise DataError(f"row {row.id} of {row.set}: {error}") from None
-
-
-def no_options(row: Row) -> tuple[str, ...]:
-    """A word problem has no options."""
-    return ()
 
 
 LAST_NUMBER = register(

@@ -36,8 +36,13 @@ def explained(error: Exception, name: str, what: str) -> ConfigurationError:
     """
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     text = str(error)
+    first = shorten(text.strip().partition("\n")[0])  # after it transformers lists every class that it has
     if Path(name).is_dir():
-        return ConfigurationError(f"{what} in folder {name}: {shorten(text)}")
+        if what == "tokenizer" and not any(Path(name).glob("*tok*")) and not any(Path(name).glob("vocab*")):
+            return ConfigurationError(
+                f"folder {name} has no tokenizer (tokenizer.json); give the data module tokenizer="
+            )
+        return ConfigurationError(f"{what} in folder {name}: {first}")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return ConfigurationError(f"{what} {name}: there is no such folder")
     if "gated" in text:
@@ -54,4 +59,4 @@ def explained(error: Exception, name: str, what: str) -> ConfigurationError:
             f"{what} {name} is not in the cache and {hub} cannot be reached; set HF_ENDPOINT to a hub that can, or "
             "give a local folder"
         )
-    return ConfigurationError(f"{what} {name}: {shorten(text)}")
+    return ConfigurationError(f"{what} {name}: {first}")

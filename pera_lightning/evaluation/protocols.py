@@ -23,6 +23,11 @@ def accept(row: Row) -> None:
     """Takes any row."""
 
 
+def no_options(row: Row) -> tuple[str, ...]:
+    """No answer words, of tasks whose answers are free text."""
+    return ()
+
+
 def itself(option: str) -> str:
     """The option itself, as the text to score."""
     return option

@@ -3,12 +3,14 @@
     predictions/<name>.partial-<key>/rank0.jsonl     while it runs, one file a process
     predictions/<name>/<set>.jsonl                   when it is done, in the order of the data
 
+<name> is the protocol's for a test and <protocol>_predict for a prediction: neither touches what the other has left.
 The key is a hash of all that decides the answers (weights, protocol, rows): predictions of another checkpoint never
 mix with these.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -24,12 +26,13 @@ class PartialRecords:
 
     Args:
         folder: of the predictions.
-        name: of the evaluation.
+        name: of the evaluation, see above.
         key: of all that decides the answers.
         rank: of this process.
     """
 
     def __init__(self, folder: Path, name: str, key: str, rank: int) -> None:
+        self.name = name
         self.folder = folder / f"{name}.partial-{key[:12]}"
         self.path = self.folder / f"rank{rank}.jsonl"
 
@@ -61,30 +64,57 @@ class PartialRecords:
         """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def others(self) -> list[Path]:
+        """The folders beside of the same evaluation with other keys, each left behind by an interruption."""
+        beside = self.folder.parent.glob(f"{glob.escape(self.name)}.partial-*")
+        return sorted(path for path in beside if path != self.folder)
 
-def write_records(folder: Path, records: Sequence[Record]) -> list[Path]:
-    """Writes a file a set, in the order given, in place of what is there.
+
+def write_records(folder: Path, records: Sequence[Record], others: Mapping[str, str] | None = None) -> list[Path]:
+    """Writes a file a set, in the order given, in place of the whole folder: all in it is of one evaluation.
+
+    A reader sees the old files or the new ones, or for a moment none: a process that dies between the two renames
+    leaves the new folder beside as `.NAME.new`, and the old one as `.NAME.old` until the next write.
 
     Args:
-        folder: for the files.
+        folder: for the files; what is there goes.
         records: each with "set".
+        others: name to text of further files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     by_set: dict[str, list[Record]] = {}
     for record in records:
         by_set.setdefault(record["set"], []).append(record)
-    paths = []
+    texts = dict(others or {})
     for name, rows in by_set.items():
-        path = folder / f"{name}.jsonl"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
-    return paths
+        texts[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that died
+    try:
+        new.mkdir(parents=True)
+        for name, text in texts.items():
+            with (new / name).open("wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        _swap(folder, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return [folder / f"{name}.jsonl" for name in by_set]
+
+
+def _swap(folder: Path, new: Path) -> None:
+    """Puts a folder in the place of another, which goes only once the new one is there."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def unique(records: Iterable[Record], order: Sequence[str]) -> list[Record]:

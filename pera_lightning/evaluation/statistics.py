@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from statistics import NormalDist
 from typing import Any
@@ -56,7 +56,7 @@ def accuracy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "accuracy_low": low,
         "accuracy_high": high,
         "not_found": sum(record["prediction"] is None for record in records) / n,
-        "n": float(n),
+        "n": n,
     }
 
 
@@ -75,13 +75,39 @@ def average(rows: Sequence[Mapping[str, Any]], metric: str = "accuracy") -> floa
     return sum(float(row[metric]) for row in rows) / len(rows)
 
 
+def average_row(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> dict[str, float]:
+    """What is averaged over sets, each a plain mean as in the papers; without an interval.
+
+    Args:
+        rows: results of one set each.
+        main_metric: the metric that the protocol reports.
+
+    Returns:
+        The main metric, ``not_found``, ``seconds`` and ``tokens_per_second``; less those that a row lacks.
+    """
+    keys = (main_metric, "not_found", "seconds", "tokens_per_second")
+    return {key: average(rows, key) for key in keys if all(key in row for row in rows)}
+
+
+def answering_seconds(records: Iterable[Mapping[str, Any]]) -> float:
+    """How long answering took: the sum of each process's seconds, and of several processes the longest.
+
+    Args:
+        records: each with ``seconds`` and the ``rank`` of the process that answered.
+    """
+    of_rank: dict[int, float] = {}
+    for record in records:
+        of_rank[record["rank"]] = of_rank.get(record["rank"], 0.0) + record["seconds"]
+    return max(of_rank.values(), default=0.0)
+
+
 def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> str:
     """Lines up the results of each set, and their average below.
 
     Args:
         rows: results of one set each: ``set``, ``n``, the metrics, ``seconds``, ``tokens_per_second``. A key that a
             row lacks is left empty.
-        main_metric: the metric whose `average` goes into the last line, with those of seconds and tokens a second.
+        main_metric: of the last line, which is the `average_row`.
 
     Returns:
         Lines without a newline at the end; metrics in the units of the rows, with four decimals.
@@ -90,8 +116,7 @@ def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     first = [key for key in ("set", "n", main_metric) if key in columns]
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]
     columns = [*first, *(key for key in columns if key not in first + last), *last]
-    mean = {key: average(rows, key) for key in (main_metric, *last) if all(key in row for row in rows)}
-    records = [*rows, {"set": "average", **mean}]
+    records = [*rows, {"set": "average", **average_row(rows, main_metric)}]
     cells = [columns, *([_cell(key, record.get(key)) for key in columns] for record in records)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

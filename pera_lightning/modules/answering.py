@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.evaluation.decoding import generate, score_options
-from pera_lightning.evaluation.encoding import pad_token_id
+from pera_lightning.evaluation.decoding import end_ids, generate, score_options
+from pera_lightning.evaluation.encoding import pad_token_id, tokenizer_key
 from pera_lightning.evaluation.questions import Question, Questions
-from pera_lightning.evaluation.records import PartialRecords, unique, write_records
-from pera_lightning.evaluation.statistics import average, table
+from pera_lightning.evaluation.records import PartialRecords, Record, unique, write_records
+from pera_lightning.evaluation.statistics import answering_seconds, average_row, table
 from pera_lightning.modules import results
 from pera_lightning.state import adapter_state_dict, find_injected
 
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from pera_lightning.modules.causal_lm import CausalLMModule
 
 _SAMPLE = 1024  # about so many elements of each frozen tensor go into the key
+# How a warning of Lightning's begins.
+_ADVICE = r"Using `DistributedSampler` with the dataloaders\. During `trainer\.test\(\)`"
 # What of a data module's protocol says how it trains: a test after a fit is the same test as one without.
 _OF_TRAINING = ("max_length", "batching", "train_fraction", "split_seed", "sizes", "cut", "left_out")
 
@@ -45,7 +50,9 @@ class Answering:
 
     def __init__(self, module: CausalLMModule) -> None:
         self.module = module
+        self._opened: PartialRecords | None = None  # by `answered`, for `start` of the same test
         self._partial: PartialRecords | None = None
+        self._folder: Path | None = None
         self._records: list[dict[str, Any]] = []
         self._kind = "test"
 
@@ -53,7 +60,10 @@ class Answering:
 
     def answered(self) -> frozenset[str]:
         """Ids whose records an interrupted test left behind, for every stage; every process must call it."""
-        partial = self._open()
+        # Lightning advises a single process, so that no question counts twice; here each counts once.
+        warnings.filterwarnings("ignore", _ADVICE, PossibleUserWarning)
+        # The first that a test does: made anew whatever became of the last test.
+        self._opened = partial = self._open("predict" if self.module.trainer.predicting else "test")
         own = {(record["stage"], record["id"]) for record in (partial.read() if partial else [])}
         pairs = set().union(*on_every_rank(own))
         stages = self._stages()
@@ -62,25 +72,32 @@ class Answering:
             print(f"{len(done)} questions were answered by an interrupted run: {partial.folder}", flush=True)
         return done
 
-    def _open(self) -> PartialRecords | None:
-        trainer, name = self.module.trainer, self._data().evaluation.name
-        folder, key = trainer.log_dir, self._key()  # both asked on every rank
-        if folder is None or trainer.fast_dev_run:
+    def _open(self, kind: str) -> PartialRecords | None:
+        """Where records are kept as they come; none for a run that leaves out batches, since it is whole as it is."""
+        folder = self._predictions()
+        limit = getattr(self.module.trainer, f"limit_{kind}_batches")
+        if folder is None or isinstance(limit, int) or limit != 1.0:  # the integer 1 is one batch
             return None
-        return PartialRecords(Path(folder) / "predictions", name, key, trainer.global_rank)
+        return PartialRecords(folder, self._name(kind), self._key(), self.module.trainer.global_rank)
+
+    def _predictions(self) -> Path | None:
+        """The folder of predictions, where the run has one; every process must call it."""
+        folder = self.module.trainer.log_dir
+        return None if folder is None or self.module.trainer.fast_dev_run else Path(folder) / "predictions"
+
+    def _name(self, kind: str) -> str:
+        name = self._data().evaluation.name
+        return name if kind == "test" else f"{name}_predict"
 
     def _key(self) -> str:
-        """A hash of all that decides the answers: weights, what they are computed with, protocol and rows."""
-        digest = hashlib.sha256()
-        for name, tensor in self._deciding_tensors():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        protocol = {k: v for k, v in self._data().protocol().items() if k not in _OF_TRAINING}
+        """A hash of all that decides the answers: weights, what they are computed with, tokenizer, protocol, rows."""
+        data, installed = self._data(), results.versions()
+        protocol = {k: v for k, v in data.protocol().items() if k not in _OF_TRAINING}
         if "sha256" in protocol:
             protocol["sha256"] = {k: v for k, v in protocol["sha256"].items() if k != "train"}
-        facts = [self._stages(), self._network(), protocol]
-        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        ends = None if data.evaluation.decoding is None else end_ids(self.module.model, data.tokenizer)  # type: ignore
+        facts = [self._stages(), self._network(), tokenizer_key(data.tokenizer), ends, protocol]
+        return hashed(self._deciding_tensors(), [*facts, *(installed[name] for name in ("transformers", "torch"))])
 
     def _deciding_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that was trained, and some elements of every other tensor."""
@@ -114,8 +131,9 @@ class Answering:
 
     def start(self, kind: str) -> None:
         """Before the first batch; `kind` is "test" or "predict"."""
-        self._kind, self._records = kind, []
-        self._partial = self._open()
+        self._kind, self._records, self._folder = kind, [], self._predictions()
+        opened, self._opened = self._opened, None
+        self._partial = opened or self._open(kind)
 
     def step(self, batch: Questions) -> list[dict[str, Any]]:
         """Answers a batch and writes its records."""
@@ -142,6 +160,7 @@ class Answering:
                 "answer": q.row.answer,
                 "correct": protocol.is_correct(answer["prediction"], q.row),
                 "seconds": seconds,
+                "rank": self.module.trainer.global_rank,
             }
             for q, answer in zip(questions, answers, strict=True)
         ]
@@ -209,70 +228,99 @@ class Answering:
     def finish(self) -> None:
         """Gathers the records of all processes, writes them and the results, and prints the table."""
         trainer, data = self.module.trainer, self._data()
-        partial = self._partial
-        own = self._records if partial is None else partial.read()
+        own = self._records if self._partial is None else self._partial.read()
         records = [record for found in on_every_rank(own) for record in found]
         by_stage = {
             stage: unique([r for r in records if r["stage"] == stage], data.test_order) for stage in self._stages()
         }
         tables = {stage: self._table(rows) for stage, rows in by_stage.items() if rows}
         metric = data.evaluation.main_metric
-        scores = {f"{stage}/{metric}": average(rows, metric) for stage, rows in tables.items()}
+        averages = {stage: average_row(rows, metric) for stage, rows in tables.items()}
+        scores = {f"{stage}/{metric}": row[metric] for stage, row in averages.items()}
         for stage, rows in tables.items():
             scores |= {f"{stage}_{metric}/{row['set']}": row[metric] for row in rows}
         if self._kind == "test":
             self.module.log_dict(scores, sync_dist=True)  # every rank has them; without it Lightning warns
-        if not trainer.is_global_zero:
-            return
-        for stage, rows in tables.items():
-            print(f"\n{stage}, protocol {data.evaluation.name}\n{table(rows, metric)}", flush=True)
-        shortened = sum(record["left_out"] > 0 for record in by_stage["test"])
-        if shortened:
-            print(f"{shortened} prompts were longer than the model's context; their ends were kept", flush=True)
-        if partial is None:
-            return
-        name = data.evaluation.name if self._kind == "test" else f"{data.evaluation.name}_predict"
-        folder = partial.folder.parent / name
-        for stage, rows in by_stage.items():
-            write_records(folder if stage == "test" else folder.with_name(f"{name}_static"), rows)
-        complete = all(len(rows) == len(data.test_order) for rows in by_stage.values())
-        if complete:
-            partial.remove()
-        if self._kind == "test":
-            # Not trainer.log_dir: a collective call, and the other processes are gone.
-            self._write(partial.folder.parent.parent, scores, tables, shortened=shortened, complete=complete)
-        else:
-            print(f"Predictions: {folder}", flush=True)
+            # Its table would have a column a data loader, all of them alike; the next test sets this anew.
+            trainer.test_loop.verbose = False
+        if trainer.is_global_zero:
+            for stage, rows in tables.items():
+                print(f"\n{stage}, protocol {data.evaluation.name}\n{table(rows, metric)}", flush=True)
+            facts = {
+                "seconds": answering_seconds(record for rows in by_stage.values() for record in rows),
+                "sets": tables,
+                "average": averages,
+                "shortened": sum(record["left_out"] > 0 for record in by_stage["test"]),
+                "complete": all(len(rows) == len(data.test_order) for rows in by_stage.values()),
+            }
+            if facts["shortened"]:
+                text = f"{facts['shortened']} prompts were longer than the model's context; their ends were kept"
+                print(text, flush=True)
+            if self._folder is not None:
+                self._write(self._folder, by_stage, scores, facts)
+        self._partial, self._records = None, []
 
-    def _table(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _table(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """A row of results for each set."""
-        by_set: dict[str, list[dict[str, Any]]] = {}
+        by_set: dict[str, list[Record]] = {}
         for record in records:
             by_set.setdefault(record["set"], []).append(record)
         rows = []
         for name, found in by_set.items():
-            seconds = sum(record["seconds"] for record in found)
-            tokens = sum(record["tokens"] for record in found)
-            measured = self._data().evaluation.summarise(found)
-            rows.append({"set": name, **measured, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)})
+            seconds = answering_seconds(found)
+            speed = sum(record["tokens"] for record in found) / max(seconds, 1e-9)
+            measured = {**self._data().evaluation.summarise(found), "n": len(found)}
+            rows.append({"set": name, **measured, "seconds": seconds, "tokens_per_second": speed})
         return rows
 
-    def _write(self, folder: Path, scores: dict[str, float], tables: dict[str, Any], **facts: Any) -> None:
-        module, inference = self.module, results.inference_rows(self.module)
+    def _write(
+        self, folder: Path, by_stage: dict[str, list[Record]], scores: dict[str, float], facts: dict[str, Any]
+    ) -> None:
+        """Writes predictions and, of a test, results; only then do the partial records go."""
+        name, static = self._name(self._kind), folder / f"{self._name(self._kind)}_static"
+        if "test_static" in by_stage:
+            write_records(static, by_stage["test_static"])
+        else:
+            shutil.rmtree(static, ignore_errors=True)  # of another evaluation
+        result = self._result(scores, facts) if self._kind == "test" else None
+        others = {} if result is None else {results.FILE: results.as_text(result)}  # each protocol keeps its own
+        write_records(folder / name, by_stage["test"], others)
+        if result is None:
+            print(f"Predictions: {folder / name}", flush=True)
+        else:  # not trainer.log_dir: a collective call, and the other processes are gone
+            print(f"Results: {results.write(folder.parent, result)}", flush=True)
+        if self._partial is None or not facts["complete"]:
+            return
+        self._partial.remove()
+        if left := self._partial.others():
+            names = ", ".join(map(str, left))
+            print(f"Interrupted with other weights or settings, to go on with or to delete: {names}", flush=True)
+
+    def _result(self, scores: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
+        module, inference, tokenizer = self.module, results.inference_rows(self.module), self._data().tokenizer
         about = {
             **results.about(module, "causal_lm"),
             **self._network(),
+            "tokenizer": {"name_or_path": tokenizer.name_or_path, "key": tokenizer_key(tokenizer)},
             "evaluation": self._data().protocol(),
             "training": module.trained_with,
         }
-        facts |= {
-            "n": {stage: sum(int(row["n"]) for row in rows) for stage, rows in tables.items()},
-            "seconds": sum(row["seconds"] for rows in tables.values() for row in rows),
-            "inference": {stage: inference[stage] for stage in tables},
-            "sets": tables,
+        facts = {
+            "n": {stage: sum(row["n"] for row in rows) for stage, rows in facts["sets"].items()},
+            "inference": {stage: inference[stage] for stage in facts["sets"]},
+            **facts,
         }
-        result = results.collect(module, scores, protocol=about, **facts)
-        print(f"Results: {results.write(folder, result)}", flush=True)
+        return results.collect(module, scores, protocol=about, **facts)
+
+
+def hashed(tensors: Iterable[tuple[str, Tensor]], facts: Any) -> str:
+    """Sha256 (hex) of named tensors, without a copy of what lies in host memory, and of facts as JSON."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()))
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _without(ids: list[int], left: int) -> list[int]:

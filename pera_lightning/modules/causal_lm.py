@@ -17,7 +17,7 @@ from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.answering import Answering
 from pera_lightning.modules.base import DTYPES, AdapterModule
-from pera_lightning.modules.language_networks import check_packing, load_network
+from pera_lightning.modules.language_networks import check_causal, check_extremes, check_packing, load_network
 from pera_lightning.modules.token_loss import StepMean, summed_loss
 
 if TYPE_CHECKING:
@@ -140,8 +140,11 @@ class CausalLMModule(AdapterModule):
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
         self.trained_with = data.protocol() if hasattr(data, "protocol") else None
+        check_causal(self.model)  # type: ignore[arg-type]
         if getattr(data, "batching", None) == "packed":
             check_packing(self.model)  # type: ignore[arg-type]
+        if hasattr(data, "extremes"):
+            check_extremes(self.model, *data.extremes())  # type: ignore[arg-type]
 
     def _shared_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss, logits (N, V) and targets (N,) of the positions that need logits."""
@@ -196,6 +199,7 @@ class CausalLMModule(AdapterModule):
         return self._answering.answered()
 
     def on_test_start(self) -> None:
+        check_causal(self.model)  # type: ignore[arg-type]
         self._answering.start("test")
 
     def test_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-from pera_lightning.errors import ConfigurationError
+from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.evaluation.pretrained import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_PROBE = 8  # tokens
+_LEAK = 1e-4  # of the change where one is due; what is masked adds exact zeros, in bfloat16 too
 
 
 def load_network(
@@ -38,40 +44,106 @@ def load_network(
         options["attn_implementation"] = attn_implementation
     try:
         if weights:
-            return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **options)
+            network, found = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision or "main", output_loading_info=True, **options
+            )
+            _check_complete(name, found)
+            return network
         config = AutoConfig.from_pretrained(name, revision=revision or "main")
         return AutoModelForCausalLM.from_config(config, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except SafetensorError as error:
+        raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
         raise explained(error, name, "model") from error
 
 
-@torch.no_grad()
+def _check_complete(name: str, found: Mapping[str, Any]) -> None:
+    """Refuses a base with tensors that no file gave: transformers warns, and they would be random and stay so."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ConfigurationError(
+            f"model {name} has no weights for {len(missing)} of its tensors, which would be random: "
+            f"{listed(missing, 2)}; give one that was saved whole, as a language model"
+        )
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises `ConfigurationError` where a token changes the logits before it.
+
+    Tried out: transformers builds encoders such as BERT as language models too, and leaves them seeing the whole row,
+    so that a loss on the answer is a loss on what the model has read.
+    """
+    ids = _probe(model)
+    change = _change(model, ids, torch.cat([ids[:-1], ids[:1]]))
+    if change[:-1].max() > _LEAK * change[-1]:
+        raise ConfigurationError(
+            f"{type(model).__name__} is no causal language model as it is: a token changes the logits before it; give "
+            "a decoder (of an encoder's configuration, is_decoder is not set)"
+        )
+
+
 def check_packing(model: PreTrainedModel) -> None:
     """Raises `ConfigurationError` where rows of a packed sequence see each other in this model.
 
     Tried out, since whether positions that start again keep rows apart depends on the architecture and its attention:
     another first row must not change the logits of the second.
     """
-    device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config().vocab_size
-    first = torch.arange(8, device=device) % vocabulary
-    positions = torch.cat([torch.arange(4), torch.arange(4)])[None].to(device)
-    other = first.clone()
-    other[:4] = (other[:4] + vocabulary // 2) % vocabulary
-    training = model.training
-    model.eval()
+    ids, half = _probe(model), _PROBE // 2
+    other = torch.cat([ids[:half].flip(0), ids[half:]])
+    positions = torch.cat([torch.arange(half), torch.arange(half)]).to(ids.device)
     try:
-        here, there = (
-            model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0].float()  # (8, V)
-            for ids in (first, other)
-        )
+        change = _change(model, ids, other, position_ids=positions[None])
     except TypeError as error:
         raise ConfigurationError(f"{type(model).__name__} takes no position_ids; use batching=grouped") from error
-    finally:
-        model.train(training)
-    change = (here - there).abs().amax(-1)  # of each token's logits
-    if change[4:].max() > 1e-3 * change[:4].max():  # relative: nothing is exact in bfloat16
+    if change[half:].max() > _LEAK * change[:half].max():
         raise ConfigurationError(
             f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed rows see each "
             "other; use batching=grouped, or another attn_implementation"
         )
+
+
+def check_extremes(model: PreTrainedModel, longest: int, highest: int) -> None:
+    """Raises `ConfigurationError` where rows are longer than the context or have ids that the model has not.
+
+    Args:
+        model: the network.
+        longest: tokens of the longest training or validation row.
+        highest: the highest token id among them, padding included.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ConfigurationError(
+            f"training rows have up to {longest} tokens, and the model's context is {context}; set the data's "
+            f"max_length to {context} or less"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if highest >= vocabulary:
+        raise ConfigurationError(
+            f"the rows have token id {highest}, and the model has embeddings for ids up to {vocabulary - 1}; give the "
+            "tokenizer of this model"
+        )
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """Different token ids, spread over the vocabulary, (8,)."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    device = next(model.parameters()).device
+    return torch.arange(1, _PROBE + 1, device=device) * (vocabulary // (_PROBE + 2)) % vocabulary
+
+
+@torch.no_grad()
+def _change(model: PreTrainedModel, ids: Tensor, other: Tensor, **options: Tensor) -> Tensor:
+    """How much each token's logits differ between two sequences, (T,); draws nothing at random."""
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        # Not model(…): a compiled model would be compiled for this length too.
+        one, two = (
+            model.forward(input_ids=i[None], use_cache=False, **options).logits[0].float() for i in (ids, other)
+        )
+    finally:
+        for module in model.modules():
+            module.training = module in training
+    return (one.float() - two.float()).abs().amax(-1)

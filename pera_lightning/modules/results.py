@@ -20,6 +20,7 @@ from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.injection import injection_of
 from pera_lightning.state import find_injected, write_atomically
 
+FILE = "results.json"
 _PACKAGES = ("torch", "lightning", "timm", "transformers", "datasets", "diffusers", "torchmetrics")
 
 
@@ -99,9 +100,14 @@ def collect(module: nn.Module, metrics: dict[str, float], **facts: Any) -> dict[
     }
 
 
+def as_text(result: dict[str, Any]) -> str:
+    """A result as `results.json` holds it."""
+    return json.dumps(result, indent=1) + "\n"
+
+
 def write(folder: Path, result: dict[str, Any]) -> Path:
     """Writes `results.json` into a run's folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    path = folder / FILE
+    write_atomically(path, as_text(result).encode())
     return path

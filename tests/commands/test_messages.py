@@ -122,3 +122,12 @@ def test_one_line(message, expected):
     line = explain(textwrap.dedent(message).strip(), ["--trainer.max_epochs", "--data"], classes)
     assert line.startswith(expected)
     assert "\n" not in line
+
+
+def test_options_that_are_handed_on_are_listed_too():
+    from pera_lightning.commands.messages import _parameters
+
+    names = _parameters("pera_lightning.data", "CommonsenseDataModule")
+    assert {"folder", "train", "protocol", "batch_size", "max_length"} <= set(names)
+    assert not {"self", "options", "kwargs"} & set(names)
+    assert names.count("protocol") == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -79,27 +80,74 @@ def test_remove(tmp_path):
     records.remove()
 
 
+def test_others_are_of_the_same_evaluation(tmp_path):
+    """What another evaluation left, a prediction by the same protocol too, is none of its business."""
+    records = partial(tmp_path)
+    assert records.others() == []
+    records.append([A])
+    for name in ("hira", "hira_predict", "strict"):
+        PartialRecords(tmp_path, name, "fedcba9876543210", 0).append([A])
+    (tmp_path / "hira").mkdir()
+    assert records.others() == [tmp_path / "hira.partial-fedcba987654"]
+
+
 def test_a_file_a_set_in_the_order_given(tmp_path):
     folder = tmp_path / "predictions" / "hira"
-    paths = write_records(folder, [C, B, A])
+    paths = write_records(folder, [C, B, A], {"results.json": "jä\n"})
     assert paths == [folder / "y.jsonl", folder / "x.jsonl"]
     assert [json.loads(line) for line in (folder / "x.jsonl").read_bytes().splitlines()] == [B, A]
-    write_records(folder, [A])
-    assert [json.loads(line) for line in (folder / "x.jsonl").read_bytes().splitlines()] == [A]
-    assert sorted(path.name for path in folder.iterdir()) == ["x.jsonl", "y.jsonl"]  # nothing temporary
+    assert (folder / "results.json").read_text(encoding="utf-8") == "jä\n"
+    assert [path.name for path in folder.parent.iterdir()] == ["hira"]  # nothing temporary
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    write_records(tmp_path, [A])
+def test_the_whole_folder_is_replaced(tmp_path):
+    """Sets that the new evaluation does not have are gone with the old one."""
+    folder = tmp_path / "hira"
+    write_records(folder, [A, C], {"results.json": ""})
+    write_records(folder, [B])
+    assert [path.name for path in folder.iterdir()] == ["x.jsonl"]
+    assert json.loads((folder / "x.jsonl").read_bytes()) == B
+    assert [path.name for path in tmp_path.iterdir()] == ["hira"]
 
-    def fail(*_):
-        raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
+@pytest.mark.parametrize(("owner", "name", "which"), [(os, "fsync", 1), (Path, "rename", 1), (Path, "rename", 2)])
+def test_a_write_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, owner, name, which):
+    """While it writes, at the rename of the old folder, at that of the new one."""
+    folder, works, calls = tmp_path / "hira", getattr(owner, name), []
+    write_records(folder, [A, C])
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == which:
+            raise OSError("disk full")
+        return works(*args)
+
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match="disk full"):
-        write_records(tmp_path, [B])
-    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
-    assert json.loads((tmp_path / "x.jsonl").read_bytes()) == A
+        write_records(folder, [B])
+    assert [path.name for path in tmp_path.iterdir()] == ["hira"]
+    assert sorted(path.name for path in folder.iterdir()) == ["x.jsonl", "y.jsonl"]
+    assert json.loads((folder / "x.jsonl").read_bytes()) == A
+
+
+def test_a_process_that_dies_between_the_renames(tmp_path, monkeypatch):
+    """Nothing is lost meanwhile, and the next write leaves no trace of it."""
+    folder, rename = tmp_path / "hira", Path.rename
+    write_records(folder, [A])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda path, to: os._exit(7) if path.name.endswith("new") else rename(path, to))
+        child = os.fork()
+        if not child:
+            try:
+                write_records(folder, [B])
+            finally:
+                os._exit(1)  # the child must not go on with pytest
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    kept = {path.name: json.loads((path / "x.jsonl").read_bytes()) for path in tmp_path.iterdir()}
+    assert kept == {".hira.old": A, ".hira.new": B}
+    write_records(folder, [B])
+    assert [path.name for path in tmp_path.iterdir()] == ["hira"]
+    assert json.loads((folder / "x.jsonl").read_bytes()) == B
 
 
 def test_each_question_once_in_the_order_of_the_data():

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation.statistics import accuracy_summary, average, table, wilson_interval
+from pera_lightning.evaluation.statistics import (
+    accuracy_summary,
+    answering_seconds,
+    average,
+    average_row,
+    table,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,7 @@ def test_the_accuracy_of_records() -> None:
     summary = accuracy_summary(records)
     low, high = wilson_interval(2, 4)
     assert summary == {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "not_found": 0.25, "n": 4}
+    assert isinstance(summary["n"], int)
 
 
 def test_no_records() -> None:
@@ -72,6 +80,23 @@ def test_an_average_weighs_sets_alike() -> None:
     assert average([{"bleu": 2.0}, {"bleu": 4.0}], "bleu") == 3.0
     with pytest.raises(DataError, match="no sets to average"):
         average([])
+
+
+def test_the_row_of_averages() -> None:
+    rows = [
+        {"set": "a", "n": 9, "bleu": 1.0, "rouge_l": 5.0, "not_found": 0.5, "seconds": 3.0, "tokens_per_second": 10.0},
+        {"set": "b", "n": 1, "bleu": 3.0, "rouge_l": 5.0, "not_found": 0.0, "seconds": 1.0, "tokens_per_second": 30.0},
+    ]
+    assert average_row(rows, "bleu") == {"bleu": 2.0, "not_found": 0.25, "seconds": 2.0, "tokens_per_second": 20.0}
+    del rows[1]["not_found"]
+    assert "not_found" not in average_row(rows, "bleu")
+
+
+def test_seconds_are_those_of_the_longest_process() -> None:
+    records = [{"rank": rank, "seconds": seconds} for rank, seconds in ((0, 1.0), (1, 2.5), (0, 1.0), (1, 0.25))]
+    assert answering_seconds(records) == 2.75
+    assert answering_seconds(iter(records[::2])) == 2.0
+    assert answering_seconds([]) == 0
 
 
 def test_a_table() -> None:
@@ -90,7 +115,7 @@ def test_a_table() -> None:
         "set               n  accuracy  not_found  seconds  tokens_per_second\n"
         "boolq          3270    0.7500     0.0000     12.3             1000.0\n"
         "ARC-Challenge  1172    0.2500     0.1250      3.0\n"
-        "average                0.5000                 7.7"
+        "average                0.5000     0.0625      7.7"
     )
 
 

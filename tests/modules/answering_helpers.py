@@ -32,10 +32,10 @@ def ready(folder, method=None, seed=3, **options):
     return network
 
 
-def evaluate(folder, network, datamodule, method=None, callbacks=(), **options):
+def evaluate(folder, network, datamodule, method=None, callbacks=(), command="test", **options):
     """Tests; the scores that the trainer returns, results.json, and the records of each file of predictions."""
     trainer = make_trainer(folder, method, callbacks=callbacks, **options)
-    scores = trainer.test(network, datamodule=datamodule, verbose=False)
+    scores = getattr(trainer, command)(network, datamodule=datamodule)
     return SimpleNamespace(scores=scores and scores[0], **left(folder))
 
 
@@ -82,6 +82,8 @@ class Interrupt(Callback):
             raise InterruptedError
         self.left -= 1
 
+    on_predict_batch_start = on_test_batch_start
+
 
 @torch.no_grad()
 def by_hand(network, sets):
@@ -100,13 +102,17 @@ def by_hand(network, sets):
     return predictions
 
 
+def partials(folder):
+    return sorted(path.name.partition("-")[0] for path in folder.glob("predictions/*.partial-*"))
+
+
 def without_time(records):
     return {name: [{k: v for k, v in r.items() if k != "seconds"} for r in rows] for name, rows in records.items()}
 
 
 def close(one, other):
-    """Equal records but for the rounding of sums in batches of another size."""
-    strip = {"scores", "beam_score", "seconds"}
+    """Equal records but for the rounding of sums in batches of another size, and for who answered."""
+    strip = {"scores", "beam_score", "seconds", "rank"}
     for name, rows in one.items():
         assert [{k: v for k, v in r.items() if k not in strip} for r in rows] == [
             {k: v for k, v in r.items() if k not in strip} for r in other[name]

@@ -1,5 +1,6 @@
 """Testing a language model through the trainer: results, predictions, several processes, prompts."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +13,20 @@ from answering_helpers import (
     evaluate,
     interrupted,
     left,
+    partials,
     ready,
 )
 from language_helpers import CONTEXT, examples, fit, loader, make_trainer, module, padded, save_tiny
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoTokenizer
 
 from pera_lightning.adapters import PERA, AuroRA, LinearProbe
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.evaluation.commonsense import first_match
-from pera_lightning.evaluation.statistics import wilson_interval
+from pera_lightning.evaluation.encoding import tokenizer_key
+from pera_lightning.evaluation.statistics import average_row, wilson_interval
 
 # ---- results --------------------------------------------------------------------------------------------------------
 
@@ -42,6 +47,7 @@ def test_results_and_predictions(llama, sets, tmp_path, capsys):
         assert sum(r["correct"] for r in records) == right
         accuracies.append(right / COUNTS[name])
         assert row["n"] == COUNTS[name]
+        assert isinstance(row["n"], int)
         assert row["accuracy"] == pytest.approx(accuracies[-1])
         assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(wilson_interval(right, COUNTS[name]))
         assert row["not_found"] == 0
@@ -51,10 +57,47 @@ def test_results_and_predictions(llama, sets, tmp_path, capsys):
     mean = sum(accuracies) / 2
     assert found.results["metrics"]["test/accuracy"] == pytest.approx(mean)
     assert found.scores["test/accuracy"] == pytest.approx(mean)
+    assert found.results["average"] == {"test": average_row(found.results["sets"]["test"])}
+    assert found.results["average"]["test"]["accuracy"] == found.results["metrics"]["test/accuracy"]
+    assert json.loads((tmp_path / "predictions" / "score" / "results.json").read_text()) == found.results
     out = capsys.readouterr().out
     assert "test, protocol score" in out
     assert f"average {mean:.4f}" in " ".join(out.split())
     assert str(tmp_path / "results.json") in out
+
+
+def test_the_scores_are_shown_once(llama, sets, tmp_path, capsys):
+    """Returned by the trainer, there for callbacks and loggers, and not in a table of Lightning's too."""
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = make_trainer(tmp_path, logger=logger)
+    returned = trainer.test(ready(llama), datamodule=data(sets))
+    names = {"test/accuracy", "test_accuracy/ARC-Easy", "test_accuracy/boolq"}
+    assert all(scores.keys() == names for scores in returned)
+    assert {name: float(value) for name, value in trainer.callback_metrics.items()} == returned[0]
+    assert names <= set((tmp_path / "metrics.csv").read_text().splitlines()[0].split(","))
+    out = capsys.readouterr().out
+    assert "DataLoader 0" not in out
+    assert out.count(f"{returned[0]['test/accuracy']:.4f}") == 1
+
+
+def test_protocols_keep_their_results(llama, sets, tmp_path):
+    """`results.json` is the latest one; each protocol's lies with its predictions."""
+    network = ready(llama)
+    kept = {name: evaluate(tmp_path, network, data(sets, name)).results for name in ("score", "strict")}
+    assert left(tmp_path)["results"] == kept["strict"]
+    for name, results in kept.items():
+        assert results["protocol"]["evaluation"]["name"] == name
+        assert json.loads((tmp_path / "predictions" / name / "results.json").read_text()) == results
+
+
+def test_predictions_are_of_one_evaluation(llama, sets, tmp_path):
+    """A later test with other sets and without a static row leaves nothing of the first."""
+    network = ready(llama, AuroRA(rank=2))
+    evaluate(tmp_path, network, data(sets), AuroRA(rank=2))
+    assert (tmp_path / "predictions" / "score_static").exists()
+    evaluate(tmp_path, ready(llama), data(sets, test=["boolq"]))
+    assert set(left(tmp_path)["records"]) == {"score/boolq.jsonl"}
+    assert sorted(p.name for p in (tmp_path / "predictions" / "score").iterdir()) == ["boolq.jsonl", "results.json"]
 
 
 def test_results_say_what_was_measured_and_how(llama, sets, tmp_path):
@@ -70,6 +113,8 @@ def test_results_say_what_was_measured_and_how(llama, sets, tmp_path):
     assert (protocol["base_dtype"], protocol["precision"]) == ("float32", "32-true")
     assert protocol["attn_implementation"] == "eager"
     assert protocol["checkpoint"] is protocol["training"] is None
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    assert protocol["tokenizer"] == {"name_or_path": llama, "key": tokenizer_key(tokenizer)}
     assert protocol["evaluation"]["name"] == "strict"
     assert protocol["evaluation"]["test_limit"] == 3
     assert "### Response:" in protocol["evaluation"]["evaluation_prompt"]
@@ -135,7 +180,12 @@ def test_an_unadapted_model(llama, sets, tmp_path):
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error:.*sync_dist=True.*")
+def longest(records):
+    """The seconds of the process that answered longest."""
+    return max(sum(r["seconds"] for r in records if r["rank"] == rank) for rank in (0, 1))
+
+
+@pytest.mark.filterwarnings("error:.*sync_dist=True.*", "error:.*it is recommended to use .Trainer.devices=1.*")
 def test_two_processes_answer_each_question_once(llama, sets, tmp_path):
     """Seven and four questions: one rank is given a question that the other has too."""
     options = {"devices": 2, "strategy": "ddp_fork"}
@@ -145,6 +195,13 @@ def test_two_processes_answer_each_question_once(llama, sets, tmp_path):
     assert two.results["n"] == {"test": TOTAL}
     assert two.results["complete"] is True
     assert two.results["metrics"] == pytest.approx(one.results["metrics"])
+    records = [r for rows in two.records.values() for r in rows]
+    assert {r["rank"] for r in records} == {0, 1}
+    assert two.results["seconds"] == pytest.approx(longest(records))
+    for row in two.results["sets"]["test"]:
+        own = two.records[f"score/{row['set']}.jsonl"]
+        assert row["seconds"] == pytest.approx(longest(own))
+        assert row["tokens_per_second"] == pytest.approx(sum(r["tokens"] for r in own) / longest(own))
 
 
 def test_two_processes_go_on_with_what_there_is(llama, sets, tmp_path, capfd):
@@ -154,7 +211,7 @@ def test_two_processes_go_on_with_what_there_is(llama, sets, tmp_path, capfd):
     two = evaluate(tmp_path, ready(llama), data(sets), devices=2, strategy="ddp_fork")
     close(whole.records, two.records)
     assert capfd.readouterr().out.count("6 questions were answered by an interrupted run") == 1
-    assert not list(tmp_path.glob("predictions/*.partial-*"))
+    assert not partials(tmp_path)
 
 
 # ---- prediction -----------------------------------------------------------------------------------------------------
