@@ -8,6 +8,7 @@ predict it, is padding or another example. Shapes: B rows, T tokens in a row, K 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DistributedSampler
 
 from pera_lightning.data.splits import random_order
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.evaluation.decoding import pad_left
 
 Example = Mapping[str, Any]
 IGNORE = -100  # the label of a token that is not learned; cross_entropy's default
@@ -148,20 +150,14 @@ def collate_padded(examples: Sequence[Example], *, pad_id: int, length: int | No
         ``input_ids``, ``attention_mask``, ``position_ids`` (from 0 at a row's first token, 0 on padding) and ``labels``
         (`IGNORE` on padding and before `start`), all (B, T).
     """
-    rows = _tensors(examples)
-    longest = max(len(ids) for ids, _ in rows)
-    shape = (len(rows), longest if length is None else length)
-    if longest > shape[1]:
+    rows, starts = _rows_and_starts(examples)
+    longest = max(len(ids) for ids in rows)
+    if length is not None and longest > length:
         raise DataError(f"an example has {longest} tokens, more than the length {length}; cut it, or raise the length")
-    fill = {"input_ids": pad_id, "attention_mask": 0, "position_ids": 0, "labels": IGNORE}
-    batch = {name: torch.full(shape, value) for name, value in fill.items()}
-    for i, (ids, start) in enumerate(rows):
-        first = shape[1] - len(ids)
-        batch["input_ids"][i, first:] = ids
-        batch["attention_mask"][i, first:] = 1
-        batch["position_ids"][i, first:] = torch.arange(len(ids))
-        batch["labels"][i, first + start :] = ids[start:]
-    return batch
+    ids, mask, positions = pad_left(rows, pad_id, width=length)  # (B, T)
+    learned = (mask == 1) & (positions >= torch.tensor(starts)[:, None])
+    labels = ids.masked_fill(~learned, IGNORE)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -173,14 +169,10 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     Returns:
         ``input_ids``, ``position_ids`` and ``labels`` (`IGNORE` before each example's `start`), all (1, T).
     """
-    rows = _tensors(examples)
-    return {
-        "input_ids": torch.cat([ids for ids, _ in rows])[None],
-        "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None],
-        "labels": torch.cat([part for ids, start in rows for part in (ids.new_full((start,), IGNORE), ids[start:])])[
-            None
-        ],
-    }
+    rows, starts = _rows_and_starts(examples)
+    labels = [[IGNORE] * start + [*ids[start:]] for ids, start in zip(rows, starts, strict=True)]
+    parts = {"input_ids": rows, "position_ids": [range(len(ids)) for ids in rows], "labels": labels}
+    return {name: torch.tensor([[*itertools.chain(*part)]]) for name, part in parts.items()}
 
 
 def label_positions(labels: Tensor) -> Tensor:
@@ -192,17 +184,17 @@ def label_positions(labels: Tensor) -> Tensor:
     return positions if len(positions) else positions.new_zeros(1)
 
 
-def _tensors(examples: Sequence[Example]) -> list[tuple[Tensor, int]]:
-    """Of each example the tokens, (T,), and the index of the first that gets a label."""
-    rows = [(torch.as_tensor(e["input_ids"], dtype=torch.int64), int(e["start"])) for e in examples]
-    if not rows:
+def _rows_and_starts(examples: Sequence[Example]) -> tuple[list[list[int]], list[int]]:
+    """Of each example the tokens, and the index of the first that gets a label."""
+    if not examples:
         raise DataError("a batch of no examples; give at least one")
-    for ids, start in rows:
+    rows, starts = [e["input_ids"] for e in examples], [int(e["start"]) for e in examples]
+    for ids, start in zip(rows, starts, strict=True):
         if not len(ids) or not 0 <= start <= len(ids):
             raise DataError(
                 f"an example has {len(ids)} tokens and start={start}; give a token or more, start up to that"
             )
-    return [(ids, max(start, 1)) for ids, start in rows]
+    return rows, [max(start, 1) for start in starts]
 
 
 def _checked(lengths: Sequence[int]) -> np.ndarray:

@@ -93,7 +93,10 @@ def read_problems(source: str, split: str) -> list[Row]:
         fields = _unified(entry, form, f"row {k} of {where}")
         rows.append(json_rows.to_row(fields, number=k, set_name=own, split=split, source=where, needed=needed))
         if split == "test":
-            _check_number(rows[-1], f"row {k} of {where}")
+            try:
+                gold_number(rows[-1].answer)
+            except DataError as error:
+                raise DataError(f"row {k} of {where}: {error}") from None
     return rows
 
 
@@ -136,13 +139,3 @@ def _unified(entry: Any, form: tuple[str, ...], where: str) -> Any:
     question, solution = (entry[name] for name in form)
     mark = "The answer is:" if form[0] == "query" else "####"
     return {"instruction": question, "output": solution, "answer": solution.rpartition(mark)[2].strip()}
-
-
-def _check_number(row: Row, where: str) -> None:
-    try:
-        gold_number(row.answer)
-    except DataError:
-        answer = row.answer if len(row.answer) <= 60 else f"… {row.answer[-58:]}"
-        raise DataError(
-            f"{where}: answer {answer!r} is no number; give one such as '72', or a solution that ends in '#### 72'"
-        ) from None

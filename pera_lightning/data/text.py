@@ -20,11 +20,13 @@ from pera_lightning.data.token_cache import DealtRows, PackedRows, TokenRows, ca
 from pera_lightning.errors import ConfigurationError, DataError, closest
 from pera_lightning.evaluation.encoding import pad_token_id
 from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.evaluation.protocols import Protocol, protocol
+from pera_lightning.evaluation.protocols import Protocol
+from pera_lightning.evaluation.protocols import protocol as find_protocol  # `protocol` is an argument here
 from pera_lightning.evaluation.questions import Question, Questions, make_questions
 from pera_lightning.evaluation.rows import Row
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 BATCHING = ("grouped", "packed", "random")
@@ -73,7 +75,7 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.evaluation: Protocol = _protocol(self.task, protocol)
+        self.evaluation: Protocol = find_protocol(self.task, protocol)
         self.tokenizer_name = tokenizer
         self.max_length = self.evaluation.max_length if max_length is None else max_length
         self.batch_size = batch_size
@@ -120,7 +122,8 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenises the training rows once on each machine, where several processes would; keeps nothing."""
         if self.needed()[0] and getattr(self.trainer, "world_size", 1) > 1:
-            tokenised(self.training_rows(), self.evaluation, self.tokenizer, self.cache_folder)
+            rows = self.training_rows()
+            self._tokenised(rows, digest(rows))
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises, once.
@@ -212,7 +215,7 @@ class TextDataModule(L.LightningDataModule):
         held, rest = order[: self.validation_size], order[self.validation_size :]
         rest = rest[: splits.held_out_size(len(rest), self.train_fraction)]
         chosen = {"train": np.sort(rest), "validation": np.sort(held)}
-        table = tokenised(rows, self.evaluation, self.tokenizer, self.cache_folder)
+        table = self._tokenised(rows, self._digests["train"])
         for name, indices in chosen.items():
             part = TokenRows(table, indices, self.max_length)
             if not len(part):
@@ -233,6 +236,9 @@ class TextDataModule(L.LightningDataModule):
             "validation": [rows[k].id for k in chosen["validation"]],
             "train": "all others" if everything else [rows[k].id for k in chosen["train"]],
         }
+
+    def _tokenised(self, rows: list[Row], sha256: str) -> datasets.Dataset:
+        return tokenised(rows, self.evaluation, self.tokenizer, self.cache_folder, sha256=sha256)
 
     def _build_questions(self) -> None:
         self._order = []
@@ -295,7 +301,3 @@ class TextDataModule(L.LightningDataModule):
 
 def _packed_batch(items: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     return batching.collate_packed([example for item in items for example in item])
-
-
-def _protocol(task: str, name: str) -> Protocol:  # `protocol` is an argument there
-    return protocol(task, name)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pera_lightning.data.json_rows import digest
 from pera_lightning.errors import DataError, shorten
-from pera_lightning.evaluation.encoding import encode_pairs, has_label, tokenizer_key, truncate
+from pera_lightning.evaluation.encoding import encode_pairs, tokenizer_key, truncate
 from pera_lightning.evaluation.protocols import Protocol
 from pera_lightning.evaluation.rows import Row
 
@@ -39,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def tokenised(
-    rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, folder: Path
+    rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, folder: Path, *, sha256: str
 ) -> datasets.Dataset:
     """The table of ``input_ids`` and ``start`` (first token with a label), from the cache where it is there.
 
@@ -48,6 +47,7 @@ def tokenised(
         protocol: gives prompt, response, BOS and what the loss is on.
         tokenizer: of the model.
         folder: of the cache.
+        sha256: `digest` of the rows.
 
     Raises:
         DataError: where the folder cannot be written, or its file is damaged.
@@ -55,7 +55,7 @@ def tokenised(
     import datasets
     import pyarrow as pa
 
-    facts = [_FORMAT, tokenizer_key(tokenizer), protocol.describe(), digest(rows)]
+    facts = [_FORMAT, tokenizer_key(tokenizer), protocol.describe(), sha256]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{protocol.task}-{protocol.name}-{key}.arrow"
     try:
@@ -122,7 +122,7 @@ class TokenRows:
         full = full[indices]
         starts = columns.column("start").to_numpy()[indices]
         lengths = np.minimum(full, max_length)
-        kept = lengths > np.maximum(starts, 1)  # as `has_label` says of one row
+        kept = lengths > np.maximum(starts, 1)  # a first token has none before it that predicts it
         self.cut, self.dropped = int((full > max_length).sum()), int((~kept).sum())
         self.indices, self.lengths = indices[kept], lengths[kept]
 
@@ -132,7 +132,6 @@ class TokenRows:
     def __getitem__(self, number: int) -> dict[str, object]:
         row = self._table[int(self.indices[number])]
         ids, start, _ = truncate(row["input_ids"], row["start"], self._max_length)
-        assert has_label(ids, start)
         return {"input_ids": ids, "start": start}
 
 

@@ -151,12 +151,7 @@ HIRA = register(
             "beams, LLM-Adapters' extraction. Ours, not in the paper: 512 tokens a row, beams without sampling (its "
             "script samples within the beams by default, at temperature 0.1), and the template's form with an input."
         ),
-        training_prompt=prompts.hira,
-        evaluation_prompt=prompts.hira,
-        response=prompts.output,
-        loss_on="answer",
-        bos="always",
-        max_length=512,
+        **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=16, num_beams=4),
         extract=first_match,
         options=options,

@@ -51,7 +51,7 @@ class Generated:
 
 
 def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None, width: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pads rows on the left: (input_ids, attention_mask, position_ids), each (B, T) int64.
 
@@ -59,8 +59,9 @@ def pad_left(
         rows: B lists of token ids.
         pad_id: what to fill with.
         device: where the tensors go.
+        width: T, no less than the tokens of the longest row; None for just those.
     """
-    width = max((len(row) for row in rows), default=0)
+    width = max((len(row) for row in rows), default=0) if width is None else width
     ids = torch.tensor([[pad_id] * (width - len(row)) + [*row] for row in rows], dtype=torch.int64)  # (B, T)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the padding gets 0, a position every model has

@@ -71,7 +71,7 @@ def bleu_and_rouge(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         records: predictions of one set; one not found counts as an empty reply.
 
     Returns:
-        ``bleu``, ``rouge_l``, ``not_found`` (part of the rows, 0 to 1) and ``n``.
+        ``bleu``, ``rouge_l`` and ``not_found`` (part of the rows, 0 to 1).
     """
     # Here, since naming a protocol must not cost the import of these libraries.
     import sacrebleu
@@ -86,7 +86,6 @@ def bleu_and_rouge(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "bleu": sacrebleu.corpus_bleu(predictions, [references], force=True).score,
         "rouge_l": 100 * rouge / len(records),
         "not_found": sum(record["prediction"] is None for record in records) / len(records),
-        "n": float(len(records)),
     }
 
 
@@ -162,12 +161,7 @@ SELF_PERSONA = register(
             "4-gram, as in its script; sacreBLEU and ROUGE-L. Ours, not in the paper: how persona and turns are "
             "written, 512 tokens a row, at most 64 new tokens, the first line as the reply, each row on its own."
         ),
-        training_prompt=prompts.hira,
-        evaluation_prompt=prompts.hira,
-        response=prompts.output,
-        loss_on="answer",
-        bos="always",
-        max_length=512,
+        **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=64, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4),
         extract=extract,
         options=no_options,

@@ -104,11 +104,6 @@ def truncate(ids: list[int], start: int, max_length: int) -> tuple[list[int], in
     return ids, min(start, len(ids)), cut
 
 
-def has_label(ids: Sequence[int], start: int) -> bool:
-    """Whether a token from `start` on has one before it that predicts it; without one a masked loss has no label."""
-    return len(ids) > max(start, 1)
-
-
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to fill with: the pad token, else EOS, else 0. Masks and labels hide it, so it changes no result."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):

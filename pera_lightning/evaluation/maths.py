@@ -48,7 +48,8 @@ def gold_number(answer: str) -> Decimal:
     """
     match = _NUMBER.fullmatch(answer.rpartition("####")[2].strip())
     if match is None:
-        raise DataError(f"answer {answer!r} is no number; give one such as '72', '576.0' or '... #### 72'")
+        shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
+        raise DataError(f"answer {shown!r} is no number; give one such as '72', '576.0' or '... #### 72'")
     return _value(match)
 
 
@@ -91,12 +92,7 @@ LAST_NUMBER = register(
             "greedy decoding of at most 512 tokens, and the last number as the answer, exactly equal (its script "
             "samples within 4 beams by default, reads the number after 'The answer is: ' and rounds it)."
         ),
-        training_prompt=prompts.hira,
-        evaluation_prompt=prompts.hira,
-        response=prompts.output,
-        loss_on="answer",
-        bos="always",
-        max_length=512,
+        **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=512),
         extract=extract,
         options=no_options,

@@ -8,6 +8,8 @@ HiRA, which PERA follows, has no indentation and one template for both.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pera_lightning.evaluation.rows import Row
 
 TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -46,3 +48,14 @@ def hira(row: Row) -> str:
 def output(row: Row) -> str:
     """The response trained on: the row's output as it is."""
     return row.output
+
+
+# What every protocol with HiRA's template has; the 512 tokens are ours.
+HIRA_FORM: dict[str, Any] = {
+    "training_prompt": hira,
+    "evaluation_prompt": hira,
+    "response": output,
+    "loss_on": "answer",
+    "bos": "always",
+    "max_length": 512,
+}

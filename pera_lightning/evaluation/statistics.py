@@ -41,7 +41,7 @@ def accuracy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     Returns:
         ``accuracy`` with the ends of its 95 % Wilson interval ``accuracy_low`` and ``accuracy_high``, ``not_found``
-        (the part of texts without an answer; they count as wrong), each 0 to 1, and ``n``.
+        (the part of texts without an answer; they count as wrong), each 0 to 1.
 
     Raises:
         DataError: where there are no records.
@@ -56,7 +56,6 @@ def accuracy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "accuracy_low": low,
         "accuracy_high": high,
         "not_found": sum(record["prediction"] is None for record in records) / n,
-        "n": n,
     }
 
 

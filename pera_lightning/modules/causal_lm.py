@@ -140,10 +140,18 @@ class CausalLMModule(AdapterModule):
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
         self.trained_with = data.protocol() if hasattr(data, "protocol") else None
-        check_causal(self.model)  # type: ignore[arg-type]
+        self._check_network()
         if getattr(data, "batching", None) == "packed":
             check_packing(self.model)  # type: ignore[arg-type]
-        if hasattr(data, "extremes"):
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":  # not within a fit
+            self._check_network()
+
+    def _check_network(self) -> None:
+        check_causal(self.model)  # type: ignore[arg-type]
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "extremes") and self.trainer.state.fn in ("fit", "validate"):
             check_extremes(self.model, *data.extremes())  # type: ignore[arg-type]
 
     def _shared_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +207,7 @@ class CausalLMModule(AdapterModule):
         return self._answering.answered()
 
     def on_test_start(self) -> None:
-        check_causal(self.model)  # type: ignore[arg-type]
+        self._check_network()
         self._answering.start("test")
 
     def test_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -209,6 +217,7 @@ class CausalLMModule(AdapterModule):
         self._answering.finish()
 
     def on_predict_start(self) -> None:
+        self._check_network()
         self._answering.start("predict")
 
     def predict_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:

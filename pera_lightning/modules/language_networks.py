@@ -43,20 +43,18 @@ def load_network(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        if weights:
-            network, found = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision or "main", output_loading_info=True, **options
-            )
-            _check_complete(name, found)
-            return network
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
-        return AutoModelForCausalLM.from_config(config, **options)
+        if not weights:
+            config = AutoConfig.from_pretrained(name, revision=revision or "main")
+            return AutoModelForCausalLM.from_config(config, **options)
+        network, found = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", output_loading_info=True, **options
+        )
     except SafetensorError as error:
         raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
         raise explained(error, name, "model") from error
+    _check_complete(name, found)
+    return network
 
 
 def _check_complete(name: str, found: Mapping[str, Any]) -> None:
@@ -146,4 +144,4 @@ def _change(model: PreTrainedModel, ids: Tensor, other: Tensor, **options: Tenso
     finally:
         for module in model.modules():
             module.training = module in training
-    return (one.float() - two.float()).abs().amax(-1)
+    return (one - two).abs().amax(-1)

@@ -13,7 +13,6 @@ from pera_lightning.evaluation.encoding import (
     common_prefix,
     encode,
     encode_pairs,
-    has_label,
     pad_token_id,
     tokenizer_key,
     truncate,
@@ -221,14 +220,6 @@ def test_truncate_cuts_the_end_and_says_so():
     assert truncate(ids, 2, 5) == (ids, 2, False)
     assert truncate(ids, 2, 4) == ([1, 2, 3, 4], 2, True)
     assert truncate(ids, 4, 2) == ([1, 2], 2, True)
-    assert not has_label(*truncate(ids, 4, 2)[:2])
-
-
-@pytest.mark.parametrize(
-    ("ids", "start", "labelled"), [([1, 2], 1, True), ([1, 2], 2, False), ([1], 0, False), ([1, 2], 0, True)]
-)
-def test_has_label(ids, start, labelled):
-    assert has_label(ids, start) is labelled
 
 
 def test_pad_token_or_eos_or_zero():

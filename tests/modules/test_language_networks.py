@@ -64,6 +64,19 @@ def test_an_encoder_is_refused_before_it_is_trained(tmp_path):
         fit(tmp_path, module(folder), [padded(examples([(6, 3)]))], targets=["query", "value"])
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_encoder_is_refused_before_it_is_measured(command, tmp_path):
+    folder = save_tiny(tmp_path / "bert")
+    bert().save_pretrained(folder)
+    sets = write_sets(tmp_path / "sets", {"boolq": 2})
+    data = CommonsenseDataModule(
+        str(sets), train="ARC-Easy", test=["boolq"], validation_size=2, cache_dir=str(tmp_path / "cache")
+    )
+    trainer = make_trainer(tmp_path, targets=["query", "value"])
+    with pytest.raises(ConfigurationError, match="no causal language model"):
+        getattr(trainer, command)(module(folder), datamodule=data)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_models_whose_packed_rows_see_each_other(dtype, tmp_path):
     opt = OPTForCausalLM(OPTConfig(**SMALL, num_attention_heads=4, ffn_dim=32, max_position_embeddings=64))
