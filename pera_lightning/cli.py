@@ -19,7 +19,7 @@ TRAINER_COMMANDS = {
     "predict": "write predictions",
 }
 OWN_COMMANDS = {
-    "params": ("pera_lightning.commands.params:run", "print the injection report of a config, without weights"),
+    "params": ("pera_lightning.commands.params:run", "print what a config adapts; with --memory what it needs"),
 }
 _CONFIG_FLAGS = ("--config", "-c")
 

@@ -7,7 +7,7 @@ One definition of "trained", by structure, serves freezing, counting, saving and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -155,6 +155,11 @@ def inject(
     )
     setattr(model, _MARK, mark)
     return report
+
+
+def set_fingerprint(model: nn.Module, fingerprint: dict[str, str]) -> None:
+    """Replaces the fingerprint of an injected model whose weights were not there at the injection."""
+    setattr(model, _MARK, replace(injection_of(model), fingerprint=fingerprint))  # type: ignore[type-var]
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -25,12 +25,14 @@ BELOW: dict[str, set[str]] = {
     "injection": CORE,
     "state": CORE,
     "merging": CORE | {"state"},
+    "sharding": CORE | {"state"},
+    "memory": CORE | {"sharding"},
     "data": {"errors", "evaluation"},
     "evaluation": {"errors"},
 }
 # Everything above `state` and `merging` must leave the command line alone.
 ABOVE = {"cli", "commands"}
-TORCH_ONLY = CORE | {"state", "merging"}
+TORCH_ONLY = CORE | {"state", "merging", "sharding", "memory"}
 ALLOWED_THERE = {"torch", "safetensors", "numpy"}
 # Heavy libraries, and the files or folders that may import them (inside functions too).
 OWNERS: dict[str, tuple[str, ...]] = {

@@ -16,6 +16,7 @@ end of building, before compiling and sharding::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
 from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
@@ -37,9 +39,12 @@ from pera_lightning.callbacks.checks import (
 )
 from pera_lightning.callbacks.coverage import LayerCoverage
 from pera_lightning.callbacks.data_order import forget_data_order, load_loader_states, on_every_rank, resume_data_order
+from pera_lightning.callbacks.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.callbacks.random_state import capture, restore
+from pera_lightning.callbacks.rank_seeds import join_generators, part_generators
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection import adapter_parameter_names, inject, injection_of
+from pera_lightning.sharding import sharded_like, whole
 from pera_lightning.state import (
     METADATA,
     adapter_state_dict,
@@ -48,6 +53,7 @@ from pera_lightning.state import (
     remember_unfrozen,
     write_adapter,
 )
+from pera_lightning.strategies import adopt
 
 HOOK = "adapter_injection"
 GRADIENTS = "pera_lightning_gradients"
@@ -80,6 +86,7 @@ class AdapterInjection(Callback):
         self.method = method
         self.targets, self.trainable = targets or [], trainable or []
         self.fused, self.seed, self.on_unused = fused, seed, on_unused
+        self.preemption = Preemption()
         self._coverage = LayerCoverage()
         self._rng: dict[str, Any] | None = None
         self._covered: set[str] = set()
@@ -107,10 +114,13 @@ class AdapterInjection(Callback):
         else:
             self._inject_foreign(pl_module)
         prepare_loading(pl_module)
+        adopt(trainer.strategy)
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
         if stage == TrainerFn.FITTING:
             self._covered, self._stepped, self._gradients, self._rng = set(), set(), {}, None
             resume_data_order(trainer)
+            self.preemption.watch(trainer)
+            part_generators(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
         late = ConfigurationError(
@@ -143,7 +153,7 @@ class AdapterInjection(Callback):
         load_loader_states(trainer)
         for name, gradient in self._gradients.items():
             parameter = pl_module.get_parameter(name)
-            parameter.grad = gradient.to(parameter.device)
+            parameter.grad = sharded_like(gradient.to(parameter.device), parameter)
         self._gradients = {}
 
     # --- which layers run ---
@@ -154,6 +164,7 @@ class AdapterInjection(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._check("training")
         self._rng = capture()
+        self.preemption.after_train_batch(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if id(optimizer) not in self._stepped:
@@ -172,8 +183,15 @@ class AdapterInjection(Callback):
     def _evaluation_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._check("evaluation")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.preemption.before_validation(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._check("evaluation")
+        self.preemption.after_validation_batch(trainer)
+
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _evaluation_start
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_end
+    on_test_batch_end = on_predict_batch_end = _evaluation_end
 
     def _watch(self, kind: str, module: LightningModule) -> None:
         if kind not in self._covered:
@@ -198,6 +216,9 @@ class AdapterInjection(Callback):
     # --- randomness: validation leaves the training run as if it had not been ---
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_training(trainer)
+
+    def _restore_training(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
             restore(self._rng)
 
@@ -208,28 +229,46 @@ class AdapterInjection(Callback):
             checkpoint[GRADIENTS] = on_every_rank(trained_gradients(pl_module))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        validate_before_going_on(trainer, checkpoint)
         ranks = checkpoint.get(GRADIENTS, [])
-        self._gradients = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else {}
+        same = len(ranks) == trainer.world_size and not any(isinstance(p, DTensor) for p in pl_module.parameters())
+        self._gradients = ranks[trainer.global_rank] if same else mean_gradients(ranks)
 
     # --- at the end ---
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._coverage.stop()
+        if trainer.validating:
+            self._restore_training(trainer)
+        self.preemption.save(trainer, exception)
+        self.preemption.release(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         forget_data_order(trainer)
+        self.preemption.release(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        join_generators()
+        drop_requeue_file(trainer)
         folder = trainer.log_dir  # asked on every rank
-        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero or not trainer.global_step:
+        if folder is None or trainer.fast_dev_run or not trainer.global_step:
             return
-        written, source = write_best_adapter(trainer, pl_module, Path(folder) / "adapter")
+        state = whole(adapter_state_dict(find_injected(pl_module)[1]), keep=trainer.is_global_zero)  # type: ignore
+        if not trainer.is_global_zero:
+            return
+        written, source = write_best_adapter(trainer, pl_module, Path(folder) / "adapter", state)
         print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
 
 
 def trained_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the gradients that there are, by parameter name, on the CPU."""
-    return {name: p.grad.detach().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
+    """Copies of the gradients that there are, whole, by parameter name, on the CPU."""
+    return {n: whole(p.grad).detach().cpu().clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def mean_gradients(ranks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean over processes of what `trained_gradients` gave on each, for a run with other processes."""
+    names = {name: None for own in ranks for name in own}
+    return {name: sum(own[name] for own in ranks if name in own) / len(ranks) for name in names}
 
 
 def prepare_loading(module: LightningModule) -> None:
@@ -238,8 +277,10 @@ def prepare_loading(module: LightningModule) -> None:
         module.register_load_state_dict_post_hook(forgive_missing_base)
 
 
-def write_best_adapter(trainer: Trainer, module: LightningModule, folder: Path) -> tuple[Path, str]:
-    """Writes the adapter folder from the best checkpoint, else the last, else the module as it is.
+def write_best_adapter(
+    trainer: Trainer, module: LightningModule, folder: Path, state: dict[str, torch.Tensor]
+) -> tuple[Path, str]:
+    """Writes the adapter folder from the best checkpoint, else the last, else from the module's own `state`.
 
     Returns:
         The folder, and what it was written from, in words.
@@ -252,6 +293,6 @@ def write_best_adapter(trainer: Trainer, module: LightningModule, folder: Path) 
         if path and Path(path).is_file():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if METADATA in checkpoint:
-                state = {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}
-                return write_adapter(folder, state, spec), kind
-    return write_adapter(folder, adapter_state_dict(root), spec), "the last step"
+                best = {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}
+                return write_adapter(folder, best, spec), kind
+    return write_adapter(folder, state, spec), "the last step"

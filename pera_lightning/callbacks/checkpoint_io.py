@@ -6,7 +6,6 @@ not asked. Filtering there leaves `state_dict()` of the module whole for everyon
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,18 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from torch import nn
 
 from pera_lightning import __version__
+from pera_lightning.callbacks.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
 from pera_lightning.errors import CheckpointError, shorten
 from pera_lightning.injection import injection_of
-from pera_lightning.state import METADATA, check_injection, check_state, find_injected, frozen_names, metadata, without
+from pera_lightning.state import (
+    METADATA,
+    check_injection,
+    check_state,
+    find_injected,
+    frozen_names,
+    metadata,
+    without,
+)
 
 # Where a checkpoint may hold a state dict: Lightning's own, and WeightAveraging's second copy.
 _STATES = ("state_dict", "current_model_state")
@@ -67,7 +75,7 @@ class AdapterCheckpointIO(CheckpointIO):
     """
 
     def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
-        self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else inner
+        self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else with_whole_files(inner)
         self.module = module
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -95,8 +103,16 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
         kwargs: for `source`.
 
     Raises:
-        CheckpointError: where the file is missing, damaged or something else.
+        CheckpointError: where the file is missing, damaged or something else; it names whole ones of the same folder.
     """
+    if (local := local_file(path)) is not None and local.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, such as ModelParallelStrategy writes without AdapterInjection "
+            "(save_distributed_checkpoint=True), and holds no adapters of its; give a .ckpt file"
+        )
+    broken = damage(path)
+    if broken is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({broken}){whole_neighbours(path)}")
     if source is None:
         source, kwargs = TorchCheckpointIO(), {"map_location": "cpu", "weights_only": True}
     try:
@@ -106,9 +122,11 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
         there = sorted(p.name for p in folder.glob("*.ckpt")) if folder.is_dir() else []
         have = f"; {folder} has {', '.join(there)}" if there else ""
         raise CheckpointError(f"checkpoint {path} does not exist{have}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         what = f"{type(error).__name__}: {shorten(str(error))[:200]}"
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({what})") from None
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or no checkpoint ({what}){whole_neighbours(path)}"
+        ) from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, no Lightning checkpoint")
     return checkpoint

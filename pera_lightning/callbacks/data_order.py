@@ -68,6 +68,7 @@ def _resumable_class(cls: type) -> type:
         _epoch_start: dict[str, Any] | None = None
         _pending: dict[str, Any] | None = None
         _drawn: bool = True
+        _undrawn: dict[str, Any] | None = None  # what to go on from while nothing has been drawn
 
         def __iter__(self) -> Iterator[Any]:
             pending, self._pending = self._pending, None
@@ -77,7 +78,8 @@ def _resumable_class(cls: type) -> type:
             elif not self._drawn and self._epoch_start is not None:
                 restore(self._epoch_start, own)  # Lightning made an iterator already and drew nothing from it
             _set_epoch(self, self._progress().epoch)
-            self._epoch_start, self._drawn = capture(own), False
+            self._epoch_start = self._undrawn = capture(own)
+            self._drawn = False
             own_state = pending and pending.get("loader")
             if own_state is not None:
                 super().load_state_dict(own_state)
@@ -89,7 +91,7 @@ def _resumable_class(cls: type) -> type:
                     except StopIteration:  # the shorter of several loaders starts again, as in Lightning's cycle
                         iterator = super().__iter__()
                         next(iterator)
-                self._epoch_start = pending["epoch_start"]
+                self._epoch_start, self._undrawn = pending["epoch_start"], pending["now"]
                 restore(pending["now"], own)
             return self._watched(iterator, None if pending is None else capture(own))
 
@@ -104,7 +106,8 @@ def _resumable_class(cls: type) -> type:
         def state_dict(self) -> dict[str, Any]:
             """Batches trained and random states, for every rank."""
             progress = self._progress()
-            now = capture(_generators(self))
+            # A run that goes on with a validation has made the iterator already, and validation draws.
+            now = capture(_generators(self)) if self._drawn or self._undrawn is None else self._undrawn
             start = now if self._epoch_start is None else self._epoch_start
             inner = getattr(super(), "state_dict", None)
             state = {

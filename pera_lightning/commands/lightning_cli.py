@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ import pera_lightning.modules.causal_lm
 import pera_lightning.modules.image_classification  # noqa: F401
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.callbacks import AdapterInjection
+from pera_lightning.commands.lost_process import lost_process
 from pera_lightning.commands.messages import explain
 from pera_lightning.errors import PeraError
 
@@ -74,6 +77,7 @@ class PeraCLI(LightningCLI):
             "auto_configure_optimizers": False,
             "seed_everything_default": 0,
         }
+        self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
         super().__init__(**{**defaults, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -95,6 +99,10 @@ class PeraCLI(LightningCLI):
         others = others if isinstance(others, list) else [others]
         config["callbacks"] = [self._get(self.config_init, "adapter"), *others]
         return self._instantiate_trainer(config, [])
+
+    def before_fit(self) -> None:
+        """Tells the callback what to go on with where a signal stops the fit."""
+        self._get(self.config_init, "adapter").preemption.command = resuming_command(self._words)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -118,6 +126,22 @@ class ConfiguredCLI(PeraCLI):
 
 
 EVALUATIONS = ("validate", "test", "predict")
+
+
+def resuming_command(words: Sequence[str]) -> str:
+    """The shell command that goes on with an interrupted fit.
+
+    Args:
+        words: the fit's own, after the program's name.
+    """
+    option = "--ckpt_path"
+    kept = [
+        word
+        for word, before in zip(words, ["", *words], strict=False)
+        if option not in (before, word, word.partition("=")[0])
+    ]
+    program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *kept, option, "last"])
 
 
 def checkpoint_of_run(name: str, log_dir: str | None) -> str:
@@ -163,3 +187,7 @@ def run(args: Sequence[str]) -> None:
         if isinstance(error, PeraError) or not raised_by_lightning(error):
             raise
         raise PeraError(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        if line := lost_process(error):
+            raise PeraError(line) from error
+        raise

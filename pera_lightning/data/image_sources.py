@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset, default_collate
 
+from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed, shorten
 
 if TYPE_CHECKING:
@@ -142,6 +143,11 @@ class ImageRows(Dataset):
             raise DataError(f"{of} cannot be read ({shorten(str(error))}); replace or remove it") from error
         item = (self.transform(image), label)
         return (*item, self.source.identifier(row)) if self.with_identifier else item
+
+
+def without_label(item: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An item of `ImageRows` with `IGNORE` in place of its label."""
+    return (item[0], IGNORE, *item[2:])
 
 
 def collate_identified(items: list[tuple[Any, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.data import image_datasets, image_hub, splits, transforms
 from pera_lightning.data import image_sources as sources
+from pera_lightning.data.dealing import dealt
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest, listed
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -29,9 +30,10 @@ class ImageDataModule(L.LightningDataModule):
 
     Training, validation and test batches are ``(images, labels)``: (B, 3, H, W) float32 and (B,) int64. Prediction
     batches are ``(images, labels, ids)``, where a label is -1 if unknown and ids are file names relative to the
-    folder, or row numbers of the source. Where a source lacks a split, it is cut from its training rows by a seed of
-    its own: the test rows first, then the validation rows from what remains. Which rows went where is written to
-    ``splits/`` in the run's log folder.
+    folder, or row numbers of the source. Over several processes each image is in one batch of one of them; where they
+    do not come out even, the last image fills up, with the label -100. Where a source lacks a split, it is cut from its
+    training rows by a seed of its own: the test rows first, then the validation rows from what remains. Which rows went
+    where is written to ``splits/`` in the run's log folder.
 
     Args:
         dataset: a name of the catalogue (oxford_pets, stanford_cars, cifar10, dtd, eurosat, fgvc, resisc45,
@@ -379,10 +381,10 @@ class ImageDataModule(L.LightningDataModule):
                 f"drop_last leaves no batch: {len(part)} training images of {self.dataset}, batch_size {batch_size}"
             )
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
+        rows = {"dataset": part, "shuffle": True} if training else dealt(part, self.trainer, sources.without_label)
         return DataLoader(
-            part,
+            **rows,
             batch_size=batch_size,
-            shuffle=training,
             drop_last=training and self.drop_last,
             num_workers=self.num_workers,
             collate_fn=sources.collate_identified if part.with_identifier else None,

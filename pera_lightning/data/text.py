@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
+from pera_lightning.data.dealing import dealt
 from pera_lightning.data.json_rows import digest
-from pera_lightning.data.token_cache import DealtRows, PackedRows, TokenRows, cache_folder, tokenised
+from pera_lightning.data.token_cache import PackedRows, TokenRows, cache_folder, tokenised
 from pera_lightning.errors import ConfigurationError, DataError, closest
 from pera_lightning.evaluation.encoding import pad_token_id
 from pera_lightning.evaluation.pretrained import load_tokenizer
@@ -158,11 +159,8 @@ class TextDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The validation rows, in a fixed order; over several processes each counts once."""
-        world, rank = getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
-        rows = DealtRows(self._part("validation"), rank, world)
-        # Dealt out already, and of a kind that Lightning does not deal out again.
-        sampler = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
-        return self._loader(rows, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=self._padded())
+        rows = dealt(self._part("validation"), self.trainer, _without_label)
+        return self._loader(**rows, batch_size=self.eval_batch_size, collate_fn=self._padded())
 
     def test_dataloader(self) -> list[DataLoader]:
         """The questions of each test set, a loader each, longest first; those that are answered already are left out.
@@ -293,10 +291,14 @@ class TextDataModule(L.LightningDataModule):
     def _padded(self) -> partial:
         return partial(batching.collate_padded, pad_id=pad_token_id(self.tokenizer))
 
-    def _loader(self, rows: Sequence[Any] | Any, **options: Any) -> DataLoader:
+    def _loader(self, dataset: Sequence[Any] | Any, **options: Any) -> DataLoader:
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         pin = device is not None and device.type not in ("cpu", "mps") and options.get("collate_fn") is not Questions
-        return DataLoader(rows, num_workers=self.num_workers, pin_memory=pin, **options)
+        return DataLoader(dataset, num_workers=self.num_workers, pin_memory=pin, **options)
+
+
+def _without_label(example: Mapping[str, Any]) -> dict[str, Any]:
+    return {**example, "start": len(example["input_ids"])}
 
 
 def _packed_batch(items: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -153,31 +153,6 @@ class PackedRows:
         return [self.rows[row] for row in self.sequences[number]]
 
 
-class DealtRows:
-    """One process's share of rows, as many items for each: what is left over are rows without a label.
-
-    A sampler would repeat rows to fill up, and a mean over them would count those twice.
-
-    Args:
-        rows: all rows, examples as `TokenRows` gives them.
-        rank: of this process.
-        world: processes.
-    """
-
-    def __init__(self, rows: TokenRows, rank: int, world: int) -> None:
-        self.rows, self.rank, self.world = rows, rank, world
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.world)
-
-    def __getitem__(self, number: int) -> dict[str, object]:
-        own = number * self.world + self.rank
-        if own < len(self.rows):
-            return self.rows[own]
-        example = self.rows[len(self.rows) - 1]
-        return {**example, "start": len(example["input_ids"])}
-
-
 def _lengths_and_highest(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     import pyarrow.compute as pc
 

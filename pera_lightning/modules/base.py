@@ -23,7 +23,9 @@ from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.optim import parameter_groups
 from pera_lightning.modules.schedules import SCHEDULES, lr_factor, warmup_length
+from pera_lightning.sharding import reads_weights, shard
 from pera_lightning.state import METADATA
+from pera_lightning.strategies import data_parallel_mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,15 +76,29 @@ class AdapterModule(LightningModule):
         """The network in `base_dtype`, with its base weights, or (for counting, on the meta device) without."""
 
     def configure_model(self) -> None:
-        """Builds and injects, once."""
+        """Builds, injects and, under FSDP2, shards, once."""
         if self.model is not None:
             return
-        network = self.build_network()  # in its dtype already: adapters and heads stay float32 over a low one
+        mesh = data_parallel_mesh(self)
+        if reads_weights(mesh):
+            self.model = self._injected(self.build_network())
+        else:
+            with torch.device("meta"):
+                self.model = self._injected(self.build_network(weights=False))
+        self.finish_network()
+        if mesh is not None:
+            shard(self.model, mesh, self.trainer.strategy.root_device)
+
+    def _injected(self, network: nn.Module) -> nn.Module:
+        # In its dtype already: adapters and heads stay float32 over a low one.
         if self.adapter_injection is not None:
             self.adapter_injection(network)
             keep_heads_float32(network)
             check_trained_float32(network)
-        self.model = network
+        return network
+
+    def finish_network(self) -> None:
+        """What is done to the injected network before it is sharded."""
 
     def dry_run(self, injection: Callable[[nn.Module], Any]) -> Any:
         """Injects into a network on the meta device, without weights and memory.

@@ -91,6 +91,9 @@ class CausalLMModule(AdapterModule):
         if self.model is not None:
             return
         super().configure_model()
+        self.metrics = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
+
+    def finish_network(self) -> None:
         self._check_tied_head()
         if self.settings["activation_checkpointing"]:
             if not getattr(self.model, "supports_gradient_checkpointing", False):
@@ -99,7 +102,6 @@ class CausalLMModule(AdapterModule):
             getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         if self.settings["compile"]:
             self.model.compile()
-        self.metrics = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
 
     def _check_tied_head(self) -> None:
         """A head that is trained in float32 cannot share its weight with embeddings in low precision."""

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.callbacks.data_order import on_every_rank
+from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import results
 from pera_lightning.modules.base import DTYPES, AdapterModule
@@ -28,11 +29,11 @@ from pera_lightning.state import write_atomically
 class ImageClassificationModule(AdapterModule):
     """Trains adapters and a new head of an image classifier.
 
-    Batches are ``(images (B, 3, H, W), labels (B,))``, at predict ``(images, labels, ids)``. Logged: `train/loss`,
-    `val/loss`, `val/accuracy`, `val/accuracy_top5` (from six classes up), the same at test, with the accuracy of each
-    class as `test_class/NAME` and the confusion matrix as a picture in TensorBoard. An AuroRA whose inference is
-    dynamic is tested twice: `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's
-    AuroRA).
+    Batches are ``(images (B, 3, H, W), labels (B,))``, at predict ``(images, labels, ids)``. Images labelled -100,
+    which fill up where processes share a set, are measured nowhere. Logged: `train/loss`, `val/loss`, `val/accuracy`,
+    `val/accuracy_top5` (from six classes up), the same at test, with the accuracy of each class as `test_class/NAME`
+    and the confusion matrix as a picture in TensorBoard. An AuroRA whose inference is dynamic is tested twice:
+    `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's AuroRA).
 
     Args:
         model_name: a timm name, ``hf-hub:org/name``, a timm folder, or ``asset:vit_digits``.
@@ -174,7 +175,9 @@ class ImageClassificationModule(AdapterModule):
 
     def _update(self, stage: str, batch: Any) -> None:
         loss, logits, labels = self._shared_step(batch)
-        self._score(stage, loss, logits, labels)
+        known = labels != IGNORE
+        if known.any():  # else the loss, a mean over nothing, is no number
+            self._score(stage, loss, logits[known], labels[known])
         self.log_dict(self.metrics[stage], on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
 
     def _score(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -196,7 +199,8 @@ class ImageClassificationModule(AdapterModule):
                 self._update("test_static", batch)
 
     def on_test_epoch_end(self) -> None:
-        stages = [s for s in ("test", "test_static") if self.metrics[s]["accuracy"].update_called]
+        inference = results.inference_rows(self)  # alike on all ranks, also on one that had padding only
+        stages = list(inference)
         folder = self.trainer.log_dir
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         names = [str(n) for n in names or range(self.settings["num_classes"])]
@@ -213,12 +217,11 @@ class ImageClassificationModule(AdapterModule):
         seconds = time.perf_counter() - self._started
         scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
         if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
-            inference = results.inference_rows(self)
             facts = {
                 "n": n,
                 "seconds": seconds,
                 "accuracy_per_class": per_class,
-                "inference": {s: inference[s] for s in stages},
+                "inference": inference,
             }
             path = results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
             print(f"Results: {path}", flush=True)
@@ -261,7 +264,7 @@ class ImageClassificationModule(AdapterModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        # Lightning deals images out to the ranks in turn, and again from the first where they do not come out even.
+        # Images are dealt out to the ranks in turn; where they do not come out even, some are there twice.
         rows = {row[0]: row for dealt in zip_longest(*ranks) for row in dealt if row is not None}
         folder.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")

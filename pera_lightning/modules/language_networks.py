@@ -137,10 +137,9 @@ def _change(model: PreTrainedModel, ids: Tensor, other: Tensor, **options: Tenso
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:
-        # Not model(…): a compiled model would be compiled for this length too.
-        one, two = (
-            model.forward(input_ids=i[None], use_cache=False, **options).logits[0].float() for i in (ids, other)
-        )
+        # A compiled model is not to be compiled for this length too. (Not by model.forward: FSDP gathers in a hook.)
+        with torch.compiler.set_stance("force_eager"):
+            one, two = (model(input_ids=i[None], use_cache=False, **options).logits[0].float() for i in (ids, other))
     finally:
         for module in model.modules():
             module.training = module in training

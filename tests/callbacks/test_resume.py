@@ -144,6 +144,39 @@ def test_between_two_batches_of_one_optimizer_step(tmp_path: Path) -> None:
     assert_same(whole, resumed)
 
 
+class DiesInEpoch(Callback):
+    """Ends a fit before the validation, or before the first training batch, of an epoch."""
+
+    def __init__(self, before: str, epoch: int) -> None:
+        self.before, self.epoch = before, epoch
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Plain) -> None:
+        if (self.before, self.epoch) == ("validation", trainer.current_epoch) and not trainer.sanity_checking:
+            raise RuntimeError("killed")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Plain, batch: list, batch_idx: int) -> None:
+        if (self.before, self.epoch) == ("training", trainer.current_epoch):
+            raise RuntimeError("killed")
+
+
+def test_stopped_again_after_the_validation_it_resumed_with(tmp_path: Path) -> None:
+    """The second checkpoint is of a process that has trained no batch, and whose validation has drawn."""
+
+    def run(folder: Path, *more: Callback, **options):
+        after = ModelCheckpoint(folder, filename="after", enable_version_counter=False)
+        keep = {"every_n_train_steps": 10}
+        return fit(folder, steps="", keep=keep, more=[after, *more], **options)
+
+    whole, losses, _ = run(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "b", DiesInEpoch("validation", 0))
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "b", DiesInEpoch("training", 1), ckpt=str(tmp_path / "b" / "last.ckpt"), seed=8)
+    resumed, later, _ = run(tmp_path / "b", ckpt=str(tmp_path / "b" / "after.ckpt"), seed=9)
+    assert later == {step: loss for step, loss in losses.items() if step > 10}
+    assert_same(whole, resumed)
+
+
 def test_random_state_round_trip() -> None:
     import random
 

@@ -236,6 +236,26 @@ def test_only_one_process_writes_and_all_ask_for_the_folder(tmp_path):
     assert (tmp_path / "splits" / "digits.json").exists()
 
 
+def test_several_processes_share_what_is_not_trained_on(flat):
+    """Of 24 pictures 5 are to test on: two processes have three each, the sixth without a label."""
+    data = image_module(flat, transform="fourierft", eval_batch_size=2, batch_size=2)
+    whole = [name for batch in data.predict_dataloader() for name in batch[2]]
+    count = sizes(data)[2]
+    assert count == len(whole) == 5
+    names, labels, validated = [], [], []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        batches = list(data.predict_dataloader())
+        names.append([name for batch in batches for name in batch[2]])
+        labels.append(torch.cat([batch[1] for batch in batches]).tolist())
+        assert torch.equal(torch.cat([batch[1] for batch in data.test_dataloader()]), torch.tensor(labels[-1]))
+        validated.append(sum(len(batch[1]) for batch in data.val_dataloader()))
+        assert len([row for batch in data.train_dataloader() for row in batch[1]]) == sizes(data)[0]  # Lightning's
+    assert names == [whole[::2], [*whole[1::2], whole[-1]]]
+    assert [k for own in labels for k in own if k == -100] == labels[1][-1:] == [-100]
+    assert validated == [-(-sizes(data)[1] // 2)] * 2
+
+
 @pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("mps", False), ("cuda", True)])
 def test_memory_is_pinned_for_accelerators(device, pinned):
     data = image_module("digits")

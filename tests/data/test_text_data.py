@@ -127,6 +127,20 @@ def test_validation_batches_keep_the_order(build):
     assert [len(batch["input_ids"]) for batch in loader] == [5, 1]
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_validation_rows(build, world):
+    """Six rows; with four processes two fill up, without a label."""
+    whole = next(iter(build(eval_batch_size=6).val_dataloader()))
+    shares = []
+    for rank in range(world):
+        (batch,) = build(eval_batch_size=6, trainer={"world_size": world, "global_rank": rank}).val_dataloader()
+        assert len(batch["labels"]) == -(-6 // world)
+        shares += [row[row != -100].tolist() for row in batch["labels"]]
+    expected = [row[row != -100].tolist() for row in whole["labels"]]
+    assert sorted(shares) == sorted([*expected, *[[]] * (len(shares) - 6)])
+    assert all(expected)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_sampler_knows_the_processes(build, rank, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")

@@ -96,6 +96,33 @@ def test_validation_metrics_are_of_the_whole_set(vit, tmp_path):
         assert scores == pytest.approx({f"val/{k}": v for k, v in expected.items()}, rel=1e-5)
 
 
+class Padded(Images):
+    """Every third image, and the last four, without a label."""
+
+    def __init__(self, count, classes):
+        super().__init__(count, classes)
+        self.y[::3] = self.y[-4:] = -100
+
+
+def test_images_without_a_label_are_measured_nowhere(vit, tmp_path):
+    """Batches of four: the last has no label at all, and the loss of such a batch is no number."""
+    network = module(vit, num_classes=6)
+    trainer = make_trainer(tmp_path, AuroRA(rank=2), logger=CSVLogger(tmp_path, name="", version=""))
+    trainer.fit(network, loader(4, classes=6))
+    randomise(network)
+    data = Padded(16, 6)
+    (tested,) = trainer.test(network, DataLoader(data, batch_size=4), verbose=False)
+    (validated,) = trainer.validate(network, DataLoader(data, batch_size=4), verbose=False)
+    network.eval()
+    known = data.y != -100
+    data.x, data.y = data.x[known], data.y[known]
+    assert len(data) == 8
+    expected, _ = plain(network, data)
+    assert {k: tested[f"test/{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+    assert validated == pytest.approx({f"val/{k}": v for k, v in expected.items()}, rel=1e-5)
+    assert json.loads((tmp_path / "results.json").read_text())["n"] == 8
+
+
 def test_aurora_has_two_rows(vit, tmp_path):
     network, data, scores, results = run_test(tmp_path, vit, AuroRA(rank=2), classes=6)
     dynamic, _ = plain(network, data)

@@ -1,0 +1,202 @@
+"""Stopping on a signal: at the next batch boundary, with a checkpoint that the run goes on from to the bit.
+
+Lightning alone stops at SIGTERM without a checkpoint; its handlers talk to the other processes, each of which may be at
+another collective, and under SLURM write the checkpoint from within the handler, in the middle of whatever the
+optimizer was doing. Here a handler takes a note and nothing else, so that it disturbs no step and no write. After each
+batch the processes agree on the notes and stop together, whichever of them had the signal.
+
+A validation is broken off (with several processes only before its first batch) and run again by the resumed run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+# What a signal asks for; where there are several, the highest holds.
+GO_ON, STOP, REQUEUE = 0, 1, 2
+_HANDLERS = {"_sigterm_notifier_fn": STOP, "_slurm_sigusr_handler_fn": REQUEUE}
+
+
+class Preemption:
+    """Takes notes of SIGTERM and of SLURM's signal during one fit, and stops it with a checkpoint.
+
+    Attributes:
+        command: what the run is gone on with, for the message; by default the call of `Trainer.fit` is named.
+    """
+
+    def __init__(self) -> None:
+        self.command: str | None = None
+        self._asked = self._agreed = GO_ON
+
+    def watch(self, trainer: Trainer) -> None:
+        """Takes the place of Lightning's handlers, which it registers when the fit begins."""
+        self._asked = self._agreed = GO_ON
+        for name, wish in _HANDLERS.items():
+            setattr(trainer._signal_connector, name, partial(self._note, wish))
+
+    def release(self, trainer: Trainer) -> None:
+        """Undoes `watch`."""
+        self._asked = self._agreed = GO_ON
+        for name in _HANDLERS:
+            vars(trainer._signal_connector).pop(name, None)
+
+    def _note(self, wish: int, *_: Any) -> None:
+        self._asked = max(self._asked, wish)
+
+    def _agree(self, trainer: Trainer) -> bool:
+        """Whether to stop; every process must call it."""
+        self._agreed = self._asked
+        if trainer.world_size > 1:
+            asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
+            self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        return self._agreed > GO_ON
+
+    def after_train_batch(self, trainer: Trainer) -> None:
+        """Lets Lightning stop once the other callbacks have had this batch.
+
+        Not after an epoch's last batch, where it would stop with a state that resumes with an empty epoch: a validation
+        that follows is not begun, else the next epoch's first batch is trained, or the run ends as it would have.
+        """
+        if self._agree(trainer) and not trainer.fit_loop.epoch_loop._is_training_done:
+            trainer._signal_connector.received_sigterm = True
+
+    def before_validation(self, trainer: Trainer) -> None:
+        """Stops instead of validating."""
+        if self._agree(trainer):
+            raise SIGTERMException
+        # Without what `_not_begun` counts as started: a checkpoint after this validation would look like one from its
+        # middle.
+        total = _validation(trainer).total
+        total.ready = total.started = total.completed
+
+    def after_validation_batch(self, trainer: Trainer) -> None:
+        """Stops in the middle of a validation, on one process."""
+        # Processes may have unlike numbers of batches here, and cannot agree.
+        if self._asked and trainer.world_size == 1 and not _validation(trainer).is_last_batch:
+            self._agreed = self._asked
+            raise SIGTERMException
+
+    def save(self, trainer: Trainer, exception: BaseException) -> None:
+        """Writes the checkpoint of a run that a signal has stopped, and says how to go on; every process must call it.
+
+        The file is ``last.ckpt`` of the `ModelCheckpoint` folder, which ``ckpt_path="last"`` finds; under SLURM with
+        requeueing also the ``hpc_ckpt_N.ckpt`` that the requeued job finds by itself.
+
+        Args:
+            trainer: in `on_exception`; random generators as they were after the last training batch.
+            exception: what stopped it; nothing is done but for a signal's.
+        """
+        if not isinstance(exception, SIGTERMException) or not self._agreed:
+            return
+        if trainer.sanity_checking or trainer.fast_dev_run:
+            rank_zero_only(print)("stopped by a signal before the first training batch: nothing to save", flush=True)
+            return
+        if trainer.validating:
+            _validate_again(trainer)
+        files = [file for file in (last_file(trainer),) if file]
+        for file in files:
+            trainer.save_checkpoint(file, weights_only=False)
+        if requeues(trainer):
+            connector = trainer._checkpoint_connector
+            if self._agreed == REQUEUE:
+                _SignalConnector._slurm_sigusr_handler_fn(trainer._signal_connector, 0, None)  # type: ignore[arg-type]
+            else:
+                trainer.save_checkpoint(connector.hpc_save_path(str(trainer.default_root_dir)), weights_only=False)
+            files.append(str(connector._hpc_resume_path))
+            drop_requeue_file(trainer)
+        rank_zero_only(print)(self._message(trainer, files), flush=True)
+
+    def _message(self, trainer: Trainer, files: list[str]) -> str:
+        stopped = f"stopped by a signal after optimizer step {trainer.global_step}"
+        if not files:
+            return f"{stopped}: nothing saved, the trainer has no ModelCheckpoint"
+        saved = f"{stopped}: saved {' and '.join(files)}"
+        if requeues(trainer):
+            return f"{saved}; the requeued job goes on from there by itself"
+        return f"{saved}; go on with: {self.command or f'trainer.fit(…, ckpt_path={files[0]!r})'}"
+
+
+def last_file(trainer: Trainer) -> str | None:
+    """The file that ``ckpt_path="last"`` is to find, in the folder of the run's `ModelCheckpoint`; None without one."""
+    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
+    if not keepers:
+        return None
+    lasting = (k for k in keepers if k.save_last or k.filename == k.CHECKPOINT_NAME_LAST)
+    keeper = next(lasting, keepers[0])
+    name = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+    return keeper.last_model_path or os.path.join(str(keeper.dirpath), name)
+
+
+def requeues(trainer: Trainer) -> bool:
+    """Whether SLURM starts the job again after it was stopped."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+
+
+def drop_requeue_file(trainer: Trainer) -> None:
+    """Removes the ``hpc_ckpt_N.ckpt`` that the run began with, once there is a later one or the run is finished.
+
+    Lightning loads such a file before anything else: the next run of this folder would begin with it.
+    """
+    begun_with = str(trainer.ckpt_path or "")
+    if requeues(trainer) and re.fullmatch(r"hpc_ckpt_\d+\.ckpt", os.path.basename(begun_with)):
+        trainer.strategy.remove_checkpoint(begun_with)
+
+
+def _validation(trainer: Trainer) -> Any:
+    return trainer.fit_loop.epoch_loop.val_loop.batch_progress
+
+
+def _validate_again(trainer: Trainer) -> None:
+    """Sets the progress of a validation that was broken off so that a resumed run begins with all of it."""
+    progress = _validation(trainer)
+    progress.load_state_dict(_not_begun(progress.total.completed - progress.current.completed))
+
+
+def _not_begun(before: int) -> dict[str, Any]:
+    """The progress of a validation that a resumed run begins with: one batch started, none processed.
+
+    Args:
+        before: batches of the validations before it.
+    """
+
+    def counts(done: int) -> dict[str, int]:
+        return {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+
+    return {"total": counts(before), "current": counts(0), "is_last_batch": False}
+
+
+def validate_before_going_on(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lets a fit that goes on from a checkpoint of an epoch's last batch begin with that epoch's validation.
+
+    `ModelCheckpoint(every_n_train_steps=…)` writes such a one before the validation; Lightning goes on with the next
+    epoch, and the best checkpoint would be chosen without this one.
+
+    Args:
+        trainer: about to restore its loops.
+        checkpoint: loaded; its loop state is changed in place.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if loops is None or trainer.state.fn != TrainerFn.FITTING:
+        return
+    batches, every = loops["epoch_loop.batch_progress"], trainer.check_val_every_n_epoch
+    in_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
+    epoch = loops["epoch_progress"]["current"]["processed"] + 1
+    due = trainer.enable_validation and trainer.val_check_interval == 1.0 and every and epoch % every == 0
+    if due and in_batch_end and batches["is_last_batch"]:
+        for counts in (batches["total"], batches["current"]):
+            counts["completed"] += 1
+        before = loops["epoch_loop.val_loop.batch_progress"]["total"]["completed"]
+        loops["epoch_loop.val_loop.batch_progress"] = _not_begun(before)

@@ -1,0 +1,37 @@
+"""One line for the errors by which a process learns that another one of its run is gone, or does not answer."""
+
+from __future__ import annotations
+
+import re
+
+import torch.distributed as dist
+
+from pera_lightning.errors import shorten
+
+# What gloo and NCCL say, in errors of kinds that mean other things as well.
+_ENDED = re.compile(r"connection (was )?(closed|reset|likely closed)|broken pipe|remote process exit", re.I)
+_SILENT = re.compile(r"timed? ?out", re.I)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Words an error of a collective operation that another process is at the bottom of; None for any other error.
+
+    Args:
+        error: of gloo, NCCL or torch's store.
+    """
+    text = shorten(str(error))
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo/transport" in text):
+        return None
+    if _SILENT.search(text):
+        what = (
+            "another process of this run did not answer in time: it hangs, or works alone for longer than the timeout "
+            "of the strategy, which can be set"
+        )
+    elif _ENDED.search(text):
+        what = (
+            "another process of this run has ended, and so does this one: see its own error above, or in the log of "
+            "its node; one that was killed (memory?) leaves none"
+        )
+    else:
+        return None
+    return f"{what} ({text[:160]})"

@@ -1,0 +1,179 @@
+"""A network sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its tensors as whole ones.
+
+One process reads the base weights and injects with them; the others build the same network on the meta device. Unit
+after unit is then sent to all and sharded, so that no process but the first ever holds more than its shards and one
+unit. Frozen and trained tensors, whatever their types, share a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter
+from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.injection import injection_of, set_fingerprint
+from pera_lightning.state import find_injected
+
+
+def units(network: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a network, which FSDP gathers and frees one at a time.
+
+    They are the members of each outermost `ModuleList` or `Sequential` whose members are of one class and have parts
+    of their own: the decoder layers of a language model, the blocks of a ViT, the stages of a Swin. What lies within a
+    block (experts that a router may skip) is no unit of its own, since every process has to gather the same ones.
+    """
+    if isinstance(network, AdaptedLayer):
+        return []
+    members = list(network.children())
+    repeated = isinstance(network, (nn.ModuleList, nn.Sequential)) and len(members) > 1
+    if repeated and len({type(m) for m in members}) == 1 and all(_has_parts(m) for m in members):
+        return members
+    return [unit for member in members for unit in units(member)]
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return not isinstance(module, AdaptedLayer) and next(module.children(), None) is not None
+
+
+def reads_weights(mesh: Any | None) -> bool:
+    """Whether this process is the one that builds the network with its weights; without a mesh every one is."""
+    return mesh is None or mesh.get_local_rank() == 0
+
+
+def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
+    """Shards a network in place over a one-dimensional mesh, the values taken from its first process.
+
+    Args:
+        network: with weights on the mesh's first process, on the meta device elsewhere; injected alike on all.
+        mesh: a `DeviceMesh` of one dimension.
+        device: of this process.
+
+    Raises:
+        ConfigurationError: where the processes built different networks, or a parameter has no dimension.
+    """
+    group = mesh.get_group()
+    source = dist.get_global_rank(group, 0)
+    _check_alike(network, group)
+    parts = _apart(network)
+    for unit, modules in parts:
+        _receive(modules, device, group, source)
+        fully_shard(unit, mesh=mesh)
+    mark = injection_of(network)
+    if mark is not None:  # on the meta device there was nothing to take it from
+        fingerprint = [mark.fingerprint]
+        dist.broadcast_object_list(fingerprint, source, group)
+        set_fingerprint(network, fingerprint[0])
+
+
+def _apart(network: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Each unit, the network itself last, with the modules that are in it and in no unit before it."""
+    seen: set[nn.Module] = set()
+    parts = []
+    for unit in (*units(network), network):
+        parts.append((unit, [module for module in unit.modules() if module not in seen]))
+        seen.update(parts[-1][1])
+    homes: dict[nn.Parameter, nn.Module] = {}
+    for unit, modules in parts:
+        for parameter in (p for module in modules for p in module.parameters(recurse=False)):
+            if homes.setdefault(parameter, unit) is not unit:
+                name = next(name for name, p in network.named_parameters() if p is parameter)
+                raise ConfigurationError(f"FSDP cannot shard {name}, which two blocks of the network share")
+    return parts
+
+
+def _receive(modules: Sequence[nn.Module], device: torch.device, group: Any, source: int) -> None:
+    """Gives modules the source's parameters and buffers, on the device; what they share stays shared."""
+    replaced: dict[Tensor, Tensor] = {}
+    for module in modules:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if tensor not in replaced:
+                value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                value = value.contiguous()
+                if value.numel():
+                    # As bytes, since not every backend sends every type.
+                    dist.broadcast(value.reshape(-1).view(torch.uint8), source, group)
+                trained = tensor.requires_grad
+                replaced[tensor] = nn.Parameter(value, trained) if isinstance(tensor, nn.Parameter) else value
+            setattr(module, name, replaced[tensor])
+
+
+def _check_alike(network: nn.Module, group: Any) -> None:
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    scalars = [name for name, value in network.named_parameters() if not value.dim()]
+    if scalars:
+        raise ConfigurationError(f"FSDP cannot shard parameters without a dimension: {listed(scalars)}")
+    own = {name: (tuple(value.shape), str(value.dtype), value.requires_grad) for name, value in tensors}
+    ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, own, group)
+    for rank, other in enumerate(ranks):
+        if other != ranks[0]:
+            names = [n for n in {**ranks[0], **other} if ranks[0].get(n) != other.get(n)]
+            raise ConfigurationError(
+                f"process {rank} built another network than process 0, without its weights: they differ in "
+                f"{listed(names, 3)}; build_network(weights=False) must give the same tensors as with weights"
+            )
+
+
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """A tensor, or a dict or list with tensors, as whole ones on the CPU; every process must call it.
+
+    Args:
+        value: what may hold sharded tensors; anything else stays as it is.
+        keep: False gives None for sharded tensors, on processes that only take part.
+    """
+    if isinstance(value, dict):
+        return {key: whole(item, keep=keep) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(item, keep=keep) for item in value)
+    if not isinstance(value, DTensor):
+        return value
+    gathered = value.full_tensor()
+    return gathered.detach().cpu() if keep else None
+
+
+def sharded_like(value: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor as shards where `like` is sharded; every process must call it.
+
+    Args:
+        value: the same on all processes.
+        like: of the same shape.
+    """
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+class AdapterWrapPolicy:
+    """Which modules FSDP1 shards as units of their own: ``FSDPStrategy(auto_wrap_policy=AdapterWrapPolicy())``.
+
+    The blocks, see `units`. FSDP1 joins a unit's tensors into one, which has one type: over a base in low precision
+    adapters and heads, in float32, are units too.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: set[nn.Module] = set()
+
+    def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        """What torch asks: whether to look into a module, the whole network first, or else to wrap it."""
+        if recurse and module not in self._chosen and find_injected(module) is not None:
+            self._chosen = set(wrapped_apart(module))
+        return recurse or module in self._chosen
+
+
+def wrapped_apart(network: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP1 has to shard apart in a network, or in a module that contains it."""
+    _, root = find_injected(network) or ("", network)
+    mark = injection_of(root)
+    low = any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters())
+    apart = [m for m in root.modules() if isinstance(m, LinearAdapter)] if low else []
+    heads = [root.get_submodule(path) for path in mark.trained_modules] if low and mark else []
+    return [*units(root), *apart, *heads]

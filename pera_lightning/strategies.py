@@ -1,0 +1,137 @@
+"""FSDP2 for adapters: Lightning's `ModelParallelStrategy`, with checkpoints that any other strategy reads.
+
+Lightning's own writes a folder of shards with the frozen base in it, or gathers the base into one file. Here a
+checkpoint is what it is elsewhere: one file of adapters, heads and their optimizer state, through the `CheckpointIO`.
+
+    trainer = Trainer(strategy="fsdp2", devices=8, callbacks=[AdapterInjection(…)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.sharding import sharded_like, whole
+from pera_lightning.state import frozen_names
+
+
+class AdapterCheckpoints:
+    """Goes before a `ModelParallelStrategy`: one file, of what is not frozen, in the form that all strategies write."""
+
+    writes_adapters = True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state without the frozen base, whole on rank 0."""
+        module = self.lightning_module  # type: ignore[attr-defined]
+        frozen = frozen_names(module)
+        state = {name: value for name, value in module.state_dict().items() if name not in frozen}
+        return whole(state, keep=self.is_global_zero)  # type: ignore[attr-defined]
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, whole on rank 0."""
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return whole(optimizer.state_dict(), keep=self.is_global_zero)  # type: ignore[attr-defined]
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)  # type: ignore[arg-type]
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module  # type: ignore[attr-defined]
+        like, given = module.state_dict(), checkpoint["state_dict"]
+        state = {name: sharded_like(value, like.get(name)) for name, value in given.items()}
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, given in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):  # type: ignore
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [number for group in given["param_groups"] for number in group["params"]]
+            like = dict(zip(numbers, parameters, strict=True))
+            state = {n: {key: _as(value, like[n]) for key, value in s.items()} for n, s in given["state"].items()}
+            optimizer.load_state_dict({**given, "state": state})
+
+
+def _as(value: Any, parameter: Tensor) -> Any:
+    """A value of an optimizer's state as its parameter is sharded: moments are, step counts are not."""
+    same = isinstance(value, Tensor) and value.shape == parameter.shape
+    return sharded_like(value, parameter) if same else value
+
+
+class FSDP2Strategy(AdapterCheckpoints, ModelParallelStrategy):
+    """FSDP2 over all devices, in the registry as "fsdp2".
+
+    This package's modules shard themselves; a module of your own does it in `configure_model`, after it called the
+    hook `adapter_injection`, e.g. with `pera_lightning.sharding.shard`.
+
+    Args:
+        timeout: after which a process that waits for others gives up.
+        process_group_backend: "nccl" on CUDA and "gloo" on the CPU by default.
+    """
+
+    def __init__(
+        self, timeout: timedelta | None = default_pg_timeout, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        # Lightning's "auto" is the number of nodes, and would shard within none of them.
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+@lru_cache
+def _with_adapter_checkpoints(kind: type) -> type:
+    # Not by two bases: an object that exists cannot be given a class with another first base.
+    members = {name: value for name, value in vars(AdapterCheckpoints).items() if not name.startswith("__")}
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **members})
+
+
+def adopt(strategy: Strategy) -> None:
+    """Gives a plain `ModelParallelStrategy` the checkpoints of `FSDP2Strategy`; leaves every other strategy alone."""
+    if not isinstance(strategy, ModelParallelStrategy) or hasattr(strategy, "writes_adapters"):
+        return
+    if strategy._save_distributed_checkpoint:
+        rank_zero_info(
+            "checkpoints are written as one file of adapters, not as a folder of shards with the base "
+            "(save_distributed_checkpoint=False)"
+        )
+        strategy._save_distributed_checkpoint = False
+    strategy.__class__ = _with_adapter_checkpoints(type(strategy))
+
+
+def data_parallel_mesh(module: Any) -> Any | None:
+    """The mesh that a LightningModule is sharded over; None where its strategy shards nothing.
+
+    Raises:
+        ConfigurationError: for tensor parallelism, which this package's modules do not offer.
+    """
+    mesh = module.device_mesh
+    if mesh is None:
+        return None
+    if mesh["tensor_parallel"].size() > 1:
+        raise ConfigurationError(
+            f"tensor_parallel_size={mesh['tensor_parallel'].size()}: {type(module).__name__} shards over data only; "
+            "set it to 1 and data_parallel_size to the number of devices, or strategy=fsdp2"
+        )
+    return mesh["data_parallel"]
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices, adapter-only checkpoints")
