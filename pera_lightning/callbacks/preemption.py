@@ -33,7 +33,7 @@ class Preemption:
     """Takes notes of SIGTERM and of SLURM's signal during one fit, and stops it with a checkpoint.
 
     Attributes:
-        command: what the run is gone on with, for the message; by default the call of `Trainer.fit` is named.
+        command: the run's own command without its checkpoint, for the message; by default `Trainer.fit` is named.
     """
 
     def __init__(self) -> None:
@@ -124,8 +124,12 @@ class Preemption:
             return f"{stopped}: nothing saved, the trainer has no ModelCheckpoint"
         saved = f"{stopped}: saved {' and '.join(files)}"
         if requeues(trainer):
-            return f"{saved}; the requeued job goes on from there by itself"
-        return f"{saved}; go on with: {self.command or f'trainer.fit(…, ckpt_path={files[0]!r})'}"
+            job = "the requeued job" if self._agreed == REQUEUE else "the job, if it is requeued,"
+            return f"{saved}; {job} goes on from {files[-1]} by itself; to begin anew in this folder, delete that file"
+        if trainer.num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher's words are not known here
+            return f"{saved}; go on with the same command and --ckpt_path {files[0]}"
+        call = f"trainer.fit(…, ckpt_path={files[0]!r})"
+        return f"{saved}; go on with: {f'{self.command} --ckpt_path {files[0]}' if self.command else call}"
 
 
 def last_file(trainer: Trainer) -> str | None:
@@ -179,10 +183,11 @@ def _not_begun(before: int) -> dict[str, Any]:
 
 
 def validate_before_going_on(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lets a fit that goes on from a checkpoint of an epoch's last batch begin with that epoch's validation.
+    """Lets a fit that goes on from a checkpoint of a batch that is validated after begin with that validation.
 
     `ModelCheckpoint(every_n_train_steps=…)` writes such a one before the validation; Lightning goes on with the next
-    epoch, and the best checkpoint would be chosen without this one.
+    batch, and the best checkpoint would be chosen without this one. (Not for a `val_check_interval` that is a share of
+    an epoch: how many batches it means is not known yet.)
 
     Args:
         trainer: about to restore its loops.
@@ -194,8 +199,12 @@ def validate_before_going_on(trainer: Trainer, checkpoint: dict[str, Any]) -> No
     batches, every = loops["epoch_loop.batch_progress"], trainer.check_val_every_n_epoch
     in_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
     epoch = loops["epoch_progress"]["current"]["processed"] + 1
-    due = trainer.enable_validation and trainer.val_check_interval == 1.0 and every and epoch % every == 0
-    if due and in_batch_end and batches["is_last_batch"]:
+    due, interval = every is None or epoch % every == 0, trainer.val_check_interval
+    if isinstance(interval, int):
+        due &= batches["total" if every is None else "current"]["processed"] % interval == 0
+    else:
+        due &= interval == 1.0 and batches["is_last_batch"]
+    if due and in_batch_end and trainer.enable_validation:
         for counts in (batches["total"], batches["current"]):
             counts["completed"] += 1
         before = loops["epoch_loop.val_loop.batch_progress"]["total"]["completed"]

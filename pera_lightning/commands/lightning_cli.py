@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import traceback
@@ -111,7 +112,15 @@ class PeraCLI(LightningCLI):
             rank_zero_warn(f"{subcommand} without --ckpt_path: adapters and head are as initialised, not trained")
         elif subcommand in EVALUATIONS and given in ("best", "last"):
             arguments["ckpt_path"] = checkpoint_of_run(given, self.trainer.log_dir)
+        elif subcommand == "fit" and given is not None and (found := self._written_before_requeue()):
+            rank_zero_warn(f"requeued by SLURM: going on from {found}, not from --ckpt_path {given}")
+            arguments["ckpt_path"] = "hpc"
         return arguments
+
+    def _written_before_requeue(self) -> str | None:
+        # The job repeats its own command, and Lightning looks for this file only where no checkpoint is given.
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        return self.trainer._checkpoint_connector._hpc_resume_path if requeued else None
 
 
 class ConfiguredCLI(PeraCLI):
@@ -129,7 +138,7 @@ EVALUATIONS = ("validate", "test", "predict")
 
 
 def resuming_command(words: Sequence[str]) -> str:
-    """The shell command that goes on with an interrupted fit.
+    """The shell command of a fit, to which the checkpoint that it goes on from is to be added.
 
     Args:
         words: the fit's own, after the program's name.
@@ -141,7 +150,7 @@ def resuming_command(words: Sequence[str]) -> str:
         if option not in (before, word, word.partition("=")[0])
     ]
     program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *kept, option, "last"])
+    return shlex.join([*program, *kept])
 
 
 def checkpoint_of_run(name: str, log_dir: str | None) -> str:

@@ -174,3 +174,12 @@ def test_of_a_cut_file_the_whole_ones_beside_it_are_named(tmp_path: Path, share:
     assert [name.partition(" ")[0] for name in names] == ["step=6.ckpt", "step=3.ckpt"]
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(1_700_000_000 - 60))
     assert names[0] == f"step=6.ckpt ({written}, optimizer step 6"
+
+
+def test_a_file_without_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "plain.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert damage(tmp_path / "plain.ckpt") is None

@@ -96,6 +96,26 @@ def test_after_a_validation_that_was_begun_three_times(tmp_path: Path) -> None:
     assert later.losses == {key: loss for key, loss in whole.losses.items() if key[1] > 2}
 
 
+@pytest.mark.parametrize("options", [{}, {"check_val_every_n_epoch": None}], ids=["of an epoch", "of the run"])
+def test_a_checkpoint_of_a_batch_before_a_validation(tmp_path: Path, options: dict) -> None:
+    """The same within an epoch: every third batch of the epoch, or of the run, is validated after."""
+
+    def often(folder: Path) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, filename="step", every_n_train_steps=1, enable_version_counter=False)
+
+    options = {"val_check_interval": 3, **options}
+    whole, adapters, _, _ = fit(tmp_path / "a", often(tmp_path / "a"), **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "b", often(tmp_path / "b"), Dies(), **options)
+    step = tmp_path / "b" / "step.ckpt"
+    stopped = torch.load(step, weights_only=True)["global_step"]
+    assert stopped in whole.validations
+    later, resumed, _, _ = fit(tmp_path / "b", often(tmp_path / "b"), ckpt=str(step), seed=99, **options)
+    assert later.validations == {s: v for s, v in whole.validations.items() if s >= stopped}
+    for name, value in adapters.items():
+        assert torch.equal(value, resumed[name]), name
+
+
 def test_a_checkpoint_of_an_epochs_last_batch(tmp_path: Path) -> None:
     """Written before the validation: the resumed run begins with it, and once only."""
 
@@ -235,8 +255,8 @@ def test_no_room_for_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_command_to_go_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["cli.py", "fit"])
     words = ["fit", "--config", "a b.yaml", "--ckpt_path", "x.ckpt", "--trainer.max_epochs=3"]
-    expected = "python cli.py fit --config 'a b.yaml' --trainer.max_epochs=3 --ckpt_path last"
+    expected = "python cli.py fit --config 'a b.yaml' --trainer.max_epochs=3"
     assert resuming_command(words) == expected
     assert resuming_command([*words[:3], "--ckpt_path=y.ckpt", words[-1]]) == expected
     monkeypatch.setattr("sys.argv", ["/usr/bin/pera", "fit"])
-    assert resuming_command(["fit"]) == "pera fit --ckpt_path last"
+    assert resuming_command(["fit"]) == "pera fit"

@@ -7,6 +7,7 @@ importing takes longer than the fits do.
 import json
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ METHODS = {
     "PiSSA": LoRA(rank=2, init="pissa"),  # changes the frozen weights at the injection
     "AuroRA": AuroRA(rank=2),
 }
+torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # inductor takes minutes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 

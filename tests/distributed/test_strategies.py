@@ -54,6 +54,7 @@ MORE = {
     "clipped": {"trainer": {"gradient_clip_val": 0.05}},
     "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
     "checkpointed": {"module": {"activation_checkpointing": True}},
+    "compiled": {"module": {"compile": True}},
     "images": {"kind": "vit", "method": "AuroRA"},
     "longer": {"trainer": {"max_steps": 5}},
     "cut": {"trainer": {"max_steps": 5}, "dies": 2},
@@ -91,7 +92,7 @@ def test_the_strategies_train_alike(matrix, name):
     assert all(fsdp["sharded"])
     assert not any(one["sharded"] + ddp["sharded"])
     assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-5)
-    assert_close(ddp["trained"], fsdp["trained"])
+    (assert_close if "accumulated" in name or "window" in name else assert_equal)(ddp["trained"], fsdp["trained"])
     for other in (ddp, fsdp):
         assert_equal(one["frozen"], other["frozen"])
     if "bf16" not in name:
