@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_iter
 
 from pera_lightning.errors import ConfigurationError, shorten
 from pera_lightning.injection import adapter_parameter_names, injection_of
-from pera_lightning.sharding import units
+from pera_lightning.sharding import replace_tensors, units
 
 _MOMENTS = 2  # of AdamW, each like the trained tensor
 
@@ -50,16 +50,7 @@ def as_fake(network: nn.Module) -> FakeTensorMode:
         The mode that further fake tensors are made with, see `fake_like`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Tensor] = {}
-    for module in network.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            if id(tensor) not in made:
-                fake = fake_like(tensor, mode)
-                parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if parameter else fake
-            setattr(module, name, made[id(tensor)])
+    replace_tensors(network.modules(), lambda tensor: fake_like(tensor, mode))
     return mode
 
 

@@ -7,7 +7,8 @@ unit. Frozen and trained tensors, whatever their types, share a unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
     group = mesh.get_group()
     source = dist.get_global_rank(group, 0)
     _check_alike(network, group)
-    parts = _apart(network)
-    for unit, modules in parts:
-        _receive(modules, device, group, source)
+    for unit, modules in _apart(network):
+        replace_tensors(modules, partial(_received, device=device, group=group, source=source))
         fully_shard(unit, mesh=mesh)
     mark = injection_of(network)
     if mark is not None:  # on the meta device there was nothing to take it from
@@ -88,22 +88,33 @@ def _apart(network: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     return parts
 
 
-def _receive(modules: Sequence[nn.Module], device: torch.device, group: Any, source: int) -> None:
-    """Gives modules the source's parameters and buffers, on the device; what they share stays shared."""
-    replaced: dict[Tensor, Tensor] = {}
+def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> None:
+    """Replaces the parameters and buffers of modules themselves, not of those within; what they share stays shared.
+
+    Args:
+        modules: changed in place.
+        make: gives the new tensor for an old one, of the same shape; called once for each.
+    """
+    made: dict[Tensor, Tensor] = {}
     for module in modules:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue
-            if tensor not in replaced:
-                value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-                value = value.contiguous()
-                if value.numel():
-                    # As bytes, since not every backend sends every type.
-                    dist.broadcast(value.reshape(-1).view(torch.uint8), source, group)
-                trained = tensor.requires_grad
-                replaced[tensor] = nn.Parameter(value, trained) if isinstance(tensor, nn.Parameter) else value
-            setattr(module, name, replaced[tensor])
+            if tensor not in made:
+                value = make(tensor)
+                parameter = isinstance(tensor, nn.Parameter)
+                made[tensor] = nn.Parameter(value, tensor.requires_grad) if parameter else value
+            setattr(module, name, made[tensor])
+
+
+def _received(tensor: Tensor, *, device: torch.device, group: Any, source: int) -> Tensor:
+    """The source's values of a tensor, on the device."""
+    value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+    value = value.contiguous()
+    if value.numel():
+        # As bytes, since not every backend sends every type.
+        dist.broadcast(value.reshape(-1).view(torch.uint8), source, group)
+    return value
 
 
 def _check_alike(network: nn.Module, group: Any) -> None:

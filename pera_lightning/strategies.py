@@ -1,4 +1,4 @@
-"""FSDP2 for adapters: Lightning's `ModelParallelStrategy`, with checkpoints that any other strategy reads.
+"""FSDP2 for adapters: Lightning's `ModelParallelStrategy`, with the checkpoints of a single device and of DDP.
 
 Lightning's own writes a folder of shards with the frozen base in it, or gathers the base into one file. Here a
 checkpoint is what it is elsewhere: one file of adapters, heads and their optimizer state, through the `CheckpointIO`.
@@ -26,7 +26,7 @@ from pera_lightning.state import frozen_names
 
 
 class AdapterCheckpoints:
-    """Goes before a `ModelParallelStrategy`: one file, of what is not frozen, in the form that all strategies write."""
+    """Goes before a `ModelParallelStrategy`: one file, of what is not frozen, as a single device writes it."""
 
     writes_adapters = True
 

@@ -107,7 +107,7 @@ def _resumable_class(cls: type) -> type:
             """Batches trained and random states, for every rank."""
             progress = self._progress()
             # A run that goes on with a validation has made the iterator already, and validation draws.
-            now = capture(_generators(self)) if self._drawn or self._undrawn is None else self._undrawn
+            now = capture(_generators(self)) if self._drawn else self._undrawn
             start = now if self._epoch_start is None else self._epoch_start
             inner = getattr(super(), "state_dict", None)
             state = {
