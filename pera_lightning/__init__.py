@@ -23,7 +23,10 @@ _NAMES = {
     "inject": "pera_lightning.injection",
     "load_adapted": "pera_lightning.checkpoints",
     "load_adapter": "pera_lightning.state",
+    "merge": "pera_lightning.merging",
+    "merge_and_unload": "pera_lightning.merging",
     "save_adapter": "pera_lightning.state",
+    "unmerge": "pera_lightning.merging",
 }
 __all__ = [*_NAMES, "__version__"]
 

@@ -157,6 +157,11 @@ def inject(
     return report
 
 
+def forget_injection(model: nn.Module) -> None:
+    """Removes the mark of an injection; its adapters are to be removed by the caller."""
+    delattr(model, _MARK)
+
+
 def set_fingerprint(model: nn.Module, fingerprint: dict[str, str]) -> None:
     """Replaces the fingerprint of an injected model whose weights were not there at the injection."""
     setattr(model, _MARK, replace(injection_of(model), fingerprint=fingerprint))  # type: ignore[type-var]

@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, closest, listed, shorten
@@ -95,6 +96,8 @@ def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, stri
         source: where they come from, for the message.
         strict: whether tensors besides adapters and heads are checked too.
     """
+    if any(isinstance(module, AdaptedLayer) and module.merged for module in model.modules()):
+        raise ConfigurationError(f"{source} cannot be loaded into merged adapters: call unmerge first")
     frozen, present = frozen_names(model), model.state_dict()
     missing = [name for name in present if name not in state and name not in frozen]
     unexpected = [name for name in state if name not in present]
@@ -240,6 +243,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
 
     Raises:
         CheckpointError: where the folder is damaged, or does not fit the model.
+        ConfigurationError: where the model's adapters are merged.
     """
     state, config = read_adapter(folder)
     found = find_injected(model)

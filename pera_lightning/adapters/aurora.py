@@ -8,7 +8,8 @@ maps it back to r. `fixed=False` leaves out the first term and `learnable=False`
 
 Two modes, for training and for inference: "dynamic" is B σ(A x); "static" is B σ(A) x, σ on each column of A, a matrix
 that can be merged. The paper trains dynamic and merges static, which can lose what was learnt; inference here is
-dynamic unless asked otherwise.
+dynamic unless asked otherwise. `pera_lightning.calibration` fits a linear map to the dynamic update instead, and has it
+in the mode "calibrated".
 
 Initial values: A and H xavier-normal, B zero, w uniform ±0.1 (A, H, w and the grid, 5 intervals on [-1, 1] of order 3,
 are not in the paper; they are those of its public re-implementations). σ runs in the parameters' precision, since
@@ -29,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
+from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
+from pera_lightning.adapters.lora import lora_output
 from pera_lightning.adapters.method import (
     LayerContext,
     LowRankMethod,
+    Merging,
     check_choice,
     check_fits,
     check_rank,
@@ -152,7 +155,7 @@ class AuroRALayer(LinearAdapter):
         scale: s.
         dropout: on the update's input.
         train_mode: "dynamic" or "static", while the adapter is in training mode.
-        inference_mode: likewise in eval mode.
+        inference_mode: likewise in eval mode; `calibrate` sets "calibrated".
         device: where the parameters live.
     """
 
@@ -174,6 +177,15 @@ class AuroRALayer(LinearAdapter):
         self.A = new_parameter(rank, in_features, device=device)  # (r, in)
         self.B = new_parameter(out_features, rank, device=device)  # (out, r)
         self.anl = anl
+        for name in ("calibrated_A", "calibrated_B", "calibrated_bias"):
+            self.register_buffer(name, None, persistent=False)
+
+    def calibrate(self, update: LowRankUpdate | None) -> None:
+        """Takes a linear update in the place of the dynamic one, in eval mode; None goes back to the dynamic one."""
+        self.calibrated_A, self.calibrated_B, self.calibrated_bias = (
+            (None, None, None) if update is None else (update.A, update.scale / self.scale * update.B, update.bias)
+        )
+        self.inference_mode = "dynamic" if update is None else "calibrated"
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -192,25 +204,33 @@ class AuroRALayer(LinearAdapter):
 
     def delta_output(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        if self.mode == "calibrated":
+            y = lora_output(x, self.calibrated_A, self.calibrated_B, self.scale)
+            return y if self.calibrated_bias is None else y + self.calibrated_bias.to(y.dtype)
         if self.mode == "static":
-            z = F.linear(x, self.static_factor().to(x.dtype))
-        else:
-            z = self.anl(F.linear(x, self.A.to(x.dtype)))
+            return lora_output(x, self.static_factor(), self.B, self.scale)
+        z = self.anl(F.linear(x, self.A.to(x.dtype)))
         return F.linear(z * self.scale, self.B.to(z.dtype))
 
     @torch.no_grad()
-    def delta_weight(self, weight: Tensor) -> Tensor:
-        """s · B σ(A), (out, in), where inference is static; see `LinearAdapter.delta_weight`.
+    def low_rank_update(self) -> LowRankUpdate:
+        """Of rank r, where inference is static or calibrated.
 
         Raises:
             NotMergeableError: where inference is dynamic, a nonlinear function of x.
         """
-        if self.inference_mode != "static":
-            raise NotMergeableError(
-                "AuroRA in dynamic mode is no linear map: set inference_mode='static' (what the paper merges; it can "
-                "lose what was learnt)"
-            )
-        return self.scale * (self.B @ self.static_factor())
+        if self.inference_mode == "calibrated":
+            return LowRankUpdate(self.calibrated_A, self.calibrated_B, self.scale, self.calibrated_bias)
+        if self.inference_mode == "static":
+            return LowRankUpdate(self.static_factor(), self.B, self.scale)
+        raise NotMergeableError(
+            "AuroRA in dynamic mode is no linear map: take the method 'calibrated' (a fit on batches), or 'static' "
+            "(what the paper merges; it can lose what was learnt)"
+        )
+
+    def delta_bias(self) -> Tensor | None:
+        """The constant of a calibration, (out,)."""
+        return self.calibrated_bias if self.inference_mode == "calibrated" else None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, train_mode={self.train_mode}, inference_mode={self.inference_mode}"
@@ -219,14 +239,15 @@ class AuroRALayer(LinearAdapter):
 @contextmanager
 def static_inference(model: nn.Module) -> Iterator[int]:
     """Inference of every AuroRA layer of `model` is static within this context; yields how many were dynamic."""
-    changed = [m for m in model.modules() if isinstance(m, AuroRALayer) and m.inference_mode != "static"]
+    changed = {m: m.inference_mode for m in model.modules() if isinstance(m, AuroRALayer)}
+    changed = {layer: mode for layer, mode in changed.items() if mode != "static"}
     for layer in changed:
         layer.inference_mode = "static"
     try:
         yield len(changed)
     finally:
-        for layer in changed:
-            layer.inference_mode = "dynamic"
+        for layer, mode in changed.items():
+            layer.inference_mode = mode
 
 
 @register_method
@@ -249,6 +270,7 @@ class AuroRA(LowRankMethod):
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"dropout", "train_mode", "inference_mode"})
+    merging: ClassVar[Merging] = "approximate"
 
     rank: int = 2
     alpha: float = 4.0
@@ -261,6 +283,10 @@ class AuroRA(LowRankMethod):
     grid_range: tuple[float, float] = (-1.0, 1.0)
     fixed: bool = True
     learnable: bool = True
+
+    @property
+    def export_rank(self) -> int:
+        return self.rank
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ Shapes: ``...`` any batch dimensions, in / out the features of the linear map (o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,12 +22,37 @@ WHOLE = "all"
 _EXACT = (torch.float32, torch.float64)
 
 
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """An update of a linear map that is a LoRA, to be merged or exported: ΔW = scale · B A, Δb = bias.
+
+    Attributes:
+        A: (R, in).
+        B: (out, R).
+        scale: factor of the product.
+        bias: what is added to the bias, (out,); None where it stays.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta_weight(self) -> Tensor:
+        """ΔW, (out, in)."""
+        return self.scale * (self.B @ self.A)
+
+
 class LinearAdapter(nn.Module):
     """Base of every per-linear adapter. A subclass serves one of two forms.
 
-    Either `delta_output` (LoRA, PERA, AuroRA), or, with ``uses_weight = True``, `effective_update` (HiRA). Its
-    parameters are float32 whatever the base's dtype, since a small update vanishes in bfloat16; products run in the
-    activation's dtype. At initialisation the update is zero.
+    Either `delta_output` (LoRA, PERA, AuroRA), with `low_rank_update` where it is one, or, with ``uses_weight = True``,
+    `effective_update` (HiRA). Its parameters are float32 whatever the base's dtype, since a small update vanishes in
+    bfloat16; products run in the activation's dtype. At initialisation the update is zero.
 
     Args:
         in_features: in.
@@ -71,8 +97,17 @@ class LinearAdapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} defines no effective_update")
 
+    def low_rank_update(self) -> LowRankUpdate:
+        """The update as a LoRA, exact in eval mode.
+
+        Raises:
+            NotMergeableError: where it is none.
+        """
+        raise NotMergeableError(f"the update of {type(self).__name__} is no product of low rank")
+
+    @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """The matrix ΔW with W x + ΔW x = the adapted layer, in eval mode.
+        """The matrix ΔW with W x + ΔW x (+ `delta_bias`) = the adapted layer, in eval mode.
 
         Args:
             weight: the frozen weight, (out, in).
@@ -83,10 +118,13 @@ class LinearAdapter(nn.Module):
         Raises:
             NotMergeableError: where no such matrix exists.
         """
-        if not self.uses_weight:
-            raise NotMergeableError(f"{type(self).__name__} has no matrix that equals its update")
-        with torch.no_grad():
+        if self.uses_weight:
             return self.effective_update(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return self.low_rank_update().delta_weight()
+
+    def delta_bias(self) -> Tensor | None:
+        """What the update adds whatever x is, (out,); None for nothing, as in all methods whose update is linear."""
+        return None
 
     @property
     def dropout_acts(self) -> bool:
@@ -132,14 +170,24 @@ class AdaptedLayer(nn.Module):
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
     blocks: dict[str, tuple[int, int]]
+    plain_class: type[nn.Module]
+    merged: str | None = None  # how the updates got into the weight; set by `pera_lightning.merging`
 
     def base_weight(self) -> Tensor:
         """The frozen weight as (out, in), a view."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out): the frozen map plus the adapters' updates of their rows."""
+        """x (..., in) -> (..., out): the frozen map plus the adapters' updates of their rows.
+
+        Raises:
+            ConfigurationError: where merged adapters are trained, which would change nothing.
+        """
         weight = self.base_weight()
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise ConfigurationError("the adapters are merged, and training would not change them: call unmerge")
+            return F.linear(x, weight, self.bias)
         # Adding an update to a bfloat16 weight would round it away, and dropout acts on the update's input only:
         # in both cases the update needs a product of its own.
         exact = weight.dtype in _EXACT and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
@@ -232,9 +280,18 @@ def adapt_layer(module: nn.Module, adapters: dict[str, LinearAdapter], blocks: d
         raise UnsupportedTarget(f"{type(module).__name__} is neither nn.Linear nor transformers' Conv1D")
     check_blocks(blocks, base_weight(module).shape[0])
     adapted = nn.ModuleDict(adapters)
+    module.plain_class = type(module)
     module.__class__ = AdaptedConv1D if is_conv1d(module) else AdaptedLinear
     module.blocks = dict(blocks)
     module.adapters = adapted
+
+
+def release_layer(layer: AdaptedLayer) -> None:
+    """Undoes `adapt_layer`: the plain class again, without adapters; weight and bias stay what they are."""
+    layer.__class__ = layer.plain_class
+    for name in ("adapters", "blocks", "plain_class", "merged"):
+        if name in vars(layer) or name in layer._modules:
+            delattr(layer, name)
 
 
 def check_blocks(blocks: dict[str, tuple[int, int]], rows: int, where: str = "the layer") -> None:

@@ -18,6 +18,7 @@ from pera_lightning.adapters.hira import hira_update
 from pera_lightning.adapters.method import (
     LayerContext,
     LinearMethod,
+    Merging,
     check_dropout,
     check_fits,
     check_rank,
@@ -88,6 +89,8 @@ class HiLoRA(LinearMethod):
         alpha: the LoRA part's scale is alpha / lora_rank.
         dropout: probability on the update's input, in training.
     """
+
+    merging: ClassVar[Merging] = "exact"
 
     hira_rank: int = 4
     lora_rank: int = 4

@@ -24,6 +24,7 @@ from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
 from pera_lightning.adapters.method import (
     LayerContext,
     LinearMethod,
+    Merging,
     check_choice,
     check_dropout,
     check_fits,
@@ -126,6 +127,8 @@ class HiRA(LinearMethod):
         reference_rank: singular values kept for ``reference="svd"``; must be given there.
         reference_seed: of ``reference="random"``.
     """
+
+    merging: ClassVar[Merging] = "exact"
 
     rank: int = 8
     scale: float = 1.0

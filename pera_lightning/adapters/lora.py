@@ -13,16 +13,17 @@ Shapes: in, out features; r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
+from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.method import (
     LayerContext,
     LowRankMethod,
+    Merging,
     check_choice,
     check_fits,
 )
@@ -121,10 +122,9 @@ class LoRALayer(LinearAdapter):
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
 
     @torch.no_grad()
-    def delta_weight(self, weight: Tensor) -> Tensor:
-        """s · B A, (out, in); see `LinearAdapter.delta_weight`."""
-        A, B = self._factors()
-        return self.scale * (B @ A)
+    def low_rank_update(self) -> LowRankUpdate:
+        """Of rank r, 2r for the SVD inits."""
+        return LowRankUpdate(*self._factors(), scale=self.scale)
 
 
 @register_method
@@ -139,7 +139,13 @@ class LoRA(LowRankMethod):
         init: initial values, see the file's head.
     """
 
+    merging: ClassVar[Merging] = "exact"
+
     init: Literal["default", "gaussian", "pissa", "milora"] = "default"
+
+    @property
+    def export_rank(self) -> int:
+        return 2 * self.rank if self.init in SVD_INITS else self.rank
 
     def __post_init__(self) -> None:
         super().__post_init__()

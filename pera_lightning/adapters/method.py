@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pera_lightning.adapters.base import LinearAdapter, adapt_layer, base_weight
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
 
 MAX_SEED = 2**63 - 1
+Merging = Literal["exact", "approximate", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +158,13 @@ class Method(ABC):
     """Base of all methods. Subclasses are frozen keyword-only dataclasses, registered by `register_method`.
 
     `runtime_fields` names the hyperparameters that may differ between a checkpoint and the model that loads it,
-    since they change no stored tensor and no trained function (dropout, say).
+    since they change no stored tensor and no trained function (dropout, say). `merging` says whether the update can be
+    added to the frozen weight: "exact" (to rounding), "approximate" (a linear map in place of a nonlinear one, which
+    has to be asked for), or "none" (there is no matrix, or nothing to merge).
     """
 
     needs_targets: ClassVar[bool] = True
+    merging: ClassVar[Merging] = "none"
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -182,6 +186,11 @@ class Method(ABC):
     def trains(self, name: str) -> bool:
         """Whether the method trains the base parameter called `name` (adapters and heads are trained anyway)."""
         return False
+
+    @property
+    def export_rank(self) -> int | None:
+        """Rank of the LoRA that the update of a layer (or, if approximate, its merge) exactly is; None for none."""
+        return None
 
     def spec(self) -> dict[str, Any]:
         """The method as primitives: ``{"class_path": …, "init_args": {…}}``, what `method_from_spec` takes."""

@@ -17,17 +17,18 @@ Shapes: in, out features; r rank; P number of pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
+from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
 from pera_lightning.adapters.method import (
     LayerContext,
     LowRankMethod,
+    Merging,
     check_choice,
     check_fits,
     check_scale,
@@ -131,10 +132,9 @@ class PERALayer(LinearAdapter):
         return lora_output(x, *self.expanded(), self.scale)
 
     @torch.no_grad()
-    def delta_weight(self, weight: Tensor) -> Tensor:
-        """s · B̂ Â, (out, in); see `LinearAdapter.delta_weight`."""
-        A, B = self.expanded()
-        return self.scale * (B @ A)
+    def low_rank_update(self) -> LowRankUpdate:
+        """Of rank r + P: r(r + 3)/2 for all terms."""
+        return LowRankUpdate(*self.expanded(), scale=self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.terms}"
@@ -154,9 +154,15 @@ class PERA(LowRankMethod):
         init_std: standard deviation of B for ``init="gaussian_b"``; not in the paper, ours.
     """
 
+    merging: ClassVar[Merging] = "exact"
+
     terms: Literal["full", "square", "cross", "linear"] = "full"
     init: Literal["default", "gaussian_b"] = "default"
     init_std: float = 0.02
+
+    @property
+    def export_rank(self) -> int:
+        return self.rank + number_of_pairs(self.rank, self.terms)
 
     def __post_init__(self) -> None:
         super().__post_init__()

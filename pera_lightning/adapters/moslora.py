@@ -1,0 +1,112 @@
+"""MoSLoRA: a trained mixer between the low-rank factors. Wu et al., EMNLP 2024 (arXiv 2406.11909).
+
+    ΔW = s · B M A,  s = alpha / rank
+
+Initial values: A and M kaiming-uniform (a = √5), B zero; `mixer_init="orthogonal"` draws M orthogonal, the paper's
+other choice. The update is a LoRA of rank r with the factors M A and B.
+
+Shapes: in, out features; r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
+from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_choice, check_fits
+from pera_lightning.adapters.registry import register_method
+
+MIXER_INITS = ("kaiming", "orthogonal")
+
+
+class MoSLoRALayer(LinearAdapter):
+    """The update s · B M A of one linear map.
+
+    Args:
+        in_features: in.
+        out_features: out.
+        rank: r.
+        scale: s.
+        dropout: on the update's input.
+        mixer_init: one of `MIXER_INITS`.
+        device: where the parameters live.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        mixer_init: str = "kaiming",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
+        self.mixer_init = mixer_init
+        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
+        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
+        self.mixer = new_parameter(rank, rank, device=device)  # (r, r)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws A and the mixer, zeroes B; see the file's head."""
+        draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
+        if self.mixer_init == "orthogonal":
+            draw(self.mixer, nn.init.orthogonal_, generator)
+        else:
+            draw(self.mixer, nn.init.kaiming_uniform_, generator, a=5**0.5)
+        self.B.zero_()
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        z = F.linear(F.linear(x, self.A.to(x.dtype)), self.mixer.to(x.dtype))  # (..., r)
+        return F.linear(z * self.scale, self.B.to(z.dtype))
+
+    @torch.no_grad()
+    def low_rank_update(self) -> LowRankUpdate:
+        """Of rank r, with M A in the place of A."""
+        return LowRankUpdate(self.mixer @ self.A, self.B, self.scale)
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class MoSLoRA(LowRankMethod):
+    """Mixture-of-subspaces LoRA (Wu et al. 2024).
+
+    Args:
+        rank: r.
+        alpha: the scale is alpha / rank.
+        dropout: probability on the update's input, in training.
+        mixer_init: initial values of the mixer, see the file's head.
+    """
+
+    merging: ClassVar[Merging] = "exact"
+
+    mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
+
+    @property
+    def export_rank(self) -> int:
+        return self.rank
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.mixer_init, "mixer_init", MIXER_INITS)
+
+    def build(self, context: LayerContext) -> MoSLoRALayer:
+        check_fits(context, self.rank)
+        layer = MoSLoRALayer(
+            **context.layer_arguments(),
+            rank=self.rank,
+            scale=self.scale,
+            dropout=self.dropout,
+            mixer_init=self.mixer_init,
+        )
+        layer.reset_parameters(context.generator())
+        return layer

@@ -1,0 +1,157 @@
+"""How far a changed model is from what it was: its outputs and its loss on the same batches, before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pera_lightning.errors import ConfigurationError
+
+ROWS = 256  # of outputs that are kept from a batch
+
+# Called with the model and a batch; gives the outputs (..., C), or them and the mean loss.
+Forward = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, Tensor | None]"]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a merge changed, measured on batches.
+
+    Attributes:
+        outputs: ‖y' − y‖ / ‖y‖ over the outputs of all batches, y before and y' after.
+        loss_before: mean loss of the batches; None where the model or its batches give none.
+        loss_after: likewise.
+        batches: how many were measured on.
+    """
+
+    outputs: float
+    loss_before: float | None
+    loss_after: float | None
+    batches: int
+
+    def __str__(self) -> str:
+        text = f"outputs changed by {self.outputs:.3g} (relative, on {self.batches} batches)"
+        if self.loss_before is None:
+            return f"{text}; the loss was not measured, the batches have no labels"
+        return f"{text}; loss {self.loss_before:.4f} before, {self.loss_after:.4f} after"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outputs (rows, C) in float32 on the CPU, and the mean loss, batch by batch."""
+
+    outputs: list[Tensor]
+    losses: list[float | None]
+
+
+def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The outputs and the loss of a model for a batch, as most models take and give them.
+
+    A mapping is handed over as keywords, a tuple or list as positions, anything else as the one argument. Of what comes
+    back, `logits` (else `last_hidden_state`, else the first member, or the tensor itself) and `loss` are read.
+
+    Raises:
+        ConfigurationError: where there is no tensor to read.
+    """
+    if isinstance(batch, Mapping):
+        given = model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        given = model(*batch)
+    else:
+        given = model(batch)
+    loss = getattr(given, "loss", None)
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(getattr(given, name, None), Tensor):
+            return getattr(given, name), loss
+    first = given[0] if isinstance(given, (tuple, list)) else given
+    if not isinstance(first, Tensor):
+        raise ConfigurationError(
+            f"{type(model).__name__} gives a {type(given).__name__}, of which no tensor is known: give "
+            "forward=function(model, batch) that returns its outputs, or (outputs, loss)"
+        )
+    return first, loss
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors moved, also within mappings, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [on_device(value, device) for value in batch]
+    return batch
+
+
+@torch.no_grad()
+def measure(model: nn.Module, batches: Sequence[Any], forward: Forward | None = None) -> Measured:
+    """Runs a model in eval mode over batches; of each, at most 256 evenly spaced rows of the outputs are kept.
+
+    Args:
+        model: its modes are the same afterwards.
+        batches: on any device.
+        forward: see `Forward`; by default `call`.
+    """
+    outputs, losses = [], []
+    with evaluating(model):
+        for batch in batches:
+            given = (forward or call)(model, on_device(batch, device_of(model)))
+            y, loss = given if isinstance(given, tuple) else (given, None)
+            rows = y.reshape(-1, y.shape[-1])
+            index = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).round().long()
+            outputs.append(rows[index].float().cpu())
+            losses.append(None if loss is None else float(loss))
+    return Measured(outputs, losses)
+
+
+def drift(before: Measured, after: Measured) -> Drift:
+    """The change from one measurement to another on the same batches."""
+    pairs = [(y.double(), other.double()) for y, other in zip(before.outputs, after.outputs, strict=True)]
+    changed, size = sum(float((b - a).square().sum()) for a, b in pairs), sum(float(a.square().sum()) for a, _ in pairs)
+    losses = [
+        None if not values or None in values else math.fsum(values) / len(values)  # type: ignore[arg-type]
+        for values in (before.losses, after.losses)
+    ]
+    return Drift(math.sqrt(changed / size) if size else math.inf if changed else 0.0, *losses, batches=len(pairs))
+
+
+def taken(batches: Iterable[Any] | None) -> list[Any]:
+    """Batches as a list, since they are run more than once.
+
+    Raises:
+        ConfigurationError: where there are none in an iterable that was given.
+    """
+    if batches is None:
+        return []
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ConfigurationError(f"batches is one {type(batches).__name__}: give a list of batches, [batch]")
+    found = list(batches)
+    if not found:
+        raise ConfigurationError("batches has no batch: give at least one")
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+class evaluating:
+    """A context in which every module of a model is in eval mode; each has its own mode back afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._training: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
+            module.training = True
