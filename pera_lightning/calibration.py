@@ -30,7 +30,7 @@ from pera_lightning.errors import NotMergeableError, listed
 RIDGE = 1e-6
 
 
-class _Enough(Exception):  # noqa: N818  no error: the rest of a forward pass is not needed
+class _Enough(Exception):
     pass
 
 
