@@ -1,20 +1,24 @@
-"""A calibrated merge for AuroRA: a linear map fitted to σ on the activations of calibration batches.
+"""A calibrated merge for AuroRA: a linear map fitted to σ on the inputs of calibration batches.
 
 The paper merges σ(A), σ on the columns of A, which is another function than σ(A x) and can lose what was learnt. Here,
 layer after layer in forward order, each seeing the linear maps of the layers before it,
 
-    σ(z) ≈ M z + c,  z = A x over all tokens of the batches,
+    σ(A x) ≈ N x + c,    N, c = argmin Σ_t |σ(A x_t) - N x_t - c|² + λ |N - M A|²,    λ = ridge · tr(G) / in
 
-by least squares in float64, with a ridge on M that keeps it well-posed. The update s · B (M z + c) is s · (B M) A with
-the constant s · B c. That goes into the base's bias; where the base has none, the fit is through the origin (c = 0),
-since a bias that is created would be dropped by `from_pretrained` and refused by peft.
+in float64, over all tokens x_t of the batches; G is their (centred) second moment. M is the least squares fit of σ(z)
+on z = A x, for which few tokens suffice; the more there are, the more the fit on x itself says. The update s · B σ(A x)
+becomes s · B N x, a LoRA of the same rank with N in the place of A, and the constant s · B c. That goes into the base's
+bias; where the base has none, the fit is through the origin (c = 0, nothing centred), since a bias that is created
+would be dropped by `from_pretrained` and refused by peft.
 
 Not in the paper. Shapes: in, out features; r rank; n tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,56 +31,77 @@ from pera_lightning.adapters.method import check_number
 from pera_lightning.drift import Forward, call, device_of, evaluating, on_device
 from pera_lightning.errors import NotMergeableError, listed
 
-RIDGE = 1e-6
+RIDGE = 1e-3
+_TINY = 1e-6
 
 
 class _Enough(Exception):
-    pass
+    """No error: the rest of a forward pass is not needed."""
 
 
 class Moments:
-    """Sums over tokens that a linear fit of σ(z) needs, in float64: n, Σz, Σσ, Σ z zᵀ, Σ z σᵀ.
+    """What a linear fit of σ(A x) needs of the tokens, summed in float64: second moments of x with itself and with σ.
 
     Args:
-        rank: r.
-        device: of z.
+        adapters: of layers that get the same input.
+        device: of the sums.
     """
 
-    def __init__(self, rank: int, device: torch.device) -> None:
+    def __init__(self, adapters: Sequence[AuroRALayer], device: torch.device) -> None:
+        features = adapters[0].in_features
+        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.adapters = list(adapters)
         self.n = 0
-        self.z, self.s = (torch.zeros(rank, dtype=torch.float64, device=device) for _ in range(2))  # (r,)
-        self.zz, self.zs = (torch.zeros(rank, rank, dtype=torch.float64, device=device) for _ in range(2))  # (r, r)
+        self.x, self.xx = self._zeros(features), self._zeros(features, features)  # (in,), (in, in)
+        self.s = [self._zeros(len(a.A)) for a in adapters]  # (r,)
+        self.sx = [self._zeros(len(a.A), features) for a in adapters]  # (r, in)
+        self.ss = [self._zeros(()) for _ in adapters]
 
-    def add(self, z: Tensor, s: Tensor) -> None:
-        """Adds tokens: z and σ(z), both (n, r)."""
-        z, s = z.double(), s.double()
-        self.n += len(z)
-        self.z += z.sum(0)
-        self.s += s.sum(0)
-        self.zz += z.T @ z
-        self.zs += z.T @ s
+    def _zeros(self, *shape: Any) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-    def fit(self, ridge: float, constant: bool) -> tuple[Tensor, Tensor]:
-        """The least squares solution of σ(z) ≈ M z + c.
+    def add(self, x: Tensor) -> None:
+        """Adds tokens, (n, in)."""
+        exact = x.to(self.device).double()
+        self.n += len(x)
+        self.x += exact.sum(0)
+        self.xx += exact.T @ exact
+        for k, adapter in enumerate(self.adapters):
+            sigma = adapter.anl(F.linear(x, adapter.A.to(x.dtype))).to(self.device).double()  # as in the layer, (n, r)
+            self.s[k] += sigma.sum(0)
+            self.sx[k] += sigma.T @ exact
+            self.ss[k] += sigma.square().sum()
+
+    def fit(self, index: int, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
+        """The linear map of one adapter, see the file's head.
 
         Args:
-            ridge: λ of the penalty λ · mean(z²) · n · ‖M‖², z centred where there is a constant.
+            index: of the adapter.
+            ridge: towards M A, as a share of an input feature's mean square.
             constant: whether c is fitted; otherwise it is 0.
 
         Returns:
-            M (r, r) and c (r,), float64.
+            N (r, in) and c (r,), float64; and the share of σ's variance (its mean square, without a constant) that
+            they leave unexplained.
         """
-        zz, zs = self.zz, self.zs
-        if constant:
-            zz, zs = zz - torch.outer(self.z, self.z) / self.n, zs - torch.outer(self.z, self.s) / self.n
-        rank = len(zz)
-        size = zz.trace() / rank
-        if size <= 0:  # A is zero, and so is z
-            M = torch.zeros_like(zz)
-        else:
-            M = torch.linalg.solve(zz + ridge * size * torch.eye(rank, dtype=zz.dtype, device=zz.device), zs).T
-        c = (self.s - M @ self.z) / self.n if constant else torch.zeros_like(self.z)
-        return M, c
+        mean_x, mean_s = self.x / self.n * constant, self.s[index] / self.n * constant
+        raw = self.xx / self.n
+        G = raw - torch.outer(mean_x, mean_x)  # (in, in)
+        C = self.sx[index] / self.n - torch.outer(mean_s, mean_x)  # (r, in)
+        A = self.adapters[index].A.to(G)
+        M = torch.cholesky_solve(A @ C.T, _factor(A @ G @ A.T, _TINY, A @ raw @ A.T)).T  # (r, r)
+        N = M @ A
+        N = N + torch.cholesky_solve((C - N @ G).T, _factor(G, max(ridge, _TINY), raw)).T
+        variance = self.ss[index] / self.n - mean_s.square().sum()
+        left = variance - 2 * (C * N).sum() + ((N @ G) * N).sum()
+        return N, mean_s - N @ mean_x, (left / variance).clamp(min=0).item() if variance > 0 else 0.0
+
+
+def _factor(G: Tensor, ridge: float, raw: Tensor) -> Tensor:
+    """Cholesky factor of G + ridge · tr(G) / k; a G of zeros counts as the unit matrix."""
+    level = torch.maximum(G.trace(), 1e-4 * raw.trace()) / len(G)  # centring leaves rounding
+    level = torch.where(level > 0, level, torch.ones_like(level))
+    return torch.linalg.cholesky(G + ridge * level * torch.eye(len(G), dtype=G.dtype, device=G.device))
 
 
 def calibrate(
@@ -84,11 +109,12 @@ def calibrate(
 ) -> list[str]:
     """Fits a linear map to every AuroRA layer with dynamic inference and puts it in its place in eval mode.
 
-    Layers that get the same input (q, k and v) are fitted in one pass; a pass ends after the layers it is for.
+    Layers that get the same input (q, k and v) are fitted in one pass over the batches, which ends after them. Their
+    second moments take in x in x 8 bytes. Padding is left out where a batch is a mapping with an ``attention_mask``.
 
     Args:
         model: injected.
-        batches: inputs of the model, without labels; a few hundred tokens a layer, better thousands.
+        batches: inputs of the model, without labels; better more tokens than a layer has input features.
         forward: see `pera_lightning.drift.Forward`.
         ridge: see `Moments.fit`.
 
@@ -96,26 +122,40 @@ def calibrate(
         Notes, one line each.
 
     Raises:
-        NotMergeableError: for a layer that no batch reaches.
+        NotMergeableError: for a layer that no batch reaches, or inputs that are no numbers.
         ConfigurationError: for a negative ridge.
     """
     check_number(ridge, "ridge", low=-1e-300, allowed="a number of at least 0")
     waiting = {layer: path for path, layer in model.named_modules() if _dynamic(layer)}
+    unexplained: dict[str, float] = {}
+    fewest: tuple[int, int] | None = None  # tokens, input features
     with evaluating(model), torch.no_grad():
         groups, calls = _groups(model, list(waiting), batches, forward)
         unseen = [path for layer, path in waiting.items() if layer not in calls]
         if unseen:
             raise NotMergeableError(f"{len(unseen)} layers do not run for any batch: {listed(unseen, 3)}")
         for group in groups:
-            moments = _collect(model, group, batches, forward, once=all(calls[layer] == 1 for layer in group))
-            for (layer, block), sums in moments.items():
-                adapter: AuroRALayer = layer.adapters[block]  # type: ignore[assignment]
-                M, c = sums.fit(ridge, constant=layer.bias is not None)
-                B = adapter.B.double()
-                bias = None if layer.bias is None else (adapter.scale * (B @ c)).to(adapter.B.dtype)
-                update = LowRankUpdate(adapter.A.detach().clone(), (B @ M).to(adapter.B.dtype), adapter.scale, bias)
-                adapter.calibrate(update)
-    return []
+            moments = _collect(model, group, batches, forward, once=calls[group[0]] == 1)
+            if not moments.n or not torch.isfinite(moments.xx).all():
+                what = "NaN or infinite inputs" if moments.n else "no token, but padding"
+                raise NotMergeableError(f"the calibration batches give {waiting[group[0]]} {what}")
+            of = {adapter: layer for layer in group for adapter in layer.adapters.values()}
+            fits = [moments.fit(k, ridge, of[a].bias is not None) for k, a in enumerate(moments.adapters)]
+            for adapter, (N, c, left) in zip(moments.adapters, fits, strict=True):
+                path = waiting[of[adapter]]
+                constant = None if of[adapter].bias is None else (adapter.scale * adapter.B.to(c) @ c).to(adapter.B)
+                adapter.calibrate(LowRankUpdate(N.to(adapter.A), adapter.B.detach().clone(), adapter.scale, constant))
+                unexplained[path] = max(left, unexplained.get(path, 0.0))
+            fewest = min(fewest or (moments.n, len(moments.x)), (moments.n, len(moments.x)))
+    tokens, features = fewest  # type: ignore[misc]
+    if tokens < 2 * features:  # they leave no room to say how good the fit is
+        return [f"fitted to {tokens} tokens, few for {features} input features: give more batches"]
+    mean = sum(unexplained.values()) / len(unexplained)
+    worst = max(unexplained, key=unexplained.get)  # type: ignore[arg-type]
+    return [
+        f"fitted to {tokens} tokens; of the variance of σ {mean:.1%} is not linear on average over the layers, at most "
+        f"{unexplained[worst]:.1%} ({worst})"
+    ]
 
 
 def _dynamic(layer: nn.Module) -> bool:
@@ -129,68 +169,67 @@ def _fitted(adapter: nn.Module) -> bool:
 def _groups(
     model: nn.Module, layers: list[AdaptedLayer], batches: Sequence[Any], forward: Forward | None
 ) -> tuple[list[list[AdaptedLayer]], dict[AdaptedLayer, int]]:
-    """Layers in forward order, those that get one input tensor together; and how often each is called at most."""
-    groups: list[list[AdaptedLayer]] = []
+    """Layers in forward order, and how often each is called at most in a batch.
+
+    Those that get the same input tensors in all batches are together.
+    """
+    inputs: dict[AdaptedLayer, list[int]] = {}  # numbers of the tensors that a layer gets
     most: dict[AdaptedLayer, int] = {}
-    last: list[Tensor] = []
+    calls: Counter[AdaptedLayer] = Counter()
+    tensors = itertools.count()
+    last: list[Any] = [None, 0]  # the input of the last call and its number
 
-    def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        counts[layer] = counts.get(layer, 0) + 1
-        if layer not in most and counts[layer] == 1:
-            if last and last[0] is args[0]:
-                groups[-1].append(layer)
-            else:
-                groups.append([layer])
-        last[:] = [args[0]]
+    def called(layer: AdaptedLayer, args: tuple[Any, ...]) -> None:
+        if last[0] is not args[0]:
+            last[:] = args[0], next(tensors)
+        inputs.setdefault(layer, []).append(last[1])
+        calls[layer] += 1
 
-    for batch in batches:
-        counts: dict[nn.Module, int] = {}
-        hooks = [layer.register_forward_pre_hook(called) for layer in layers]
-        try:
+    hooks = [layer.register_forward_pre_hook(called) for layer in layers]
+    try:
+        for batch in batches:
+            calls.clear()
             _run(model, batch, forward)
-        finally:
-            _remove(hooks)
-        most |= {layer: max(n, most.get(layer, 0)) for layer, n in counts.items()}  # type: ignore[misc]
-        if len(most) == len(layers):
-            break
-    last.clear()
-    return groups, most
+            most = {layer: max(calls[layer], most.get(layer, 0)) for layer in inputs}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[tuple[int, ...], list[AdaptedLayer]] = {}
+    for layer, seen in inputs.items():
+        groups.setdefault(tuple(seen), []).append(layer)
+    return list(groups.values()), most
 
 
 def _collect(
     model: nn.Module, group: list[AdaptedLayer], batches: Sequence[Any], forward: Forward | None, once: bool
-) -> dict[tuple[AdaptedLayer, str], Moments]:
-    """The sums of a group's row blocks over all batches; ``once`` ends each pass after its last layer."""
-    sums: dict[tuple[AdaptedLayer, str], Moments] = {}
+) -> Moments:
+    """The moments of a group over all batches; ``once`` ends each pass at its first layer, whose input all get."""
+    fitted = [a for layer in group for a in layer.adapters.values() if _fitted(a)]
+    moments = Moments(fitted, group[0].weight.device)  # type: ignore[arg-type]
 
     def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])  # (n, in)
-        for block, adapter in layer.adapters.items():
-            if _fitted(adapter):
-                z = F.linear(x, adapter.A.to(x.dtype))  # (n, r)
-                if (layer, block) not in sums:
-                    sums[layer, block] = Moments(z.shape[-1], z.device)
-                sums[layer, block].add(z, adapter.anl(z))
-        left.discard(layer)
-        if once and not left:
+        moments.add(_tokens(args[0], batch))
+        if once:
             raise _Enough
 
     for batch in batches:
-        left = set(group)
-        hooks = [layer.register_forward_pre_hook(called) for layer in group]
+        hook = group[0].register_forward_pre_hook(called)
         try:
             _run(model, batch, forward)
         except _Enough:
             pass
         finally:
-            _remove(hooks)
-    return sums
+            hook.remove()
+    return moments
+
+
+def _tokens(x: Tensor, batch: Any) -> Tensor:
+    """The inputs of a layer as (n, in), without padding where the batch tells it."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == x.shape[:-1]:
+        return x[mask.to(x.device).bool()]
+    return x.reshape(-1, x.shape[-1])
 
 
 def _run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
     (forward or call)(model, on_device(batch, device_of(model)))
-
-
-def _remove(hooks: list[Any]) -> None:
-    for hook in hooks:
-        hook.remove()

@@ -128,7 +128,7 @@ def taken(batches: Iterable[Any] | None) -> list[Any]:
     """
     if batches is None:
         return []
-    if isinstance(batches, (Tensor, Mapping)):
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ConfigurationError(f"batches is one {type(batches).__name__}: give a list of batches, [batch]")
     found = list(batches)
     if not found:

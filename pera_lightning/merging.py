@@ -6,7 +6,7 @@ Sums are made in float32 (float64 for a float64 base) and cast once. Nothing her
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.adapters.base import AdaptedLayer, release_layer
 from pera_lightning.adapters.method import check_choice
-from pera_lightning.calibration import calibrate
+from pera_lightning.calibration import RIDGE, calibrate
 from pera_lightning.drift import Drift, Forward, Measured, drift, measure, taken
 from pera_lightning.errors import ConfigurationError, NotMergeableError, listed
 from pera_lightning.injection import forget_injection, injection_of
@@ -77,7 +77,7 @@ def merge(
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
     keep_base: bool = True,
-    **calibration: Any,
+    ridge: float | None = None,
 ) -> MergeReport:
     """Adds every adapter's update to its frozen weight, in place; adapters stay and rest. Twice is once.
 
@@ -89,7 +89,7 @@ def merge(
         measure_on: other inputs to measure the drift on, better those that were not calibrated with.
         forward: how the model is called, see `pera_lightning.drift.call` for the default.
         keep_base: keeps a copy of the changed rows on the CPU, which `unmerge` needs.
-        calibration: further options of `pera_lightning.calibration.calibrate`.
+        ridge: of the calibration, see `pera_lightning.calibration.Moments.fit`.
 
     Returns:
         What was done. Where nothing is left to merge, a report of 0 layers.
@@ -110,11 +110,11 @@ def merge(
     if not waiting:
         return MergeReport(0, notes=["the adapters are merged already"])
     fit, held_out = taken(batches), taken(measure_on)
-    _nonlinear(model, method, fit, calibration)
-    _check_weights(model, waiting)
+    nonlinear = _nonlinear(model, method, fit, ridge)
+    _check_weights(model, waiting, constants=nonlinear if method == "calibrated" else [])
     measured = held_out or fit
     before = measure(model, measured, forward) if measured else None
-    with linearised(model, method, fit, forward, **calibration) as notes:
+    with linearised(model, method, fit, forward, ridge) as notes:
         _merge_layers(waiting, keep_base)
     for layer in waiting.values():
         layer.merged = method or "exact"
@@ -128,7 +128,11 @@ def merge(
 
 @contextmanager
 def linearised(
-    model: nn.Module, method: str | None, batches: Sequence[Any] = (), forward: Forward | None = None, **options: Any
+    model: nn.Module,
+    method: str | None,
+    batches: Sequence[Any] = (),
+    forward: Forward | None = None,
+    ridge: float | None = None,
 ) -> Iterator[list[str]]:
     """Within this context AuroRA's layers with dynamic inference have a linear update, and can be merged or exported.
 
@@ -137,7 +141,7 @@ def linearised(
         method: None where there are no such layers, else "static" or "calibrated".
         batches: for "calibrated".
         forward: likewise.
-        options: likewise, of `pera_lightning.calibration.calibrate`.
+        ridge: likewise, see `pera_lightning.calibration.Moments.fit`.
 
     Yields:
         Notes of the calibration, one line each.
@@ -146,20 +150,21 @@ def linearised(
         NotMergeableError: where there are such layers and no method is given.
         ConfigurationError: for options that do not act.
     """
-    adapters = _nonlinear(model, method, batches, options)
+    adapters = _nonlinear(model, method, batches, ridge)
     try:
         if method == "static":
             for adapter in adapters:
                 adapter.inference_mode = "static"
-        yield calibrate(model, batches, forward=forward, **options) if method == "calibrated" else []
+        notes = []
+        if method == "calibrated":
+            notes = calibrate(model, batches, forward=forward, ridge=RIDGE if ridge is None else ridge)
+        yield notes
     finally:
         for adapter in adapters:
             adapter.calibrate(None)
 
 
-def _nonlinear(
-    model: nn.Module, method: str | None, batches: Sequence[Any], options: Mapping[str, Any]
-) -> list[AuroRALayer]:
+def _nonlinear(model: nn.Module, method: str | None, batches: Sequence[Any], ridge: float | None) -> list[AuroRALayer]:
     """The adapters that no matrix equals; raises where `method` does not fit them."""
     if method is not None:
         check_choice(method, "method", METHODS)
@@ -168,8 +173,8 @@ def _nonlinear(
         found[0].low_rank_update()  # raises
     if method is not None and not found:
         raise ConfigurationError(f"method={method!r} acts on AuroRA with dynamic inference only: leave it out")
-    if method != "calibrated" and options:
-        raise ConfigurationError(f"{listed(options)} acts with method='calibrated' only")
+    if method != "calibrated" and ridge is not None:
+        raise ConfigurationError(f"ridge={ridge} acts with method='calibrated' only")
     if method == "calibrated" and not batches:
         raise ConfigurationError("method='calibrated' needs batches: inputs like those that the model is for")
     return found
@@ -225,20 +230,33 @@ def _marks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if injection_of(module) is not None]
 
 
-def _check_weights(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
-    """Raises `NotMergeableError` for weights that are shared, sharded or not there, and for adapters with NaN."""
+def _check_weights(model: nn.Module, layers: dict[str, AdaptedLayer], constants: Sequence[nn.Module]) -> None:
+    """Raises `NotMergeableError` for weights that cannot be changed by themselves, and for adapters with NaN.
+
+    Args:
+        model: the whole model, whose other modules may use the same tensors.
+        layers: to be merged, by path.
+        constants: adapters that will have a constant, besides those that have one already.
+    """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+                owners.setdefault(_memory(parameter), []).append(f"{path}.{name}" if path else name)
     for path, layer in layers.items():
-        biased = [adapter for adapter in layer.adapters.values() if adapter.delta_bias() is not None]
-        for tensor in (layer.weight, layer.bias if biased else None):
-            shared = owners.get(id(tensor), [])
+        changed = ["weight"]
+        if any(adapter in constants or adapter.delta_bias() is not None for adapter in layer.adapters.values()):
+            changed += [] if layer.bias is None else ["bias"]
+        for name in changed:
+            if name not in layer._parameters:
+                raise NotMergeableError(
+                    f"the {name} of {path} is computed at every call (weight_norm, pruning …), and a merge would be "
+                    "lost: make it a plain parameter before injection"
+                )
+            shared = owners[_memory(layer._parameters[name])]
             if len(shared) > 1:
                 raise NotMergeableError(
-                    f"{path} shares its weight ({' and '.join(shared)} are one tensor), and merging would change them "
+                    f"{path} shares its {name} ({' and '.join(shared)} are one tensor), and merging would change them "
                     "all: leave it out of the targets, or untie them before injection"
                 )
         if isinstance(layer.weight, DTensor):
@@ -248,6 +266,12 @@ def _check_weights(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
         broken = [name for name, p in layer.adapters.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             raise NotMergeableError(f"the adapter of {path} has NaN or infinite values in {listed(broken, 2)}")
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same number for tensors that share memory, tied as one parameter or as two over the same values."""
+    there = not isinstance(tensor, DTensor) and not tensor.is_meta and tensor.numel()
+    return tensor.data_ptr() if there else id(tensor)
 
 
 def _merge_layers(layers: dict[str, AdaptedLayer], keep_base: bool) -> None:
@@ -291,7 +315,8 @@ def _merged_rows(path: str, layer: AdaptedLayer, block: str) -> tuple[Tensor, Te
     """The rows of a block with the update in them, (rows, in), and their bias (rows,) where it changes."""
     rows, adapter = slice(*layer.blocks[block]), layer.adapters[block]
     weight = layer.base_weight()[rows]
-    merged = _sum(path, weight, adapter.delta_weight(weight))
+    with torch.autocast(weight.device.type, enabled=False):  # which would run the products in low precision
+        merged = _sum(path, weight, adapter.delta_weight(weight))
     bias = adapter.delta_bias()
     if bias is None:
         return merged, None

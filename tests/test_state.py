@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pera_lightning import adapter_state_dict, inject, load_adapter, save_adapter
-from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method
+from pera_lightning import adapter_state_dict, inject, load_adapter, merge, merge_and_unload, save_adapter
+from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method, MoSLoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.injection import injection_of
 from pera_lightning.state import forgive_missing_base, remember_unfrozen, write_atomically
@@ -25,6 +25,7 @@ METHODS = [
     HiRA(rank=2, reference="random", reference_seed=5),
     HiRA(rank=2, reference="svd", reference_rank=2),
     AuroRA(rank=2),
+    MoSLoRA(rank=2),
     LinearProbe(),
     FullFineTuning(),
 ]
@@ -245,3 +246,29 @@ def test_a_base_tensor_tied_to_the_head_is_the_heads() -> None:
     assert remember_unfrozen(model) == []
     model["embed"].bias.requires_grad_(True)
     assert remember_unfrozen(model) == ["embed.bias"]
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_base": False}], ids=["", "not kept"])
+def test_merged_adapters_are_saved_and_not_loaded_into(tmp_path: Path, options: dict[str, bool]) -> None:
+    """The folder is that of the unmerged model, and its tensors would not act in a merged one."""
+    model = adapted(HiRA(rank=2))
+    save_adapter(model, tmp_path / "before")
+    merge(model, **options)
+    save_adapter(model, tmp_path / "after")
+    for name in ("adapter.safetensors", "adapter_config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    merged = {name: value.clone() for name, value in model.state_dict().items()}
+    for whole in (model, nn.ModuleDict({"net": model})):
+        with pytest.raises(ConfigurationError, match="cannot be loaded into merged adapters: call unmerge first"):
+            load_adapter(whole, tmp_path / "after")
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+
+
+def test_what_was_merged_and_unloaded_is_another_base(tmp_path: Path) -> None:
+    model = adapted(LoRA(rank=2))
+    save_adapter(model, tmp_path)
+    plain = merge_and_unload(model)
+    with pytest.raises(CheckpointError, match="was trained on another base: 1 of 1 frozen weights differ, first 0"):
+        load_adapter(plain, tmp_path)
+    with pytest.raises(ConfigurationError, match="has no adapters: call inject first"):
+        save_adapter(plain, tmp_path)

@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rank": 3, "fixed": False},
         {"rank": 3, "learnable": False},
     ],
+    "MoSLoRA": [{"rank": 3, "mixer_init": "orthogonal"}],
 }
 
 # Another value for every hyperparameter: each must change what the layer does. Values that need company bring it.
@@ -77,6 +78,12 @@ OTHER_VALUES: dict[str, dict[str, dict[str, Any]]] = {
         "grid_range": {"grid_range": (-2.0, 2.0)},
         "fixed": {"fixed": False},
         "learnable": {"learnable": False},
+    },
+    "MoSLoRA": {
+        "rank": {"rank": 3},
+        "alpha": {"alpha": 5.0},
+        "dropout": {"dropout": 0.5},
+        "mixer_init": {"mixer_init": "orthogonal"},
     },
 }
 

@@ -130,10 +130,16 @@ def aurora(method: Any, t: dict[str, Any], x: Vector, W: Matrix) -> Vector:
     return [method.alpha / method.rank * value for value in times(t["B"], z)]
 
 
+def moslora(method: Any, t: dict[str, Any], x: Vector, W: Matrix) -> Vector:
+    """(alpha / r) B M A x."""
+    return [method.alpha / method.rank * value for value in times(t["B"], times(t["mixer"], times(t["A"], x)))]
+
+
 REFERENCES: dict[str, Callable[[Any, dict[str, Any], Vector, Matrix], Vector]] = {
     "LoRA": lora,
     "PERA": pera,
     "HiRA": hira,
     "HiLoRA": hilora,
     "AuroRA": aurora,
+    "MoSLoRA": moslora,
 }

@@ -41,6 +41,8 @@ def expected_tensors(method: LinearMethod) -> dict[str, tuple[int, ...]]:
     if name == "PERA":
         count = {"full": r * (r + 1) // 2, "square": r, "cross": r * (r - 1) // 2, "linear": 0}[method.terms]
         state |= {"h": (count,)} if count else {}
+    if name == "MoSLoRA":
+        state |= {"mixer": (r, r)}
     if name == "AuroRA":
         knots = method.grid_size + method.spline_order
         state |= {"anl.self_projection": (r, r)} if method.fixed else {}
