@@ -20,6 +20,9 @@ TRAINER_COMMANDS = {
 }
 OWN_COMMANDS = {
     "params": ("pera_lightning.commands.params:run", "print what a config adapts; with --memory what it needs"),
+    "merge": ("pera_lightning.commands.merge:run", "merge a checkpoint and measure what that changes"),
+    "export": ("pera_lightning.commands.export:run", "write a checkpoint for PEFT, vLLM, transformers or timm"),
+    "methods": ("pera_lightning.commands.methods:run", "print what each method can do: merge, export as LoRA"),
 }
 _CONFIG_FLAGS = ("--config", "-c")
 
@@ -38,6 +41,7 @@ def usage() -> str:
             "examples:",
             "  python cli.py fit --config configs/quickstart.yaml",
             "  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8",
+            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --method calibrated --output DIR",
             "  python cli.py COMMAND --help   every key of a command",
         ]
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pera_lightning.adapters.method import check_choice, check_number, check_sca
 from pera_lightning.callbacks.checkpoint_io import check_checkpoint
 from pera_lightning.checkpoints import inject_from
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
+from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.optim import parameter_groups
 from pera_lightning.modules.schedules import SCHEDULES, lr_factor, warmup_length
@@ -142,6 +144,49 @@ class AdapterModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
+    # --- merging and export: commands/merge.py and commands/export.py ---
+
+    def settle(self, state: Mapping[str, Tensor]) -> None:
+        """Takes settings that the network depends on, where they were left to the data, from trained tensors.
+
+        Args:
+            state: adapters and heads by their names in the network.
+        """
+
+    def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs (N, C) for a training or validation batch and their mean loss; a `Forward` of `pera_lightning.drift`.
+
+        Args:
+            network: `self.model`.
+            batch: as the module's steps take it.
+        """
+        raise ConfigurationError(f"{type(self).__name__} defines no outputs_and_loss, by which a merge is measured")
+
+    def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
+        """Writes the merged network as the folder of its own library; see `export_merged`."""
+        raise ConfigurationError(f"{type(self).__name__} defines no write_network: merged export does not know it")
+
+    def how_to_load(self, folder: Path) -> str:
+        """The line of Python that loads what `write_network` wrote."""
+        raise NotImplementedError
+
+    def export_merged(
+        self, folder: str | Path, *, data: Any = None, class_names: Sequence[str] | None = None, **options: Any
+    ) -> MergedReport:
+        """Merges the network, in place, and writes it as a folder of its own library.
+
+        Args:
+            folder: made, whole or not at all.
+            data: the data module, for what belongs to a network in use: its tokenizer, or how it sees images.
+            class_names: by label, where there are classes and their names are known.
+            options: of `pera_lightning.export.merged.export_merged`, but for `forward`.
+        """
+
+        def write(made: Path) -> list[str]:
+            return self.write_network(made, data, class_names)
+
+        return export_merged(self.model, folder, write, forward=self.outputs_and_loss, **options)  # type: ignore[arg-type]
+
     def check_loss(self, loss: Tensor, batch_idx: int) -> None:
         """Raises `NonFiniteLossError` where the loss is NaN or infinite."""
         if not torch.isfinite(loss):
@@ -164,6 +209,27 @@ def keep_heads_float32(network: nn.Module) -> None:
         if low:
             head.float()
             head.register_forward_pre_hook(_cast_inputs)
+
+
+def release_heads(network: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Undoes `keep_heads_float32`.
+
+    Args:
+        network: whole again in `dtype` afterwards.
+        dtype: the base's.
+
+    Returns:
+        Paths of the heads that were cast.
+    """
+    cast = []
+    for path, module in network.named_modules():
+        hooks = [key for key, hook in module._forward_pre_hooks.items() if hook is _cast_inputs]
+        for key in hooks:
+            del module._forward_pre_hooks[key]
+        if hooks:
+            module.to(dtype)
+            cast.append(path)
+    return cast
 
 
 def check_trained_float32(network: nn.Module) -> None:

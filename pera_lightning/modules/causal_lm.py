@@ -5,18 +5,20 @@ Papers: HiRA (ICLR 2025), PERA (arXiv 2604.11841) and AuroRA (arXiv 2505.18738) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from pera_lightning.data.batching import IGNORE, label_positions
-from pera_lightning.errors import ConfigurationError
+from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.answering import Answering
-from pera_lightning.modules.base import DTYPES, AdapterModule
+from pera_lightning.modules.base import DTYPES, AdapterModule, release_heads
 from pera_lightning.modules.language_networks import check_causal, check_extremes, check_packing, load_network
 from pera_lightning.modules.token_loss import StepMean, summed_loss
 
@@ -201,6 +203,31 @@ class CausalLMModule(AdapterModule):
         values = {"val/loss": loss, "val/perplexity": loss.exp(), "val/token_accuracy": accuracy}
         # The metrics are of all ranks already; without sync_dist Lightning warns.
         self.log_dict(values, prog_bar=True, sync_dist=True)
+
+    # --- merging and export ---
+
+    def outputs_and_loss(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) of the labelled tokens, and their mean loss."""
+        summed, logits, targets = self._shared_step(batch)
+        labelled = targets != IGNORE
+        return logits[labelled], summed / labelled.sum()
+
+    def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
+        from pera_lightning.export.huggingface import write_transformers
+
+        notes = []
+        if heads := release_heads(self.model, DTYPES[self.settings["base_dtype"]]):  # type: ignore[arg-type]
+            notes.append(f"{listed(heads)} was trained in float32 and is {self.settings['base_dtype']}, as the base is")
+        name = getattr(data, "tokenizer_name", None)
+        try:
+            tokenizer = self.tokenizer if name is None else load_tokenizer(name)
+        except ConfigurationError as error:
+            tokenizer = None
+            notes.append(f"no tokenizer was written: {error}")
+        return notes + write_transformers(self.model, folder, tokenizer)  # type: ignore[arg-type]
+
+    def how_to_load(self, folder: Path) -> str:
+        return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
 
     # --- test and prediction ---
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -242,6 +243,34 @@ class ImageClassificationModule(AdapterModule):
             figure = confusion_figure(matrix.cpu(), names, title)
             for board in boards:
                 board.experiment.add_figure(title, figure, global_step=self.global_step)
+
+    # --- merging and export ---
+
+    def settle(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the number of classes from the trained head where it is not given."""
+        if self.settings["num_classes"] is not None:
+            return
+        with torch.device("meta"):
+            heads = self._create(pretrained=False).pretrained_cfg["classifier"]
+        head = heads if isinstance(heads, str) else heads[0]  # distilled networks have two
+        if f"{head}.weight" not in state:
+            raise ConfigurationError(f"there is no trained {head} to tell how many classes there are: give num_classes")
+        self.settings["num_classes"] = len(state[f"{head}.weight"])
+
+    def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes), and their mean loss."""
+        loss, logits, _ = self._shared_step(batch)
+        return logits, loss
+
+    def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
+        from pera_lightning.export.timm import as_data_config, write_timm
+
+        seen = data.protocol().get("preprocessing") if hasattr(data, "protocol") else None
+        config = self.data_config if seen is None else as_data_config(seen)
+        return write_timm(self.model, folder, config, class_names)  # type: ignore[arg-type]
+
+    def how_to_load(self, folder: Path) -> str:
+        return f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
 
     # --- prediction ---
 

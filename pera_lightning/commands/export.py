@@ -1,0 +1,145 @@
+"""`export`: what was trained, written for others: this package's adapter folder, PEFT, or merged weights."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from pera_lightning.adapters.method import check_rank
+from pera_lightning.commands.trained import BATCHES, Trained, TrainedCLI
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.export.folder import check_output_folder, megabytes, output_folder
+from pera_lightning.state import adapter_state_dict, save_adapter
+
+# Options that act with each format only.
+_ACTING = {
+    "adapter": (),
+    "peft": ("method", "batches", "rank", "max_error", "target"),
+    "merged": ("method", "batches"),
+}
+_CONFIG_ROOM = 1 << 20  # bytes
+
+
+class ExportCLI(TrainedCLI):
+    """The options of `export`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--format", type=Literal["adapter", "peft", "merged"], help="what to write")
+        parser.add_argument("--output", type=str, help="the folder to write; it must not exist")
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+        add_merging(parser, "calibrate with, and to measure on")
+        parser.add_argument("--rank", type=int, help="peft: cut updates to this rank by SVD, with the error reported")
+        parser.add_argument("--max_error", type=float, help="with --rank: largest relative error of a layer")
+        parser.add_argument("--target", type=Literal["peft", "vllm"], help="peft: vllm refuses what vLLM does not take")
+
+
+def add_merging(parser: LightningArgumentParser, purpose: str) -> None:
+    """Adds the options that `export` and `merge` share."""
+    choices = Literal["static", "calibrated"]
+    parser.add_argument("--method", type=choices, help="how an AuroRA with dynamic inference becomes linear")
+    parser.add_argument("--batches", type=int, help=f"batches to {purpose} (default: {BATCHES})")
+
+
+def run(args: Sequence[str]) -> None:
+    """Writes a trained run for others.
+
+    Args:
+        args: ``--ckpt_path``, ``--format``, ``--output`` and further options, see `ExportCLI`.
+
+    Raises:
+        PeraError: for wrong input; nothing is written then.
+    """
+    cli = ExportCLI(args)
+    given = chosen_options(cli.config)
+    kind, output, overwrite = cli.config["format"], cli.config["output"], cli.config["overwrite"]
+    check_output_folder(output, overwrite=overwrite)  # before the base is loaded
+    trained = Trained(cli)
+    if kind == "adapter":
+        _export_adapter(trained, output, overwrite)
+    elif kind == "peft":
+        _export_peft(trained, output, given, overwrite)
+    else:
+        options = batches_of(trained, given.get("method"), given.get("batches"))
+        write_merged(trained, output, overwrite=overwrite, **options)
+
+
+def chosen_options(config: Any) -> dict[str, Any]:
+    """The options given besides format and output; raises `ConfigurationError` for those that would not act."""
+    for name in ("format", "output"):
+        if not config[name]:
+            raise ConfigurationError(f"no --{name}: give " + (", ".join(_ACTING) if name == "format" else "a folder"))
+    names = dict.fromkeys(name for acting in _ACTING.values() for name in acting)
+    given = {name: config[name] for name in names if config[name] is not None}
+    idle = [name for name in given if name not in _ACTING[config["format"]]]
+    if idle:
+        raise ConfigurationError(f"--{idle[0]} does not act with --format {config['format']}: leave it out")
+    if "max_error" in given and "rank" not in given:
+        raise ConfigurationError("--max_error acts with --rank only: leave it out, or give the rank to cut to")
+    if "batches" in given and "method" not in given:
+        raise ConfigurationError("--batches acts with --method only; `merge` measures any merge on batches")
+    if "batches" in given:
+        check_rank(given["batches"], "batches")
+    return given
+
+
+def batches_of(trained: Trained, method: str | None, count: int | None) -> dict[str, Any]:
+    """The batches of a merge or export: to calibrate with, and to measure the drift on.
+
+    A calibration needs its data anyway. The static method needs none, and is measured where batches are asked for.
+    """
+    options: dict[str, Any] = {} if method is None else {"method": method}
+    if method == "calibrated":
+        options["batches"] = trained.training_batches(count or BATCHES)
+    if method == "calibrated" or count is not None:
+        options["measure_on"] = trained.validation_batches(count or BATCHES)
+    return options
+
+
+def write_merged(trained: Trained, output: str, *, overwrite: bool, **options: Any) -> None:
+    """Merges, writes the folder of the network's own library, and prints what was done."""
+    module = trained.module
+    report = module.export_merged(
+        output, data=trained.data, class_names=trained.class_names(), overwrite=overwrite, **options
+    )
+    _told(trained, report, module.how_to_load(Path(output)))
+
+
+def _export_adapter(trained: Trained, output: str, overwrite: bool) -> None:
+    network = trained.module.model
+    size = sum(tensor.nbytes for tensor in adapter_state_dict(network).values())  # type: ignore[arg-type]
+    with output_folder(output, overwrite=overwrite, needed=size + _CONFIG_ROOM) as made:
+        save_adapter(network, made)  # type: ignore[arg-type]
+    _told(trained, f"Wrote {output} ({megabytes(size)})", f"pera_lightning.load_adapter(base, {output!r})")
+
+
+def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite: bool) -> None:
+    # Imported here since peft takes seconds, and need not be installed for the other formats.
+    from pera_lightning.export.peft import export_peft
+
+    module = trained.module
+    cutting = {name: given[name] for name in ("rank", "max_error", "target") if name in given}
+    base = module.settings["model_name"]
+    report = export_peft(
+        module.model,  # type: ignore[arg-type]
+        output,
+        base_name=base,
+        forward=module.outputs_and_loss,
+        overwrite=overwrite,
+        **cutting,
+        **batches_of(trained, given.get("method"), given.get("batches")),
+    )
+    load = f"peft.PeftModel.from_pretrained(base, {output!r})"
+    if report.max_lora_rank is not None:
+        name = Path(output).name
+        words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(report.max_lora_rank)]
+        load = shlex.join([*words, "--lora-modules", f"{name}={output}"])
+    _told(trained, report, load)
+
+
+def _told(trained: Trained, report: Any, load: str) -> None:
+    print("\n".join([str(report), *(f"  note: {note}" for note in trained.notes), f"Load it: {load}"]), flush=True)

@@ -1,0 +1,51 @@
+"""`merge`: the truth about merging a trained run: outputs and loss on validation data, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from pera_lightning.adapters.method import check_rank
+from pera_lightning.commands.export import add_merging, batches_of, write_merged
+from pera_lightning.commands.trained import BATCHES, Trained, TrainedCLI
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.export.folder import check_output_folder
+from pera_lightning.merging import merge
+
+
+class MergeCLI(TrainedCLI):
+    """The options of `merge`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        add_merging(parser, "measure on, and to calibrate with")
+        parser.add_argument("--output", type=str, help="write the merged weights to this folder; it must not exist")
+        parser.add_argument("--overwrite", action="store_true", help="with --output: replace an earlier export")
+
+
+def run(args: Sequence[str]) -> None:
+    """Merges a trained run in memory and prints what that changes; with ``--output`` it writes the merged weights.
+
+    Args:
+        args: ``--ckpt_path`` and further options, see `MergeCLI`.
+
+    Raises:
+        PeraError: for wrong input; nothing is written then.
+    """
+    cli = MergeCLI(args)
+    output, overwrite, count = cli.config["output"], cli.config["overwrite"], cli.config["batches"]
+    if overwrite and not output:
+        raise ConfigurationError("--overwrite acts with --output only")
+    if count is not None:
+        check_rank(count, "batches")
+    if output:
+        check_output_folder(output, overwrite=overwrite)
+    trained = Trained(cli)
+    module = trained.module
+    options = batches_of(trained, cli.config["method"], count or BATCHES)
+    if output:
+        write_merged(trained, output, overwrite=overwrite, **options)
+        return
+    report = merge(module.model, keep_base=False, forward=module.outputs_and_loss, **options)  # type: ignore[arg-type]
+    print("\n".join([str(report), *(f"  note: {note}" for note in trained.notes)]), flush=True)

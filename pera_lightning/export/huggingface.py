@@ -1,0 +1,70 @@
+"""Merged weights for transformers: a folder for `from_pretrained`, with tokenizer and generation settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pera_lightning.errors import ConfigurationError, shorten
+from pera_lightning.export.merged import MergedReport, export_merged
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_transformers(
+    model: PreTrainedModel, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> MergedReport:
+    """Merges a model of transformers and writes a folder that its `from_pretrained` loads.
+
+    Args:
+        model: injected; merged in place, so hand over a copy to keep it.
+        folder: made, whole or not at all.
+        tokenizer: written with it.
+        options: of `pera_lightning.export.merged.export_merged`.
+    """
+    return export_merged(model, folder, lambda made: write_transformers(model, made, tokenizer), **options)
+
+
+def write_transformers(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """Writes a plain model, its configuration and its tokenizer.
+
+    Args:
+        model: without adapters, in the types that its weights are to be loaded in.
+        folder: exists.
+        tokenizer: of the model; None writes none.
+
+    Returns:
+        Notes, one line each.
+
+    Raises:
+        ConfigurationError: where transformers does not write this model.
+    """
+    settings, notes = getattr(model, "generation_config", None), []
+    if settings is not None and (wrong := _wrong(settings)):
+        # Bases come with settings that transformers reads and does not write: a temperature without sampling, say.
+        model.generation_config = type(settings)()
+        notes.append(f"generation_config.json is the base's as it was, of which transformers says: {wrong}")
+    try:
+        model.save_pretrained(folder)
+        if notes:
+            settings.to_json_file(folder / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except ValueError as error:
+        raise ConfigurationError(f"transformers does not write {type(model).__name__}: {shorten(str(error))}") from None
+    finally:
+        if notes:
+            model.generation_config = settings
+    return notes
+
+
+def _wrong(settings: GenerationConfig) -> str:
+    """What transformers finds wrong with settings that are to be written, shortened; empty for nothing."""
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return shorten(str(error))[:200]
+    return ""

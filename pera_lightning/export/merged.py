@@ -1,0 +1,90 @@
+"""Export of merged weights: a folder that the network's own library loads, with no trace of this package.
+
+What is the same for every library: the merge, its drift, and a folder that is whole or not there. Who writes the files
+is in `huggingface.py` and `timm.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pera_lightning.drift import Forward
+from pera_lightning.export.folder import check_output_folder, megabytes, output_folder
+from pera_lightning.merging import MergeReport, adapted_layers, merge, merge_and_unload
+
+_BESIDES = 32 << 20  # bytes of configuration and tokenizer, at most
+# Called with the folder to write into; gives notes, one line each.
+Write = Callable[[Path], list[str]]
+
+
+@dataclass
+class MergedReport:
+    """What an export of merged weights wrote.
+
+    Attributes:
+        folder: where.
+        size: bytes of its files.
+        merge: what the merge did.
+        notes: one line for each thing that a reader should know.
+    """
+
+    folder: Path
+    size: int
+    merge: MergeReport
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        wrote = f"Wrote {self.folder} ({megabytes(self.size)})"
+        return "\n".join([str(self.merge), wrote, *(f"  note: {note}" for note in self.notes)])
+
+
+def export_merged(
+    model: nn.Module,
+    folder: str | Path,
+    write: Write,
+    *,
+    overwrite: bool = False,
+    method: str | None = None,
+    batches: Iterable[Any] | None = None,
+    measure_on: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+) -> MergedReport:
+    """Merges a model and writes it. The model is merged in place and plain afterwards: hand over a copy to keep it.
+
+    Args:
+        model: injected, or a model that contains an injected one; merged already or not.
+        folder: made, whole or not at all.
+        write: writes the files of the plain model.
+        overwrite: replaces an earlier export.
+        method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
+        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
+        measure_on: other inputs to measure the drift on.
+        forward: how the model is called, see `pera_lightning.drift.call` for the default.
+
+    Returns:
+        What was done, to print.
+
+    Raises:
+        NotMergeableError: where an update is no matrix.
+        ConfigurationError: where nothing was injected, or `folder` exists.
+        CheckpointError: where the disk has no room.
+    """
+    check_output_folder(folder, overwrite=overwrite)
+    options = {"method": method, "batches": batches, "measure_on": measure_on, "forward": forward}
+    given = {name: value for name, value in options.items() if value is not None}
+    if any(adapted_layers(model)):
+        report = merge(model, keep_base=False, **given)
+    else:
+        report = MergeReport(0, notes=["its method adapts no layers: the weights are written as they were trained"])
+    merge_and_unload(model)  # raises for a model that was never injected
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied weights count once
+    needed = sum(sizes.values()) + _BESIDES
+    with output_folder(folder, overwrite=overwrite, needed=needed) as made:
+        notes = write(made)
+        size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+    return MergedReport(Path(folder), size, report, notes)
