@@ -232,6 +232,10 @@ BUILT = {
         "vit_base_patch16_224 has the weights",
     ),
     "no checkpoint": (["--ckpt_path", "nothing.ckpt"], "checkpoint nothing.ckpt does not exist"),
+    "unknown strategy": (
+        ["--trainer.strategy", "fspd2"],
+        "strategy='fspd2' does not exist; give auto, ddp or fsdp2; cl",
+    ),
     "nan": (["--model.lr", "1e30"], "the training loss is nan at optimizer step 1, epoch 0, batch 1"),
 }
 
@@ -239,6 +243,18 @@ BUILT = {
 @pytest.mark.parametrize(("words", "expected"), BUILT.values(), ids=BUILT)
 def test_what_does_not_fit_is_one_line(quick, words, expected):
     assert expected in error_line(quick(*words))
+
+
+def test_a_checkpoint_that_is_not_there_names_those_of_the_run(quick, tmp_path):
+    assert quick().code == 0
+    line = error_line(quick("--ckpt_path", "runs/other/best.ckpt", command="test"))
+    folder = tmp_path / "quickstart" / "checkpoints"
+    assert line.endswith(f"runs/other/best.ckpt does not exist; this run has {folder}/best.ckpt, {folder}/last.ckpt")
+
+
+def test_last_without_a_last_checkpoint_says_where_it_looked(quick, tmp_path):
+    with pytest.warns(UserWarning, match=r"quickstart/checkpoints has no last\.ckpt; the fit starts"):
+        assert quick("--ckpt_path", "last").code == 0
 
 
 def test_probe_without_a_head_is_one_line(quick):

@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
-from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
+from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO, read_checkpoint
 from pera_lightning.callbacks.checks import (
     check_float32,
     check_optimizers,
@@ -42,7 +42,7 @@ from pera_lightning.callbacks.data_order import forget_data_order, load_loader_s
 from pera_lightning.callbacks.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.callbacks.rank_seeds import join_generators, part_generators
-from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError, listed
+from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection import adapter_parameter_names, inject, injection_of
 from pera_lightning.sharding import sharded_like, whole
 from pera_lightning.state import (
@@ -291,7 +291,11 @@ def write_best_adapter(
     for kind, attribute in (("the best checkpoint", "best_model_path"), ("the last checkpoint", "last_model_path")):
         path = getattr(keeper, attribute, "")
         if path and Path(path).is_file():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                checkpoint = read_checkpoint(path)
+            except CheckpointError as error:
+                rank_zero_warn(f"the adapter folder is not written from {kind}: {error}")
+                continue
             if METADATA in checkpoint:
                 best = {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}
                 return write_adapter(folder, best, spec), kind

@@ -15,6 +15,7 @@ import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -30,7 +31,7 @@ from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.callbacks import AdapterInjection
 from pera_lightning.commands.lost_process import lost_process
 from pera_lightning.commands.messages import explain
-from pera_lightning.errors import PeraError
+from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
 
 
 class OneLineParser(LightningArgumentParser):
@@ -99,6 +100,7 @@ class PeraCLI(LightningCLI):
         others = config.get("callbacks") or []
         others = others if isinstance(others, list) else [others]
         config["callbacks"] = [self._get(self.config_init, "adapter"), *others]
+        check_strategy(config.get("strategy"))
         return self._instantiate_trainer(config, [])
 
     def before_fit(self) -> None:
@@ -115,6 +117,9 @@ class PeraCLI(LightningCLI):
         elif subcommand == "fit" and given is not None and (found := self._written_before_requeue()):
             rank_zero_warn(f"requeued by SLURM: going on from {found}, not from --ckpt_path {given}")
             arguments["ckpt_path"] = "hpc"
+        elif subcommand == "fit" and given == "last":
+            warn_without_last(self.trainer)
+        check_checkpoint_exists(arguments.get("ckpt_path"), self.trainer.log_dir)
         return arguments
 
     def _written_before_requeue(self) -> str | None:
@@ -167,6 +172,30 @@ def checkpoint_of_run(name: str, log_dir: str | None) -> str:
     if not path.is_file():
         raise PeraError(f"--ckpt_path {name}: {path} does not exist; give the checkpoint's file")
     return str(path)
+
+
+def check_checkpoint_exists(given: str | None, log_dir: str | None) -> None:
+    """Raises `PeraError` for a local file that is not there, naming the checkpoints of the run's folder."""
+    if given is None or given in ("best", "last", "hpc", "registry") or ":" in given or Path(given).exists():
+        return
+    there = [str(path) for path in sorted((Path(log_dir or ".") / "checkpoints").glob("*.ckpt"))]
+    raise PeraError(f"checkpoint {given} does not exist{f'; this run has {listed(there)}' if there else ''}")
+
+
+def warn_without_last(trainer: Trainer) -> None:
+    """Says where a fit with ``--ckpt_path last`` finds nothing to go on from, and begins anew."""
+    keeper = trainer.checkpoint_callback
+    folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.log_dir or ".") / "checkpoints")
+    if keeper is not None and not any(folder.glob("last*.ckpt")):
+        rank_zero_warn(f"--ckpt_path last: {folder} has no last.ckpt; the fit starts from the beginning")
+        warnings.filterwarnings("ignore", message=r".*ckpt_path=.last.. is set, but there is no last checkpoint")
+
+
+def check_strategy(name: Any) -> None:
+    """Raises `UnknownNameError` for the name of a strategy that there is not."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(name, str) and name not in known:
+        raise UnknownNameError(f"strategy={name!r} does not exist; give auto, ddp or fsdp2{closest(name, known)}")
 
 
 def raised_by_lightning(error: BaseException) -> bool:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import Plain, train_loader, val_loader
+from interrupted_fits import fit
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from run_helpers import ROOT
 from short_fits import callback, fitted, trainer
@@ -25,6 +26,7 @@ from pera_lightning import load_adapted
 from pera_lightning.callbacks.checkpoint_files import WholeFilesIO, damage, with_whole_files
 from pera_lightning.callbacks.checkpoint_io import read_checkpoint
 from pera_lightning.errors import CheckpointError
+from pera_lightning.state import read_adapter
 
 # --- whole files ---
 
@@ -183,3 +185,18 @@ def test_a_file_without_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert damage(tmp_path / "plain.ckpt") is None
+
+
+def test_a_damaged_best_checkpoint_does_not_cost_the_adapter_folder(tmp_path: Path) -> None:
+    """It is named, and the folder comes from what the run ended with."""
+
+    class Damages(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            best = Path(trainer.checkpoint_callback.best_model_path)
+            best.write_bytes(best.read_bytes()[:-200])
+
+    with pytest.warns(UserWarning, match=r"not written from the best checkpoint: .*last\.ckpt is damaged"):
+        _, adapters, _, _ = fit(tmp_path, Damages(), max_epochs=1)
+    written, _ = read_adapter(tmp_path / "adapter")
+    assert written.keys() == {name.removeprefix("model.") for name in adapters}
+    assert all(torch.equal(written[name.removeprefix("model.")], value) for name, value in adapters.items())

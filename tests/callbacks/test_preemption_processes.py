@@ -14,7 +14,8 @@ from run_helpers import QUICKSTART, ROOT
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_stop_together(tmp_path: Path, strategy: str) -> None:
     """The first has the signal, then the second, then both."""
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED)
@@ -22,7 +23,7 @@ def test_two_processes_stop_together(tmp_path: Path) -> None:
         "max_epochs": 2,
         "limit_train_batches": 5,
         "devices": 2,
-        "strategy": "ddp",
+        "strategy": strategy,
         "enable_progress_bar": "false",
         "enable_model_summary": "false",
         "logger.init_args.save_dir": tmp_path,
