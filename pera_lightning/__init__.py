@@ -21,6 +21,8 @@ _NAMES = {
     "PeraError": "pera_lightning.errors",
     "adapter_state_dict": "pera_lightning.state",
     "export_peft": "pera_lightning.export.peft",
+    "export_timm": "pera_lightning.export.timm",
+    "export_transformers": "pera_lightning.export.huggingface",
     "inject": "pera_lightning.injection",
     "load_adapted": "pera_lightning.checkpoints",
     "load_adapter": "pera_lightning.state",

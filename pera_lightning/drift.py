@@ -35,7 +35,8 @@ class Drift:
     batches: int
 
     def __str__(self) -> str:
-        text = f"outputs changed by {self.outputs:.3g} (relative, on {self.batches} batches)"
+        number = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+        text = f"outputs changed by {self.outputs:.3g} (relative, on {number})"
         if self.loss_before is None:
             return f"{text}; the loss was not measured, the batches have no labels"
         return f"{text}; loss {self.loss_before:.4f} before, {self.loss_after:.4f} after"

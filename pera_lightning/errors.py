@@ -76,6 +76,11 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     return head if len(names) <= most else f"{head} and {len(names) - most} more"
 
 
+def megabytes(size: float) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
+
+
 def shorten(text: str) -> str:
     """Folds a message of another library into one line."""
     return " ".join(str(text).split())

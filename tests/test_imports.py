@@ -24,7 +24,9 @@ BELOW: dict[str, set[str]] = {
     "fingerprint": {"errors"},
     "injection": CORE,
     "state": CORE,
-    "merging": CORE | {"state"},
+    "drift": {"errors"},
+    "calibration": CORE | {"drift"},
+    "merging": CORE | {"calibration", "drift"},
     "sharding": CORE | {"state"},
     "memory": CORE | {"sharding"},
     "data": {"errors", "evaluation"},
@@ -32,7 +34,7 @@ BELOW: dict[str, set[str]] = {
 }
 # Everything above `state` and `merging` must leave the command line alone.
 ABOVE = {"cli", "commands"}
-TORCH_ONLY = CORE | {"state", "merging", "sharding", "memory"}
+TORCH_ONLY = CORE | {"state", "drift", "calibration", "merging", "sharding", "memory"}
 ALLOWED_THERE = {"torch", "safetensors", "numpy"}
 # Heavy libraries, and the files or folders that may import them (inside functions too).
 OWNERS: dict[str, tuple[str, ...]] = {

@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
-from pera_lightning.errors import CheckpointError, shorten
+from pera_lightning.errors import CheckpointError, megabytes, shorten
 from pera_lightning.state import write_atomically
 
 # What reading bytes that are no checkpoint raises, in torch, pickle and zipfile.
@@ -80,16 +80,12 @@ def remove_leftovers(file: Path) -> None:
 def _not_written(file: Path, size: int, error: OSError) -> str:
     have = ""
     if error.errno in _FULL:
-        have = f", its disk has {_megabytes(shutil.disk_usage(file.parent).free)} free"
+        have = f", its disk has {megabytes(shutil.disk_usage(file.parent).free)} free"
     before = "; the file of that name is the one before, whole" if file.is_file() else ""
     return (
-        f"checkpoint {file} of {_megabytes(size)} could not be written ({error.strerror}{have}): make room, or choose "
+        f"checkpoint {file} of {megabytes(size)} could not be written ({error.strerror}{have}): make room, or choose "
         f"another folder (dirpath of ModelCheckpoint, default_root_dir of the trainer){before}"
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.3g} MB"
 
 
 def damage(path: Any) -> str | None:

@@ -11,8 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from pera_lightning.adapters.method import check_rank
 from pera_lightning.commands.trained import BATCHES, Trained, TrainedCLI
-from pera_lightning.errors import ConfigurationError
-from pera_lightning.export.folder import check_output_folder, megabytes, output_folder
+from pera_lightning.errors import ConfigurationError, megabytes
+from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.state import adapter_state_dict, save_adapter
 
 # Options that act with each format only.
@@ -128,6 +128,7 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
         module.model,  # type: ignore[arg-type]
         output,
         base_name=base,
+        base_revision=module.settings.get("revision"),
         forward=module.outputs_and_loss,
         overwrite=overwrite,
         **cutting,

@@ -13,7 +13,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from glob import escape
 from pathlib import Path
 
-from pera_lightning.errors import CheckpointError, ConfigurationError, listed
+from pera_lightning.errors import CheckpointError, ConfigurationError, listed, megabytes
 
 # One of these is in every folder that is exported, in formats of this package, peft, transformers, timm or diffusers.
 MARKERS = ("adapter_config.json", "config.json", "model_index.json")
@@ -67,11 +67,6 @@ def output_folder(path: str | Path, *, overwrite: bool = False, needed: int = 0)
     finally:
         os.close(lock)
         shutil.rmtree(made, ignore_errors=True)
-
-
-def megabytes(size: float) -> str:
-    """A number of bytes in words."""
-    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
 
 
 def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from pera_lightning.drift import Forward
-from pera_lightning.export.folder import check_output_folder, megabytes, output_folder
+from pera_lightning.errors import megabytes
+from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.merging import MergeReport, adapted_layers, merge, merge_and_unload
 
 _BESIDES = 32 << 20  # bytes of configuration and tokenizer, at most

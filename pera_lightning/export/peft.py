@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
 from pera_lightning.adapters.method import check_choice, check_number, check_rank
 from pera_lightning.drift import Drift, Forward, drift, measure, taken
-from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.errors import ConfigurationError, listed, megabytes
 from pera_lightning.export import vllm
-from pera_lightning.export.folder import check_output_folder, megabytes, output_folder
+from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.export.low_rank import MAX_ERROR, low_rank_updates
 from pera_lightning.export.peft_config import lora_config, lora_tensors
 from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
@@ -88,6 +88,7 @@ def export_peft(
     folder: str | Path,
     *,
     base_name: str,
+    base_revision: str | None = None,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
     method: str | None = None,
@@ -103,6 +104,7 @@ def export_peft(
         model: injected, or a model that contains an injected one; not merged.
         folder: made, whole or not at all.
         base_name: name of the base on a hub, or its folder, for the config.
+        base_revision: branch, tag or commit of the base on the hub.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
         max_error: the largest relative error of a layer that is taken then.
         method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
@@ -144,7 +146,7 @@ def export_peft(
         updates, max_lora_rank, more = vllm.served_updates(updates, mark)
         notes += more
     saved = heads(mark.trained_modules, plain_modules(root))
-    config = lora_config(root, mark, updates, base_name)
+    config = lora_config(root, mark, updates, base_name, base_revision)
     tensors = lora_tensors(root, updates, saved)
     notes += _notes(root, mark, updates, saved)
     data = dump_tensors(tensors, metadata={"format": "pt"})

@@ -21,7 +21,9 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _CLASSIFIERS = ["classifier", "score"]  # peft adds them to the heads of every SEQ_CLS model
 
 
-def lora_config(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate], base_name: str) -> LoraConfig:
+def lora_config(
+    root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate], base_name: str, revision: str | None
+) -> LoraConfig:
     """peft's own config, checked by peft's own matching.
 
     Args:
@@ -29,6 +31,7 @@ def lora_config(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankU
         mark: what was injected.
         updates: path to update of every adapted layer.
         base_name: of the base.
+        revision: of the base.
 
     Raises:
         ConfigurationError: where peft would take other layers or heads than ours, or is not installed.
@@ -55,6 +58,7 @@ def lora_config(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankU
         modules_to_save=list(mark.trained_modules) or None,
         task_type=_task_type(root, mark, modules),
         base_model_name_or_path=str(base_name),
+        revision=revision,
         inference_mode=True,
     )
     config.target_modules = targets  # peft makes a set of it, which is written in another order each time
