@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from run_helpers import ROOT
+from run_helpers import QUICKSTART, ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +158,29 @@ def test_loss_curves(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"has no train/loss"):
         curves.draw([tmp_path / "empty"], tmp_path / "none.png")
+
+
+# ---- AuroRA's merges ------------------------------------------------------------------------------------------------
+
+
+def test_the_merges_of_aurora(tmp_path, capsys):
+    short = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "4",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    words = ["--config", str(QUICKSTART), "--seeds", "3", "--batches", "1", "--output", str(tmp_path), *short]
+    load("aurora_merge").main(words)
+    rows = json.loads((tmp_path / "results.json").read_text())["3"]
+    assert list(rows) == ["dynamic", "static", "calibrated", "adapter removed"]
+    assert rows["dynamic"]["change"] == 0 < rows["calibrated"]["change"] < rows["static"]["change"]
+    assert "| calibrated | 0." in capsys.readouterr().out
+    best = tmp_path / "seed_3" / "checkpoints" / "best.ckpt"
+    written = best.stat().st_mtime_ns
+    load("aurora_merge").main(words)  # what is trained is not trained again, and gives the same
+    again = json.loads((tmp_path / "results.json").read_text())["3"]
+    assert best.stat().st_mtime_ns == written
+    assert [row["accuracy"] for row in again.values()] == [row["accuracy"] for row in rows.values()]

@@ -31,8 +31,8 @@ PARSED = {
     "dropout negative": (["--adapter.method.dropout", "-0.1"], "dropout=-0.1: a probability in [0, 1) is needed"),
     "unknown method": (
         ["--adapter.method", "AuroRa"],
-        "adapter.method: class 'AuroRa' is not known; there are AuroRA, LinearProbe, FullFineTuning, HiRA, HiLoRA, "
-        "LoRA, PERA, or give a dotted path; closest: AuroRA",
+        "adapter.method: class 'AuroRa' is not known; there are LoRA, AuroRA, LinearProbe, FullFineTuning, HiRA, "
+        "HiLoRA, MoSLoRA, PERA, or give a dotted path; closest: AuroRA",
     ),
     "a method that cannot be imported": (["--adapter.method", "no.such.Method"], "adapter.method: No module named"),
     "a method that is none": (["--adapter.method", "torch.nn.Linear"], "not correspond to a subclass of Method"),
@@ -103,7 +103,10 @@ def test_wrong_input_is_one_line(quick, words, expected, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["fitt"], "unknown command 'fitt'; there are fit, validate, test, predict, params; closest: fit"),
+        (
+            ["fitt"],
+            "unknown command 'fitt'; there are fit, validate, test, predict, params, merge, export, methods; ",
+        ),
         (
             ["fit", "--config", "configs/quikstart.yaml"],
             "config 'configs/quikstart.yaml' does not exist; closest: conf",

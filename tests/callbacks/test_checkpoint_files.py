@@ -105,7 +105,7 @@ def test_a_full_disk_says_what_is_free(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"\(No space left on device, its disk has [\d.e+]+ MB free\): make room"):
+    with pytest.raises(CheckpointError, match=r"\(No space left on device, its disk has [\d.]+ [MG]B free\): make"):
         WholeFilesIO().save_checkpoint({"w": torch.zeros(100)}, tmp_path / "new" / "x.ckpt")
     assert not list((tmp_path / "new").iterdir())
 
