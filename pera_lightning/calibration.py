@@ -16,8 +16,6 @@ Not in the paper. Shapes: in, out features; r rank; n tokens.
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,13 +28,10 @@ from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
 from pera_lightning.adapters.method import check_number
 from pera_lightning.drift import Forward, call, device_of, evaluating, on_device
 from pera_lightning.errors import NotMergeableError, listed
+from pera_lightning.layer_inputs import inputs_in_order
 
 RIDGE = 1e-3
 _TINY = 1e-6
-
-
-class _Enough(Exception):
-    """No error: the rest of a forward pass is not needed."""
 
 
 class Moments:
@@ -44,11 +39,10 @@ class Moments:
 
     Args:
         adapters: of layers that get the same input.
-        device: of the sums.
     """
 
-    def __init__(self, adapters: Sequence[AuroRALayer], device: torch.device) -> None:
-        features = adapters[0].in_features
+    def __init__(self, adapters: Sequence[AuroRALayer]) -> None:
+        features, device = adapters[0].in_features, adapters[0].A.device
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self.adapters = list(adapters)
         self.n = 0
@@ -109,8 +103,9 @@ def calibrate(
 ) -> list[str]:
     """Fits a linear map to every AuroRA layer with dynamic inference and puts it in its place in eval mode.
 
-    Layers that get the same input (q, k and v) are fitted in one pass over the batches, which ends after them. Their
-    second moments take in x in x 8 bytes. Padding is left out where a batch is a mapping with an ``attention_mask``.
+    All batches go through the model together, see `pera_lightning.layer_inputs`: their activations have to fit, and the
+    second moments of a layer's inputs, in x in x 8 bytes. Padding is left out where a batch is a mapping with an
+    ``attention_mask``.
 
     Args:
         model: injected.
@@ -126,16 +121,20 @@ def calibrate(
         ConfigurationError: for a negative ridge.
     """
     check_number(ridge, "ridge", low=-1e-300, allowed="a number of at least 0")
+
+    def run(batch: Any) -> None:
+        (forward or call)(model, on_device(batch, device_of(model)))
+
     waiting = {layer: path for path, layer in model.named_modules() if _dynamic(layer)}
     unexplained: dict[str, float] = {}
     fewest: tuple[int, int] | None = None  # tokens, input features
+    seen: set[nn.Module] = set()
     with evaluating(model), torch.no_grad():
-        groups, calls = _groups(model, list(waiting), batches, forward)
-        unseen = [path for layer, path in waiting.items() if layer not in calls]
-        if unseen:
-            raise NotMergeableError(f"{len(unseen)} layers do not run for any batch: {listed(unseen, 3)}")
-        for group in groups:
-            moments = _collect(model, group, batches, forward, once=calls[group[0]] == 1)
+        for group, inputs in inputs_in_order(list(waiting), batches, run):
+            seen.update(group)
+            moments = Moments([a for layer in group for a in layer.adapters.values() if _fitted(a)])
+            for x, number in inputs:
+                moments.add(_tokens(x, batches[number]))
             if not moments.n or not torch.isfinite(moments.xx).all():
                 what = "NaN or infinite inputs" if moments.n else "no token, but padding"
                 raise NotMergeableError(f"the calibration batches give {waiting[group[0]]} {what}")
@@ -147,6 +146,9 @@ def calibrate(
                 adapter.calibrate(LowRankUpdate(N.to(adapter.A), adapter.B.detach().clone(), adapter.scale, constant))
                 unexplained[path] = max(left, unexplained.get(path, 0.0))
             fewest = min(fewest or (moments.n, len(moments.x)), (moments.n, len(moments.x)))
+    unseen = [path for layer, path in waiting.items() if layer not in seen]
+    if unseen:
+        raise NotMergeableError(f"{len(unseen)} layers do not run for any batch: {listed(unseen, 3)}")
     tokens, features = fewest  # type: ignore[misc]
     if tokens < 2 * features:  # they leave no room to say how good the fit is
         return [f"fitted to {tokens} tokens, few for {features} input features: give more batches"]
@@ -166,70 +168,9 @@ def _fitted(adapter: nn.Module) -> bool:
     return isinstance(adapter, AuroRALayer) and adapter.inference_mode == "dynamic"
 
 
-def _groups(
-    model: nn.Module, layers: list[AdaptedLayer], batches: Sequence[Any], forward: Forward | None
-) -> tuple[list[list[AdaptedLayer]], dict[AdaptedLayer, int]]:
-    """Layers in forward order, and how often each is called at most in a batch.
-
-    Those that get the same input tensors in all batches are together.
-    """
-    inputs: dict[AdaptedLayer, list[int]] = {}  # numbers of the tensors that a layer gets
-    most: dict[AdaptedLayer, int] = {}
-    calls: Counter[AdaptedLayer] = Counter()
-    tensors = itertools.count()
-    last: list[Any] = [None, 0]  # the input of the last call and its number
-
-    def called(layer: AdaptedLayer, args: tuple[Any, ...]) -> None:
-        if last[0] is not args[0]:
-            last[:] = args[0], next(tensors)
-        inputs.setdefault(layer, []).append(last[1])
-        calls[layer] += 1
-
-    hooks = [layer.register_forward_pre_hook(called) for layer in layers]
-    try:
-        for batch in batches:
-            calls.clear()
-            _run(model, batch, forward)
-            most = {layer: max(calls[layer], most.get(layer, 0)) for layer in inputs}
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: dict[tuple[int, ...], list[AdaptedLayer]] = {}
-    for layer, seen in inputs.items():
-        groups.setdefault(tuple(seen), []).append(layer)
-    return list(groups.values()), most
-
-
-def _collect(
-    model: nn.Module, group: list[AdaptedLayer], batches: Sequence[Any], forward: Forward | None, once: bool
-) -> Moments:
-    """The moments of a group over all batches; ``once`` ends each pass at its first layer, whose input all get."""
-    fitted = [a for layer in group for a in layer.adapters.values() if _fitted(a)]
-    moments = Moments(fitted, group[0].weight.device)  # type: ignore[arg-type]
-
-    def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        moments.add(_tokens(args[0], batch))
-        if once:
-            raise _Enough
-
-    for batch in batches:
-        hook = group[0].register_forward_pre_hook(called)
-        try:
-            _run(model, batch, forward)
-        except _Enough:
-            pass
-        finally:
-            hook.remove()
-    return moments
-
-
 def _tokens(x: Tensor, batch: Any) -> Tensor:
     """The inputs of a layer as (n, in), without padding where the batch tells it."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.shape == x.shape[:-1]:
         return x[mask.to(x.device).bool()]
     return x.reshape(-1, x.shape[-1])
-
-
-def _run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    (forward or call)(model, on_device(batch, device_of(model)))

@@ -25,7 +25,8 @@ BELOW: dict[str, set[str]] = {
     "injection": CORE,
     "state": CORE,
     "drift": {"errors"},
-    "calibration": CORE | {"drift"},
+    "layer_inputs": set(),
+    "calibration": CORE | {"drift", "layer_inputs"},
     "merging": CORE | {"calibration", "drift"},
     "sharding": CORE | {"state"},
     "memory": CORE | {"sharding"},
@@ -34,7 +35,7 @@ BELOW: dict[str, set[str]] = {
 }
 # Everything above `state` and `merging` must leave the command line alone.
 ABOVE = {"cli", "commands"}
-TORCH_ONLY = CORE | {"state", "drift", "calibration", "merging", "sharding", "memory"}
+TORCH_ONLY = CORE | {"state", "drift", "layer_inputs", "calibration", "merging", "sharding", "memory"}
 ALLOWED_THERE = {"torch", "safetensors", "numpy"}
 # Heavy libraries, and the files or folders that may import them (inside functions too).
 OWNERS: dict[str, tuple[str, ...]] = {

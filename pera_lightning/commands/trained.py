@@ -109,7 +109,7 @@ class Trained:
         """Training rows as evaluation sees them, drawn by a fixed seed."""
         data = self._set_up()
         if isinstance(data, ImageDataModule):
-            return drawn(data._loader(data._part("train")), count)
+            return drawn(data._loader(data._part("train")), count, data.batch_size)
         return drawn(data.train_dataloader(), count)
 
     def validation_batches(self, count: int) -> list[Any]:
@@ -260,19 +260,20 @@ def attach(module: AdapterModule, data: LightningDataModule) -> None:
     data.trainer = trainer
 
 
-def drawn(loader: Any, count: int) -> list[Any]:
+def drawn(loader: Any, count: int, size: int | None = None) -> list[Any]:
     """The first batches of a seeded shuffle of a loader's rows; of a loader that makes its own batches, its first.
 
     Args:
         loader: a DataLoader.
         count: how many batches; fewer where there are fewer.
+        size: rows in a batch, where not the loader's.
 
     Raises:
         DataError: where there is none.
     """
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(f"batches are drawn from one DataLoader; the data gave a {type(loader).__name__}")
-    rows, size = loader.dataset, loader.batch_size
+    rows, size = loader.dataset, size or loader.batch_size
     if size is not None and not isinstance(rows, IterableDataset):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SEED))  # type: ignore[arg-type]
         chosen = Subset(rows, order[: count * size].tolist())
