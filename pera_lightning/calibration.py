@@ -16,7 +16,7 @@ Not in the paper. Shapes: in, out features; r rank; n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
 from pera_lightning.adapters.method import check_number
-from pera_lightning.drift import Forward, call, device_of, evaluating, on_device
+from pera_lightning.drift import Forward, call, device_of, evaluating, on_device, unpadded
 from pera_lightning.errors import NotMergeableError, listed
 from pera_lightning.layer_inputs import inputs_in_order
 
@@ -134,7 +134,7 @@ def calibrate(
             seen.update(group)
             moments = Moments([a for layer in group for a in layer.adapters.values() if _fitted(a)])
             for x, number in inputs:
-                moments.add(_tokens(x, batches[number]))
+                moments.add(unpadded(x, batches[number]))
             if not moments.n or not torch.isfinite(moments.xx).all():
                 what = "NaN or infinite inputs" if moments.n else "no token, but padding"
                 raise NotMergeableError(f"the calibration batches give {waiting[group[0]]} {what}")
@@ -166,11 +166,3 @@ def _dynamic(layer: nn.Module) -> bool:
 
 def _fitted(adapter: nn.Module) -> bool:
     return isinstance(adapter, AuroRALayer) and adapter.inference_mode == "dynamic"
-
-
-def _tokens(x: Tensor, batch: Any) -> Tensor:
-    """The inputs of a layer as (n, in), without padding where the batch tells it."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and mask.shape == x.shape[:-1]:
-        return x[mask.to(x.device).bool()]
-    return x.reshape(-1, x.shape[-1])

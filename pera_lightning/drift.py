@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.errors import ConfigurationError
+from pera_lightning.errors import ConfigurationError, shorten
 
 ROWS = 256  # of outputs that are kept from a batch
 
@@ -53,16 +53,25 @@ class Measured:
 def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     """The outputs and the loss of a model for a batch, as most models take and give them.
 
-    A mapping is handed over as keywords, a tuple or list as positions, anything else as the one argument. Of what comes
-    back, `logits` (else `last_hidden_state`, else the first member, or the tensor itself) and `loss` are read.
+    A LightningModule of this package takes its own batches. Else a mapping is handed over as keywords, a tuple or list
+    as positions, anything else as the one argument. Of what comes back, `logits` (else `last_hidden_state`, else the
+    first member, or the tensor itself) and `loss` are read.
 
     Raises:
         ConfigurationError: where there is no tensor to read.
     """
+    if hasattr(model, "outputs_and_loss"):
+        return model.outputs_and_loss(model.model, batch)
     if isinstance(batch, Mapping):
         given = model(**batch)
     elif isinstance(batch, (tuple, list)):
-        given = model(*batch)
+        try:
+            given = model(*batch)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"a batch is a {type(batch).__name__} of {len(batch)}, and {type(model).__name__}, called with its "
+                f"members, says: {shorten(str(error))[:150]}; give forward=function(model, batch)"
+            ) from error
     else:
         given = model(batch)
     loss = getattr(given, "loss", None)
@@ -103,11 +112,19 @@ def measure(model: nn.Module, batches: Sequence[Any], forward: Forward | None = 
         for batch in batches:
             given = (forward or call)(model, on_device(batch, device_of(model)))
             y, loss = given if isinstance(given, tuple) else (given, None)
-            rows = y.reshape(-1, y.shape[-1])
+            rows = unpadded(y, batch)
             index = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).round().long()
             outputs.append(rows[index].float().cpu())
             losses.append(None if loss is None else float(loss))
     return Measured(outputs, losses)
+
+
+def unpadded(values: Tensor, batch: Any) -> Tensor:
+    """(..., C) as (n, C), without padding where the batch is a mapping with an ``attention_mask`` of that shape."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == values.shape[:-1]:
+        return values[mask.to(values.device).bool()]
+    return values.reshape(-1, values.shape[-1])
 
 
 def drift(before: Measured, after: Measured) -> Drift:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pera_lightning.adapters.aurora import AuroRALayer
+from pera_lightning.adapters.aurora import AuroRALayer, acting_layers
 from pera_lightning.adapters.base import AdaptedLayer, release_layer
 from pera_lightning.adapters.method import check_choice
 from pera_lightning.calibration import RIDGE, calibrate
@@ -104,7 +104,7 @@ def merge(
         what = "its method adapts no layers" if _marks(model) else "it has no adapters, call inject first"
         raise ConfigurationError(f"{type(model).__name__} cannot be merged: {what}")
     merged = {layer.merged for layer in layers.values() if layer.merged}
-    if method is not None and merged - {method}:
+    if method is not None and merged - {method, "exact"}:
         raise ConfigurationError(f"the adapters are merged by the {listed(merged)} method: call unmerge first")
     waiting = {path: layer for path, layer in layers.items() if not layer.merged}
     if not waiting:
@@ -117,7 +117,8 @@ def merge(
     with linearised(model, method, fit, forward, ridge) as notes:
         _merge_layers(waiting, keep_base)
     for layer in waiting.values():
-        layer.merged = method or "exact"
+        approximated = any(adapter in nonlinear for adapter in layer.adapters.values())
+        layer.merged = method if approximated and method else "exact"
     report = MergeReport(len(waiting), method or "exact", _drift(model, before, measured, forward), notes)
     if method is not None and report.drift is None:
         report.notes.append(f"the drift of the {method} merge was not measured: give batches")
@@ -168,7 +169,7 @@ def _nonlinear(model: nn.Module, method: str | None, batches: Sequence[Any], rid
     """The adapters that no matrix equals; raises where `method` does not fit them."""
     if method is not None:
         check_choice(method, "method", METHODS)
-    found = [m for m in model.modules() if isinstance(m, AuroRALayer) and m.inference_mode == "dynamic"]
+    found = [layer for layer in acting_layers(model) if layer.inference_mode == "dynamic"]
     if found and method is None:
         found[0].low_rank_update()  # raises
     if method is not None and not found:

@@ -210,3 +210,44 @@ def test_batches_are_taken_once_and_run_twice() -> None:
 def test_what_is_no_list_of_batches(given: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         taken(given)
+
+
+# --- padding, and batches of loaders ---
+
+
+def test_padding_does_not_count() -> None:
+    """The same rows, padded more and with other padding, give the same outputs to compare."""
+
+    class Tokens(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return nn.functional.one_hot(input_ids, 9).float()
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    more = torch.cat([ids, torch.full((2, 4), 7)], 1)
+    longer = torch.cat([mask, torch.zeros(2, 4, dtype=torch.long)], 1)
+    few, many = (
+        measure(Tokens(), [{"input_ids": i, "attention_mask": m}]).outputs[0] for i, m in ((ids, mask), (more, longer))
+    )
+    assert len(few) == 5
+    assert torch.equal(few, many)
+
+
+def test_images_with_labels_are_told_what_to_do() -> None:
+    """What a DataLoader gives is no call of the model."""
+    with pytest.raises(
+        ConfigurationError, match=r"a batch is a tuple of 2, and Linear, called with its members, says: "
+    ):
+        call(nn.Linear(3, 2), (torch.ones(1, 3), torch.tensor([0])))
+
+
+def test_a_module_that_knows_its_batches_is_asked() -> None:
+    class Module(nn.Module):
+        model = nn.Linear(3, 2)
+
+        def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            logits = network(batch[0])
+            return logits, nn.functional.cross_entropy(logits, batch[1])
+
+    measured = measure(Module(), [(torch.ones(2, 3), torch.tensor([0, 1]))])
+    assert measured.losses[0] is not None

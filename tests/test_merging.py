@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from merging_helpers import adapted, base, equal, inputs, weights
+from merging_helpers import adapted, base, equal, inputs, moved, weights
 from torch import Tensor, nn
 
 from pera_lightning import inject, merge, merge_and_unload, unmerge
@@ -305,3 +305,16 @@ def test_hira_merges_as_peft_does(dtype: torch.dtype) -> None:
         assert (mine - exact).norm() < (peers - exact).norm()
     unmerge(ours)
     assert torch.equal(ours["proj"].weight.double(), start)
+
+
+def test_parts_merge_one_after_the_other_each_by_its_own_method() -> None:
+    """What is merged already is no reason to refuse the rest, and an exact merge is not called static."""
+    model = nn.ModuleDict({"one": base(), "two": base(1)})
+    moved(model["one"], targets=["0"])
+    inject(model["two"], HiRA(rank=2), ["0"])
+    assert merge(model["one"], method="static").layers == 1
+    assert merge(model).method == "exact"
+    assert (model["one"][0].merged, model["two"][0].merged) == ("static", "exact")
+    assert unmerge(model) == 2
+    merge(model, method="static")
+    assert (model["one"][0].merged, model["two"][0].merged) == ("static", "exact")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
+from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
 from pera_lightning.adapters.method import (
     LayerContext,
@@ -236,11 +236,19 @@ class AuroRALayer(LinearAdapter):
         return f"{super().extra_repr()}, train_mode={self.train_mode}, inference_mode={self.inference_mode}"
 
 
+def acting_layers(model: nn.Module) -> list[AuroRALayer]:
+    """The AuroRA layers of `model` that are not merged."""
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer) and not layer.merged]
+    return [a for layer in layers for a in layer.adapters.values() if isinstance(a, AuroRALayer)]
+
+
 @contextmanager
 def static_inference(model: nn.Module) -> Iterator[int]:
-    """Inference of every AuroRA layer of `model` is static within this context; yields how many were dynamic."""
-    changed = {m: m.inference_mode for m in model.modules() if isinstance(m, AuroRALayer)}
-    changed = {layer: mode for layer, mode in changed.items() if mode != "static"}
+    """Inference of every AuroRA layer of `model` is static within this context; yields how many were not.
+
+    Merged layers do not count: what is in the weight stays.
+    """
+    changed = {layer: layer.inference_mode for layer in acting_layers(model) if layer.inference_mode != "static"}
     for layer in changed:
         layer.inference_mode = "static"
     try:

@@ -57,7 +57,7 @@ def run(args: Sequence[str]) -> None:
     cli = ExportCLI(args)
     given = chosen_options(cli.config)
     kind, output, overwrite = cli.config["format"], cli.config["output"], cli.config["overwrite"]
-    check_output_folder(output, overwrite=overwrite)  # before the base is loaded
+    check_output_folder(output, overwrite=overwrite, apart=cli.read())  # before the base is loaded
     trained = Trained(cli)
     if kind == "adapter":
         _export_adapter(trained, output, overwrite)

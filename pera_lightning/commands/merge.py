@@ -40,7 +40,7 @@ def run(args: Sequence[str]) -> None:
     if count is not None:
         check_rank(count, "batches")
     if output:
-        check_output_folder(output, overwrite=overwrite)
+        check_output_folder(output, overwrite=overwrite, apart=cli.read())
     trained = Trained(cli)
     module = trained.module
     options = batches_of(trained, cli.config["method"], count or BATCHES)

@@ -58,6 +58,11 @@ class TrainedCLI(ConfiguredCLI):
         parser.add_argument("--ckpt_path", type=str, help="a checkpoint of a run, or an adapter folder")
         parser.add_argument("--weights_only", help=SUPPRESS)  # in every config that fit writes
 
+    def read(self) -> list[str]:
+        """What the command reads, and must not write over: the checkpoint, and the base where it is a folder."""
+        settings = getattr(self.model, "settings", {})
+        return [name for name in (self.config["ckpt_path"], settings.get("model_name")) if name]
+
 
 class Trained:
     """A module with its trained network on the CPU, in eval mode, and the data of its run.
@@ -130,6 +135,11 @@ class Trained:
                     "say where they are by --data.…, or export without --method and --batches"
                 ) from None
             self._ready = True
+            there, head = getattr(data, "num_classes", None), self.module.settings.get("num_classes")
+            if None not in (there, head) and there != head:
+                raise ConfigurationError(
+                    f"the data have {there} classes, and the trained head {head}: give its own data"
+                )
         return data
 
 
@@ -165,8 +175,11 @@ def configured(words: Sequence[str]) -> list[str]:
 
 def _value(words: Sequence[str], flags: Sequence[str]) -> str | None:
     """The last value given to an option, None where there is none."""
-    values = [word.partition("=")[2] for word in words if word.partition("=")[0] in flags and "=" in word]
-    values += [value for word, value in pairwise(words) if word in flags]
+    values = []
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name in flags:
+            values.append(value if equals else following)
     return values[-1] if values else None
 
 
@@ -179,8 +192,7 @@ def run_folder(path: str | Path) -> Path | None:
 
 
 def _config_of(path: str) -> Path:
-    if not Path(path).exists():
-        read_trained(path)  # raises
+    read_trained(path)  # a file that is no checkpoint has no run either
     run = run_folder(path)
     if run is not None and (run / "config.yaml").is_file():
         return run / "config.yaml"

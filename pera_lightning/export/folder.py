@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from glob import escape
@@ -69,9 +69,22 @@ def output_folder(path: str | Path, *, overwrite: bool = False, needed: int = 0)
         shutil.rmtree(made, ignore_errors=True)
 
 
-def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raises `ConfigurationError` where `output_folder` would refuse `path`; to be told before the work is done."""
+def check_output_folder(path: str | Path, *, overwrite: bool = False, apart: Iterable[str | Path] = ()) -> None:
+    """Raises `ConfigurationError` where `output_folder` would refuse `path`; to be told before the work is done.
+
+    Args:
+        path: as for `output_folder`.
+        overwrite: likewise.
+        apart: files and folders that are read, and that `path` must neither be, hold, nor lie in.
+    """
+    if not str(path).strip():
+        raise ConfigurationError(f"{str(path)!r} is no name of a folder: give another --output")
     target = Path(path).resolve()
+    for other in (Path(other).resolve() for other in apart if Path(other).exists()):
+        if target.is_relative_to(other) or other.is_relative_to(target):
+            raise ConfigurationError(
+                f"{path} and {other}, which is read, are or hold one another: give another --output"
+            )
     if not target.exists():
         return
     if not target.is_dir():
@@ -83,7 +96,12 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
         raise ConfigurationError(f"{path} holds the working directory or the home: it is not overwritten")
     names = sorted(entry.name for entry in target.iterdir())
     foreign = [entry.name for entry in sorted(target.iterdir()) if not _exported(entry)]
-    if names and (foreign or not any(marker in names for marker in MARKERS)):
+    if "adapter.safetensors" in names:
+        raise ConfigurationError(
+            f"{path} is an adapter folder of this package: delete it first, or give another --output"
+        )
+    weights = list(target.rglob("*.safetensors"))
+    if names and (foreign or not weights or not any(marker in names for marker in MARKERS)):
         what = listed(foreign or names, 3)
         raise ConfigurationError(f"{path} is no earlier export, it holds {what}: it is not overwritten; give another")
 

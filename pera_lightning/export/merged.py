@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pera_lightning.drift import Forward
-from pera_lightning.errors import megabytes
+from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.merging import MergeReport, adapted_layers, merge, merge_and_unload
 
@@ -55,7 +55,7 @@ def export_merged(
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
 ) -> MergedReport:
-    """Merges a model and writes it. The model is merged in place and plain afterwards: hand over a copy to keep it.
+    """Merges a model and writes it. The model is plain afterwards, also where the writing fails: hand over a copy.
 
     Args:
         model: injected, or a model that contains an injected one; merged already or not.
@@ -81,6 +81,8 @@ def export_merged(
     if any(adapted_layers(model)):
         report = merge(model, keep_base=False, **given)
     else:
+        if method is not None:
+            raise ConfigurationError(f"method={method!r} acts on AuroRA only, and no layers are adapted: leave it out")
         report = MergeReport(0, notes=["its method adapts no layers: the weights are written as they were trained"])
     merge_and_unload(model)  # raises for a model that was never injected
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied weights count once

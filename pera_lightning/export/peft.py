@@ -126,6 +126,8 @@ def export_peft(
     if rank is not None:
         check_rank(rank)
     check_number(max_error, "max_error", low=-1e-300, allowed="a relative error of at least 0")
+    if not str(base_name or "").strip():
+        raise ConfigurationError(f"base_name={base_name!r}: the base's name on a hub, or its folder, is needed")
     check_output_folder(folder, overwrite=overwrite)
     fit, held_out = taken(batches), taken(measure_on)
     if method is None and (fit or held_out):
@@ -172,6 +174,8 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, Injection]:
     if found is None:
         raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
     root = found[1]
+    if len([module for module in model.modules() if injection_of(module) is not None]) > 1:
+        raise ConfigurationError(f"{type(model).__name__} has several injected parts: export each of them")
     mark: Injection = injection_of(root)  # type: ignore[assignment]
     layers = dict(adapted_layers(root))
     if not layers:
@@ -218,6 +222,7 @@ def _notes(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate
             "training it further in peft would change"
         )
     if any(update.bias is not None for update in updates.values()):
+        notes.append("the constants are lora_bias, which load_peft of this package does not take back")
         bare = [path for path, layer in layers.items() if layer.bias is None]
         if bare:
             notes.append(

@@ -16,7 +16,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from pera_lightning import __version__
-from pera_lightning.adapters.aurora import AuroRALayer
+from pera_lightning.adapters.aurora import acting_layers
+from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.injection import injection_of
 from pera_lightning.state import find_injected, write_atomically
 
@@ -49,9 +50,12 @@ def inference_rows(model: nn.Module) -> dict[str, str]:
 
     An AuroRA whose inference is dynamic is tested twice.
     """
-    modes = {m.inference_mode for m in model.modules() if isinstance(m, AuroRALayer)}
+    merged = {m.merged for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged}
+    modes = {layer.inference_mode for layer in acting_layers(model)}
     if "dynamic" in modes:
         return {"test": "dynamic, the paper's AuroRA-D", "test_static": "static, the paper's row AuroRA"}
+    if merged:
+        return {"test": f"merged: {', '.join(sorted(merged))}"}
     return {"test": "static" if modes else "linear"}
 
 

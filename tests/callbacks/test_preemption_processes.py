@@ -12,10 +12,13 @@ import pytest
 import torch
 from run_helpers import QUICKSTART, ROOT
 
+STOPS = ((2, "0 1 0"), (6, "1 0 1"), (8, "1 2 0,1"))  # optimizer step; epoch, batch, ranks that have the signal
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_stop_together(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.timeout(600)  # five runs, one after the other
+@pytest.mark.parametrize(("strategy", "stops"), [("ddp", STOPS), ("fsdp2", STOPS[1:2])])
+def test_two_processes_stop_together(tmp_path: Path, strategy: str, stops: tuple[tuple[int, str], ...]) -> None:
     """The first has the signal, then the second, then both."""
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED)
@@ -38,7 +41,7 @@ def test_two_processes_stop_together(tmp_path: Path, strategy: str) -> None:
         return done.stdout
 
     run("whole")
-    for step, signalled in ((2, "0 1 0"), (6, "1 0 1"), (8, "1 2 0,1")):  # epoch, batch, ranks
+    for step, signalled in stops:
         assert run("cut", signalled).count(f"stopped by a signal after optimizer step {step}: saved") == 1
     run("cut")
     ends = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]

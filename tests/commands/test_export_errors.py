@@ -168,3 +168,30 @@ def test_no_room_on_the_disk(export, llama_run, tmp_path, monkeypatch, kind):
     line = refused(export(llama_run.checkpoint, kind, code=2))
     assert "make room, or give another --output" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_is_not_written_over(pera, llama_run):
+    for output in (llama_run.run / "adapter", llama_run.module.settings["model_name"]):
+        words = ["export", "--ckpt_path", llama_run.run / "adapter", "--format", "merged", "--output", output]
+        line = refused(pera(*words, "--overwrite"))
+        assert "which is read, are or hold one another: give another --output" in line
+
+
+def test_of_two_checkpoints_the_last_counts(pera, llama_run, vit_run, tmp_path):
+    """For its config too."""
+    words = [f"--ckpt_path={vit_run.checkpoint}", "--ckpt_path", llama_run.checkpoint]
+    result = pera("export", *words, "--format", "adapter", "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "note" not in result.out
+
+
+def test_a_folder_of_a_run_names_what_can_be_given(export, llama_run):
+    line = refused(export(llama_run.run, "adapter", code=2))
+    assert "is neither a checkpoint nor an adapter folder; it has" in line
+
+
+def test_data_of_other_classes(export, vit_run, tmp_path):
+    line = refused(
+        export(vit_run.checkpoint, "merged", "--method", "static", "--batches", "1", "--data.classes", "[1, 2]", code=2)
+    )
+    assert "the data have 2 classes, and the trained head" in line

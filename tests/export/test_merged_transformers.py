@@ -156,10 +156,11 @@ def test_the_drift_of_a_static_merge_is_told(tmp_path):
 def test_what_is_there_is_not_overwritten_and_the_model_not_merged(tmp_path):
     model = adapted(text.save_tiny(tmp_path / "base"), PERA(rank=3))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(ConfigurationError, match="exists"):
         export_transformers(model, tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert model.model.layers[0].self_attn.q_proj.merged is None
     export_transformers(model, tmp_path / "out", overwrite=True)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

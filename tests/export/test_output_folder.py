@@ -71,9 +71,10 @@ def test_an_earlier_export_is_replaced_whole(tmp_path):
     path = export(tmp_path / "out")
     with output_folder(path, overwrite=True) as made:
         (made / "config.json").write_text("new")
+        (made / "model.safetensors").write_text("new")
         assert names(path) == ["adapter_config.json", "adapter_model.safetensors"]
     assert names(tmp_path) == ["out"]
-    assert names(path) == ["config.json"]  # nothing of the old one beside the new
+    assert names(path) == ["config.json", "model.safetensors"]  # nothing of the old one beside the new
     write(path, overwrite=True)
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", overwrite=True)
@@ -139,6 +140,7 @@ def test_a_pipeline_of_diffusers_is_an_export(tmp_path):
     (path / "model_index.json").write_text("{}")
     (path / "unet").mkdir()
     (path / "unet" / "config.json").write_text("{}")
+    (path / "unet" / "diffusion_pytorch_model.safetensors").write_text("")
     write(path, overwrite=True)
     assert names(path) == ["model_index.json", "part"]
 
@@ -239,3 +241,30 @@ def test_it_was_made_meanwhile(tmp_path):
 
 def test_sizes():
     assert [megabytes(size) for size in (0, 12_345, 3.2e8, 5.4e10)] == ["0 MB", "0.0123 MB", "320 MB", "54 GB"]
+
+
+def test_settings_without_weights_are_no_export(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "thesis_notes.md"):
+        (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"no earlier export, it holds config\.json, thesis_notes\.md"):
+        write(tmp_path / "out", overwrite=True)
+
+
+def test_what_was_trained_is_not_overwritten(tmp_path):
+    path = export(tmp_path / "out")
+    (path / "adapter.safetensors").write_text("trained")
+    with pytest.raises(ConfigurationError, match="is an adapter folder of this package: delete it first"):
+        write(path, overwrite=True)
+
+
+@pytest.mark.parametrize("output", ["base", "base/deeper", "."])
+def test_what_is_read_is_not_written_over(tmp_path, output):
+    export(tmp_path / "base")
+    with pytest.raises(ConfigurationError, match="which is read, are or hold one another"):
+        check_output_folder(tmp_path / output, overwrite=True, apart=[tmp_path / "base", "org/of-the-hub"])
+
+
+def test_a_name_of_blanks(tmp_path):
+    with pytest.raises(ConfigurationError, match="'  ' is no name of a folder"):
+        check_output_folder("  ")

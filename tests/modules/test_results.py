@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pera_lightning import __version__, inject
-from pera_lightning.adapters import PERA
+from pera_lightning import __version__, inject, merge
+from pera_lightning.adapters import PERA, AuroRA
+from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.modules import results
 
 
@@ -49,3 +50,15 @@ def test_written_whole_or_not_at_all(tmp_path):
         results.write(tmp_path / "new", {"n": torch.ones(1)})
     assert json.loads(path.read_text()) == {"n": 1}
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_merged_aurora_is_one_row_by_the_name_of_its_merge():
+    """Not the paper's rows: what acts is in the weight."""
+    network = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    inject(network, AuroRA(rank=2), ["0"])
+    network.eval()
+    assert list(results.inference_rows(network)) == ["test", "test_static"]
+    merge(network, method="calibrated", batches=[torch.randn(40, 6)])
+    assert results.inference_rows(network) == {"test": "merged: calibrated"}
+    with static_inference(network) as dynamic:
+        assert dynamic == 0
