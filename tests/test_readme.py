@@ -39,5 +39,7 @@ def test_every_command_is_known():
     assert commands - {*TRAINER_COMMANDS, *OWN_COMMANDS} == set()
 
 
-def test_no_placeholder_is_left():
-    assert re.findall(r"@[A-Z][A-Z0-9_]*@", README) == []
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_no_placeholder_is_left(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert re.findall(r"@[A-Z][A-Z0-9_]*@|^[A-Z]+_[A-Z_]+$", text, flags=re.MULTILINE) == []
