@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -123,23 +121,6 @@ def test_the_meta_device() -> None:
     inject(model, LoRA(rank=2), ["0"])
     with pytest.raises(NotMergeableError, match="0 is on the meta device and has no values"):
         merge(model)
-
-
-def test_sharded_weights(tmp_path: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-
-    model = adapted()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for layer in model:
-            layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh), requires_grad=False)
-        with pytest.raises(NotMergeableError, match="0 is sharded over processes: merge on one, from the checkpoint"):
-            merge(model)
-        assert merged_layers(model) == []
-    finally:
-        dist.destroy_process_group()
 
 
 # --- values ---

@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel, T5Config, T5EncoderModel
 
-from pera_lightning import inject
+from pera_lightning import inject, merge
 from pera_lightning.adapters import PERA, HiRA
-from pera_lightning.errors import ConfigurationError
+from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.injection import injection_of
+from pera_lightning.merging import merged_layers
 from pera_lightning.sharding import AdapterWrapPolicy, reads_weights, shard, sharded_like, units, whole
 
 CPU = torch.device("cpu")
@@ -165,6 +166,19 @@ def test_whole_and_sharded_are_inverse(tmp_path):
         assert left_out["a"] is None
         assert left_out["step"] == 4
         assert found == {"is": True, "odd": 1, "equal": True, "rest": 3, "plain": True}
+
+
+def test_sharded_weights_are_not_merged(tmp_path):
+    def refused(rank):
+        network = injected(llama())
+        shard(network, init_device_mesh("cpu", (2,)), CPU)
+        with pytest.raises(NotMergeableError) as error:
+            merge(network)
+        return str(error.value), len(merged_layers(network))
+
+    for message, count in on_two(refused, tmp_path):
+        assert "self_attn.q_proj is sharded over processes: merge on one, from the checkpoint" in message
+        assert count == 0
 
 
 def test_networks_that_differ_are_refused(tmp_path):
