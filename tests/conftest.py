@@ -16,6 +16,9 @@ import torch
 from run_helpers import quick_words, run_pera
 
 torch.set_num_threads(1)
+# torch counts the devices at a process's first backward. After DTensor or fake tensors were used it finds one more, and
+# then refuses every backward in processes that are forked from here.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)
