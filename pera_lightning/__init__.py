@@ -15,6 +15,7 @@ _NAMES = {
     "CausalLMModule": "pera_lightning.modules",
     "CommonsenseDataModule": "pera_lightning.data",
     "DialogueDataModule": "pera_lightning.data",
+    "GLUEDataModule": "pera_lightning.data",
     "ImageClassificationModule": "pera_lightning.modules",
     "ImageDataModule": "pera_lightning.data",
     "MathsDataModule": "pera_lightning.data",

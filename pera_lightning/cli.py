@@ -23,6 +23,7 @@ OWN_COMMANDS = {
     "merge": ("pera_lightning.commands.merge:run", "merge a checkpoint and measure what that changes"),
     "export": ("pera_lightning.commands.export:run", "write a checkpoint for PEFT, vLLM, transformers or timm"),
     "methods": ("pera_lightning.commands.methods:run", "print what each method can do: merge, export as LoRA"),
+    "sweep": ("pera_lightning.commands.sweep:run", "fit and test over seeds and config values, with a table"),
 }
 _CONFIG_FLAGS = ("--config", "-c")
 

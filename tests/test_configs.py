@@ -16,7 +16,8 @@ from pera_lightning.data.image_datasets import CATALOGUE
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LANGUAGE = [path for path in CONFIGS if path.stem.startswith(("commonsense_", "gsm8k_", "convai2_"))]
-IMAGES = [path for path in CONFIGS if path not in LANGUAGE]
+GLUE = [path for path in CONFIGS if path.stem.startswith(("roberta_", "glue_"))]
+IMAGES = [path for path in CONFIGS if path not in LANGUAGE + GLUE]
 PAPER = [path for path in CONFIGS if "paper" in path.parts]
 PAPER_IMAGES = [path for path in PAPER if path in IMAGES]
 

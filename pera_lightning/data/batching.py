@@ -3,18 +3,20 @@
 An *example* is a mapping with ``input_ids``, a list of token ids, and ``start``, the index of its first token with a
 label: where the answer begins, or 0 where the whole text is learned. Other keys are not looked at. Batches are
 dictionaries of int64 tensors. No collator gives an example's first token a label: what stands before it, and would
-predict it, is padding or another example. Shapes: B rows, T tokens in a row, K positions.
+predict it, is padding or another example. Shapes: B rows, T tokens in a row, K positions. Rows with one label for the
+whole are `collate_classified`'s.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DistributedSampler
 
 from pera_lightning.data.splits import random_order
@@ -88,6 +90,32 @@ class LengthGroupedSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return self.num_samples
+
+
+def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
+    """The share of padding among the tokens of batches whose rows are filled up to the longest.
+
+    Args:
+        lengths: tokens of each row.
+        batches: the rows of each.
+    """
+    rows = _checked(lengths)
+    own = [rows[np.asarray(batch)] for batch in batches]
+    return 1 - sum(int(part.sum()) for part in own) / sum(len(part) * int(part.max()) for part in own)
+
+
+def padding_shares(lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> dict[str, float]:
+    """`padding_share` of one process's first epoch, with rows in random order and grouped by length.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows in a batch.
+        seed: of the order.
+    """
+    order = random_order(np.random.Generator(np.random.PCG64(seed)), len(lengths))
+    random = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    grouped = LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
+    return {"random": padding_share(lengths, random), "grouped": padding_share(lengths, grouped)}
 
 
 def capacity_for(lengths: Sequence[int], batch_size: int) -> int:
@@ -173,6 +201,33 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     labels = [[IGNORE] * start + [*ids[start:]] for ids, start in zip(rows, starts, strict=True)]
     parts = {"input_ids": rows, "position_ids": [range(len(ids)) for ids in rows], "labels": labels}
     return {name: torch.tensor([[*itertools.chain(*part)]]) for name, part in parts.items()}
+
+
+def collate_classified(examples: Sequence[Example], *, pad_id: int, pad_type_id: int = 0) -> dict[str, Any]:
+    """Makes a batch of whole rows with a label each, with padding on the right, as encoders were trained.
+
+    Args:
+        examples: each with ``input_ids``, ``label`` (an int, or a float for regression) and maybe ``token_type_ids``
+            and ``id``; alike in which they have.
+        pad_id: the token that fills up.
+        pad_type_id: the token type that fills up.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where rows have them, ``token_type_ids``, (B, T) int64; ``labels`` (B,),
+        int64 or float32; where rows have them ``ids``, a list of B names.
+    """
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    batch: dict[str, Any] = {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+    if "token_type_ids" in examples[0]:
+        types = [torch.tensor(example["token_type_ids"]) for example in examples]
+        batch["token_type_ids"] = pad_sequence(types, batch_first=True, padding_value=pad_type_id)
+    if "id" in examples[0]:
+        batch["ids"] = [example["id"] for example in examples]
+    return batch
 
 
 def label_positions(labels: Tensor) -> Tensor:

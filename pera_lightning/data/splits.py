@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pera_lightning.errors import DataError
+from pera_lightning.errors import DataError, UnknownNameError, closest
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -115,6 +115,79 @@ def cut(
             of_rows = labels[done["train"]] if stratify else None
             done["train"], done[split] = hold_out(done["train"], fraction, generator, of_rows)
     return {split: done[split] for split in ("train", "validation", "test")}
+
+
+# ---- who selects and who scores, where a test set has no labels ------------------------------------------------------
+
+Cut = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
+
+
+def full_validation(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole validation set selects and is scored on, as AuroRA and many others do: results are too good.
+
+    Args:
+        count: rows of the validation set.
+        seed: unused; nothing is drawn.
+
+    Returns:
+        The rows that select and the rows that are scored on, sorted.
+    """
+    return np.arange(count), np.arange(count)
+
+
+def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Above 2,000 rows 1,000 select, else one half (the larger); the others are scored on.
+
+    The protocol of RED (arXiv 2402.15179), ReFT, DeLoRA and PERA. The draw is ours: theirs are not published.
+
+    Args:
+        count: rows of the validation set.
+        seed: of the draw.
+
+    Raises:
+        DataError: for fewer than four rows; a half of one row has no correlation.
+    """
+    if count < 4:
+        raise DataError(
+            f"split protocol 'red' halves the validation set, and {count} rows are too few; four or more are needed, "
+            "or protocol=full_validation"
+        )
+    order = random_order(np.random.Generator(np.random.PCG64(seed)), count)
+    size = 1000 if count > 2000 else -(-count // 2)
+    return np.sort(order[:size]), np.sort(order[size:])
+
+
+def own_test(count: int, seed: int) -> tuple[np.ndarray, None]:
+    """The whole validation set selects; a test set with labels, of one's own, is scored on.
+
+    Args:
+        count: rows of the validation set.
+        seed: unused; nothing is drawn.
+    """
+    return np.arange(count), None
+
+
+SPLIT_PROTOCOLS: dict[str, Cut] = {cut.__name__: cut for cut in (full_validation, red, own_test)}
+
+
+def split_protocol(name: str) -> Cut:
+    """The split protocol of a name.
+
+    Raises:
+        UnknownNameError: naming the closest.
+    """
+    if name not in SPLIT_PROTOCOLS:
+        known = ", ".join(SPLIT_PROTOCOLS)
+        raise UnknownNameError(
+            f"unknown split protocol {name!r}; there are {known}{closest(name.lower(), SPLIT_PROTOCOLS)}"
+        )
+    return SPLIT_PROTOCOLS[name]
+
+
+def selected_on_test(cut: Cut) -> bool:
+    """Whether a split protocol scores on rows that selected."""
+    selection, scored = cut(8, 0)
+    return scored is not None and bool(np.intersect1d(selection, scored).size)
 
 
 def file_name(dataset: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 _NAMES = {
     "CausalLMModule": "pera_lightning.modules.causal_lm",
     "ImageClassificationModule": "pera_lightning.modules.image_classification",
+    "SequenceClassificationModule": "pera_lightning.modules.sequence_classification",
 }
 __all__ = list(_NAMES)
 

@@ -1,0 +1,92 @@
+"""Where rows of sequence classification come from: GLUE on the hub, its files in a folder, or files of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pera_lightning.data import hub
+from pera_lightning.data.glue_tasks import CUSTOM, REPOSITORY, GLUETask, custom_task, find_task
+from pera_lightning.data.sequence_files import Columns, read_columns, split_file
+from pera_lightning.data.sequence_rows import SequenceRows, check_text_columns, class_names_of, to_rows
+from pera_lightning.errors import ConfigurationError, listed
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class GLUESource:
+    """The splits of a task.
+
+    Attributes:
+        name: of the task; `CUSTOM` for files of one's own.
+        folder: with GLUE's splits as files; without it they are the hub's.
+        files: of a custom task, by split.
+        text_columns: of a custom task.
+        label_column: of the labels.
+        regression: a custom task's labels are numbers to predict.
+
+    Raises:
+        ConfigurationError, UnknownNameError: for an unknown task, or what would have no effect on this one.
+    """
+
+    name: str
+    folder: Path | None
+    files: Mapping[str, Path]
+    text_columns: tuple[str, ...] | None
+    label_column: str
+    regression: bool
+
+    def __post_init__(self) -> None:
+        if self.name == CUSTOM:
+            if self.folder is not None:
+                raise ConfigurationError("folder is for tasks of GLUE; a custom one takes train_file, validation_file")
+            if "train" not in self.files:
+                raise ConfigurationError("a custom task needs train_file: its columns and classes are those of it")
+            if self.text_columns is not None:
+                custom_task(self.text_columns, ())
+            return
+        find_task(self.name)
+        ignored = [f"{split}_file" for split in self.files]
+        ignored += ["text_columns"] if self.text_columns else []
+        ignored += ["label_column"] if self.label_column != "label" else []
+        ignored += ["regression"] if self.regression else []
+        if ignored:
+            raise ConfigurationError(f"{listed(ignored)}: for task=custom only; {self.name} has its own")
+
+    @cached_property
+    def task(self) -> GLUETask:
+        """Columns, labels and metrics; of a custom task they are found in its training rows."""
+        if self.name != CUSTOM:
+            return find_task(self.name)
+        columns = self.read("train")
+        names = check_text_columns(self.text_columns, columns)
+        return custom_task(names, [] if self.regression else class_names_of(columns, self.label_column))
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether rows come from the hub."""
+        return self.folder is None and self.name != CUSTOM
+
+    def table(self, split: str) -> datasets.Dataset:
+        """A split on the hub, downloaded where it is not in the cache."""
+        return hub.load_table(REPOSITORY, self.task.config, split, instead="a folder with the same columns")
+
+    def read(self, split: str) -> Columns:
+        """The columns of a split, unchecked."""
+        if self.on_hub:
+            return Columns(f"{REPOSITORY}, {self.name}, split {split!r}", self.table(split).to_dict())
+        if self.folder is not None:
+            return read_columns(split_file(self.folder, split))
+        if split not in self.files:
+            raise ConfigurationError(f"this run needs the {split} rows of the custom task: give {split}_file")
+        return read_columns(self.files[split])
+
+    def rows(self, split: str) -> SequenceRows:
+        """The rows of a split, checked; those of a test split may have no labels."""
+        unlabelled = split.startswith("test")
+        return to_rows(self.read(split), self.task, label_column=self.label_column, unlabelled=unlabelled)

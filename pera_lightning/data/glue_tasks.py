@@ -1,0 +1,202 @@
+"""The nine tasks of GLUE (Wang et al., arXiv 1804.07461) as the hub's ``nyu-mll/glue`` has them; no torch.
+
+Labels are numbered as there. Metrics are those of the leaderboard, in its order; `selection` is the one that chooses
+the best epoch in the papers of PERA and AuroRA (accuracy; CoLA Matthews, STS-B Pearson). Names of submission files and
+what stands in them are those that the leaderboard asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
+
+REPOSITORY = "nyu-mll/glue"
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class GLUETask:
+    """What sets one task of sentence classification apart.
+
+    Attributes:
+        name: in configs and on the command line.
+        text_columns: one, or the two that make a pair.
+        class_names: by label; empty for regression.
+        metrics: of `accuracy`, `f1` (of label 1), `matthews`, `pearson` and `spearman`.
+        selection: the one of them that chooses the best epoch.
+        config: of the hub's data set; empty for a task that is not there.
+        sets: of validation and test alike, by dataloader; the first is the one that selects.
+        submission_files: one a set, without their ending.
+        writes_names: a submission has names of classes, not numbers.
+        label_range: of a regression's labels, both ends included.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("accuracy",)
+    selection: str = "accuracy"
+    config: str = ""
+    sets: tuple[str, ...] = ("",)
+    submission_files: tuple[str, ...] = ()
+    writes_names: bool = False
+    label_range: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers to predict, and no classes."""
+        return not self.class_names
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: one a class, or the one of a regression."""
+        return len(self.class_names) or 1
+
+    @property
+    def labels_in_words(self) -> str:
+        """The labels that are allowed, for a message."""
+        if self.regression:
+            low, high = self.label_range
+            return "finite numbers" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
+        return ", ".join(f"{k} ({name})" for k, name in enumerate(self.class_names))
+
+    def named(self, kind: str, name: str) -> str:
+        """A set in full, as the hub's splits are called: ``validation``, ``test_mismatched``.
+
+        Args:
+            kind: "validation", "test" or what else there is of each set.
+            name: one of `sets`.
+        """
+        return f"{kind}_{name}" if name else kind
+
+    def written(self, prediction: float) -> str:
+        """A prediction as a submission has it.
+
+        Args:
+            prediction: a label, or the output of a regression, which is cut to the range of its labels.
+        """
+        if self.regression:
+            low, high = self.label_range
+            return f"{min(max(float(prediction), low), high):.3f}"
+        return self.class_names[int(prediction)] if self.writes_names else str(int(prediction))
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS: dict[str, GLUETask] = {
+    task.name: task
+    for task in (
+        GLUETask(
+            "cola",
+            ("sentence",),
+            ("unacceptable", "acceptable"),
+            metrics=("matthews",),
+            selection="matthews",
+            config="cola",
+            submission_files=("CoLA",),
+        ),
+        GLUETask("sst2", ("sentence",), ("negative", "positive"), config="sst2", submission_files=("SST-2",)),
+        GLUETask(
+            "mrpc",
+            ("sentence1", "sentence2"),
+            ("not_equivalent", "equivalent"),
+            metrics=("f1", "accuracy"),
+            config="mrpc",
+            submission_files=("MRPC",),
+        ),
+        GLUETask(
+            "stsb",
+            ("sentence1", "sentence2"),
+            metrics=("pearson", "spearman"),
+            selection="pearson",
+            config="stsb",
+            submission_files=("STS-B",),
+            label_range=(0.0, 5.0),
+        ),
+        GLUETask(
+            "qqp",
+            ("question1", "question2"),
+            ("not_duplicate", "duplicate"),
+            metrics=("f1", "accuracy"),
+            config="qqp",
+            submission_files=("QQP",),
+        ),
+        GLUETask(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            config="mnli",
+            sets=("matched", "mismatched"),
+            submission_files=("MNLI-m", "MNLI-mm"),
+            writes_names=True,
+        ),
+        GLUETask(
+            "qnli",
+            ("question", "sentence"),
+            _ENTAILMENT,
+            config="qnli",
+            submission_files=("QNLI",),
+            writes_names=True,
+        ),
+        GLUETask(
+            "rte",
+            ("sentence1", "sentence2"),
+            _ENTAILMENT,
+            config="rte",
+            submission_files=("RTE",),
+            writes_names=True,
+        ),
+        GLUETask(
+            "wnli",
+            ("sentence1", "sentence2"),
+            ("not_entailment", "entailment"),
+            config="wnli",
+            submission_files=("WNLI",),
+        ),
+    )
+}
+
+
+def find_task(name: str) -> GLUETask:
+    """The task of a name.
+
+    Raises:
+        UnknownNameError: naming the closest.
+    """
+    if name not in TASKS:
+        known = [*TASKS, CUSTOM]
+        raise UnknownNameError(
+            f"unknown task {name!r}; there are {', '.join(TASKS)}, and {CUSTOM!r} for files of your own"
+            f"{closest(name.lower().replace('-', ''), known)}"
+        )
+    return TASKS[name]
+
+
+def custom_task(text_columns: Sequence[str], class_names: Sequence[str]) -> GLUETask:
+    """The task of somebody's own files.
+
+    Args:
+        text_columns: one, or the two that make a pair.
+        class_names: by label; none for regression.
+
+    Raises:
+        ConfigurationError: for another number of columns.
+    """
+    if len(text_columns) not in (1, 2) or len({*text_columns}) < len(text_columns):
+        raise ConfigurationError(f"text_columns={list(text_columns)}: one column, or the two of a pair, are needed")
+    if class_names:  # F1 is that of label 1, so there is none of three classes
+        metrics = ("accuracy", "f1", "matthews") if len(class_names) == 2 else ("accuracy", "matthews")
+    else:
+        metrics = ("pearson", "spearman")
+    return GLUETask(
+        CUSTOM,
+        tuple(text_columns),
+        tuple(class_names),
+        metrics=metrics,
+        selection=metrics[0],
+        submission_files=(CUSTOM,),
+        writes_names=True,
+    )

@@ -1,0 +1,192 @@
+"""Texts and pairs as token ids in an Arrow file, written once and mapped into memory ever after.
+
+The file's name is a hash of all that decides its content: tokenizer, length, and the texts. Labels are not in it. A row
+is cut by the tokenizer, which takes from the longer text of a pair and leaves the special tokens; so the length is part
+of the key.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.sequence_rows import SequenceRows
+from pera_lightning.errors import ConfigurationError, DataError, shorten
+from pera_lightning.evaluation.encoding import tokenizer_key
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+_CHUNK = 4096  # rows tokenised and written at once
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], max_length: int
+) -> tuple[dict[str, list[list[int]]], list[bool]]:
+    """Token ids of texts or pairs, as the tokenizer makes them for its model.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        texts: one or two lists, n texts each.
+        max_length: tokens of a row at most, special ones included.
+
+    Returns:
+        ``input_ids`` and, where the tokenizer makes them, ``token_type_ids``, n lists each; and which rows were cut.
+
+    Raises:
+        ConfigurationError: where `max_length` leaves no room beside the special tokens.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+    if max_length < special + len(texts):
+        raise ConfigurationError(
+            f"max_length={max_length} leaves no room for text beside {special} special tokens; raise it"
+        )
+    options = {"padding": False, "return_attention_mask": False, "verbose": False}
+    whole = tokenizer(*(list(column) for column in texts), truncation=False, **options)
+    rows = {name: [list(ids) for ids in whole[name]] for name in ("input_ids", "token_type_ids") if name in whole}
+    cut = [len(ids) > max_length for ids in rows["input_ids"]]
+    if long := [number for number, over in enumerate(cut) if over]:
+        own = [[column[number] for number in long] for column in texts]
+        shorter = tokenizer(*own, truncation="longest_first", max_length=max_length, **options)
+        for name, column in rows.items():
+            for number, ids in zip(long, shorter[name], strict=True):
+                column[number] = list(ids)
+    return rows, cut
+
+
+def tokenised(
+    texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path, *, name: str
+) -> datasets.Dataset:
+    """The table of what `encode` gives, from the cache where it is there; ``cut`` is one of its columns.
+
+    Args:
+        texts: one or two lists, n texts each.
+        tokenizer: of the model.
+        max_length: tokens of a row at most.
+        folder: of the cache.
+        name: what the file's name begins with.
+
+    Raises:
+        ConfigurationError: as `encode`.
+        DataError: where the folder cannot be written, or its file is damaged.
+    """
+    total = hashlib.sha256()
+    for row in zip(*texts, strict=True):
+        total.update(json.dumps(row).encode())
+    facts = [_FORMAT, tokenizer_key(tokenizer), tokenizer.truncation_side, max_length, len(texts), total.hexdigest()]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return kept(folder / f"{name}-{key}.arrow", lambda path: _write(texts, tokenizer, max_length, path))
+
+
+def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
+    """The table in an Arrow file, which is made first where it is not there.
+
+    Args:
+        path: of the file.
+        write: called with another path beside it, which becomes the file in one step.
+
+    Raises:
+        DataError: where the folder cannot be written, or the file is damaged.
+    """
+    import datasets
+    import pyarrow as pa
+
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            try:
+                write(temporary)
+                os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
+            finally:
+                temporary.unlink(missing_ok=True)
+        return datasets.Dataset.from_file(str(path))
+    except OSError as error:
+        raise DataError(
+            f"tokenised rows cannot be kept in {path.parent}: {error.strerror or error}; make room, or choose another "
+            "cache_dir"
+        ) from error
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error
+
+
+def _write(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:
+    import pyarrow as pa
+
+    lists, writer, schema = pa.list_(pa.int32()), None, None
+    with pa.OSFile(str(path), "wb") as sink:
+        try:
+            for begin in range(0, len(texts[0]), _CHUNK):
+                rows, cut = encode(tokenizer, [column[begin : begin + _CHUNK] for column in texts], max_length)
+                if writer is None:  # only the first rows tell whether there are token types
+                    schema = pa.schema([*((name, lists) for name in rows), ("cut", pa.bool_())])
+                    writer = pa.ipc.new_stream(sink, schema)
+                columns = [*(pa.array(column, type=lists) for column in rows.values()), pa.array(cut)]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+class SequenceTokens:
+    """Some rows of a table with their labels: what a loader draws from.
+
+    Args:
+        table: as `tokenised` gives it.
+        rows: that it was made of.
+        indices: numbers of the rows that are wanted, in order.
+        with_ids: items say their ``id``.
+
+    Attributes:
+        lengths: tokens of each row.
+        labels: of each row.
+        cut: how many rows were cut.
+        highest: the highest token id of the whole table.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, rows: SequenceRows, indices: np.ndarray, *, with_ids: bool = False
+    ) -> None:
+        import pyarrow.compute as pc
+
+        self._table, self._ids = table, rows.ids if with_ids else None
+        columns = table.with_format("arrow")[:]
+        self.indices, self.labels = indices, rows.labels[indices]
+        self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]
+        self.cut = int(columns.column("cut").to_numpy()[indices].sum())
+        self.highest = int(pc.max(pc.list_flatten(columns.column("input_ids"))).as_py())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def longest_first(self) -> SequenceTokens:
+        """The same rows in another order, in which batches have little padding and the largest comes first."""
+        order = np.argsort(-self.lengths, kind="stable")
+        other = copy.copy(self)
+        other.indices, other.labels, other.lengths = self.indices[order], self.labels[order], self.lengths[order]
+        return other
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        index = int(self.indices[number])
+        example = self._table[index]
+        del example["cut"]
+        example["label"] = self.labels[number].item()
+        if self._ids is not None:
+            example["id"] = self._ids[index]
+        return example
+
+
+def without_label(example: dict[str, Any]) -> dict[str, Any]:
+    """The same row without its label, in the label's type: an int for classes, a float for regression."""
+    return {**example, "label": type(example["label"])(IGNORE)}

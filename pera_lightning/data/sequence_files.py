@@ -1,0 +1,109 @@
+"""Tables of a few columns from CSV, TSV and JSON files, whatever the columns are."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pera_lightning.data.json_rows import read_json, read_text
+from pera_lightning.errors import DataError, closest, listed
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A table as lists, by column.
+
+    Attributes:
+        source: names it in messages.
+        values: all equally long; None where a row has nothing.
+    """
+
+    source: str
+    values: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values()), ()))
+
+    def column(self, name: str, argument: str) -> Sequence[Any]:
+        """A column; `argument` is what chooses it.
+
+        Raises:
+            DataError: where there is none of that name, listing those that there are.
+        """
+        if name not in self.values:
+            there = ", ".join(self.values)
+            raise DataError(
+                f"{self.source} has no column {name!r} ({argument}); it has {there}{closest(name, self.values)}"
+            )
+        return self.values[name]
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """The file of a split in a folder: ``train.jsonl``, else one of the other kinds.
+
+    Raises:
+        DataError: where there is none, listing what there is.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; give one with {split}.jsonl, or none to use the hub")
+    for suffix in SUFFIXES:
+        if (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
+    there = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise DataError(f"{folder} has no {split}.jsonl (or .json, .csv, .tsv); it has {there}")
+
+
+def read_columns(path: Path) -> Columns:
+    """The table of a file, by its ending: .csv, .tsv (GLUE's own: quotes are characters) or JSON, a row a line.
+
+    Raises:
+        DataError: for a file that is missing, empty, of another kind or ragged.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: rows are read from {', '.join(SUFFIXES)}, not {suffix or 'a file without ending'}")
+    return (
+        _json_columns(path)
+        if suffix.startswith(".json")
+        else _separated_columns(path, "\t" if suffix == ".tsv" else ",")
+    )
+
+
+def _json_columns(path: Path) -> Columns:
+    entries = read_json(path)
+    names: dict[str, None] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise DataError(
+                f"row {number} of {path} is no object but {type(entry).__name__}; one with columns is needed"
+            )
+        names.update(dict.fromkeys(entry))
+    return Columns(str(path), {name: [entry.get(name) for entry in entries] for name in names})
+
+
+def _separated_columns(path: Path, separator: str) -> Columns:
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(read_text(path)), delimiter=separator, quoting=quoting, strict=True)
+    rows: list[list[str]] = []
+    try:
+        for row in reader:
+            if rows and row and len(row) != len(rows[0]):
+                raise DataError(
+                    f"line {reader.line_num} of {path} has {len(row)} fields, and its header {len(rows[0])}; correct "
+                    "the line, or quote fields that hold the separator"
+                )
+            rows += [row] if row else []
+    except csv.Error as error:
+        raise DataError(f"{path} is damaged at line {reader.line_num}: {error}") from error
+    if len(rows) < 2:
+        raise DataError(f"{path} has no rows; give a header line and at least one row")
+    header = rows.pop(0)
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise DataError(f"{path} has the column {listed(sorted(twice))} twice; rename one")
+    return Columns(str(path), {name: [row[k] for row in rows] for k, name in enumerate(header)})

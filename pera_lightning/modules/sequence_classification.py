@@ -1,0 +1,387 @@
+"""Classification of sentences and pairs with any encoder of transformers; written for GLUE.
+
+Papers: PERA (arXiv 2604.11841) and AuroRA (arXiv 2505.18738) adapt RoBERTa here, query and value, and train the head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pera_lightning.adapters.aurora import static_inference
+from pera_lightning.adapters.method import check_number, check_rank
+from pera_lightning.callbacks.data_order import on_every_rank
+from pera_lightning.data.batching import IGNORE
+from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.evaluation.decoding import forward_arguments
+from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decided, default_metrics
+from pera_lightning.evaluation.pretrained import load_tokenizer
+from pera_lightning.evaluation.submission import in_order, submission
+from pera_lightning.modules import results
+from pera_lightning.modules.base import DTYPES, AdapterModule, release_heads
+from pera_lightning.modules.example_loss import check_weights, example_losses
+from pera_lightning.modules.sequence_networks import check_rows, check_trained, load_network, start_from, trained_labels
+from pera_lightning.modules.token_loss import StepMean
+from pera_lightning.state import write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EXAMPLES = "step_examples"
+_TRAINED = "training_protocol"
+_STARTED = "started_from"
+
+
+class SequenceClassificationModule(AdapterModule):
+    """Trains adapters and a new head of an encoder on sentences, or pairs of them, with a label each.
+
+    Batches are dicts: ``input_ids`` and ``attention_mask`` (B, T), ``token_type_ids`` where the tokenizer makes them,
+    ``labels`` (B,), int64 classes or, where `num_labels` is 1, float values to predict; at predict ``ids`` too, a list
+    of text. Examples labelled -100, which fill up where processes share a set, are measured nowhere. The loss is
+    cross-entropy, or the squared error of a regression; that of an optimizer step is one mean over its examples, of
+    all ranks and accumulated batches.
+
+    Logged: `train/loss` (of the batch), `val/loss`, the data module's `metrics` as `val/accuracy`, `val/f1`,
+    `val/matthews`, `val/pearson` or `val/spearman`, and `val/metric`, the one that selects; the same at test. Further
+    sets of the data, such as MNLI's mismatched one, are `val_mismatched/…`. An AuroRA whose inference is dynamic is
+    tested twice: `test/…` dynamic (the paper's AuroRA-D), `test_static/…` static (the paper's AuroRA).
+
+    Args:
+        model_name: hub id or folder of an encoder; its head is made anew.
+        num_labels: classes, 1 for a regression; by default the data module's.
+        lr: learning rate of the adapters.
+        head_lr: of modules trained whole, by default `lr`.
+        weight_decay: AdamW's, for tensors of two dimensions or more.
+        lr_schedule: after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: the same as a share of all steps.
+        head_dropout: probability of the dropout before the classifier, by default the model's.
+        class_weights: of the training loss: each example's is multiplied by that of its class. "balanced" asks the
+            data module (n / (C nₖ), whose mean over the training examples is 1).
+        base_dtype: of the frozen base; adapters and head are float32.
+        attn_implementation: "sdpa", "eager", "flash_attention_2" …; by default transformers' choice.
+        activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
+        compile: compiles the network, after the injection.
+        revision: branch, tag or commit of the hub's repository.
+        mnli_checkpoint: checkpoint or adapter folder of a run with the same method and base, whose adapters training
+            starts from, with a new head; for MRPC, RTE and STS-B, as in LoRA's scripts.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_labels: int | None = None,
+        lr: float = 1e-3,
+        head_lr: float | None = None,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        head_dropout: float | None = None,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        revision: str | None = None,
+        mnli_checkpoint: str | None = None,
+    ) -> None:
+        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
+        if num_labels is not None:
+            check_rank(num_labels, "num_labels")
+        if head_dropout is not None:
+            check_number(head_dropout, "head_dropout", low=-1e-300, high=1.0, allowed="a probability in [0, 1)")
+        check_weights(class_weights, num_labels)
+        self.save_hyperparameters()
+        self.register_buffer("class_weights", None, persistent=False)
+        self.scores = nn.ModuleDict()
+        self.trained_with: dict[str, Any] | None = None
+        self.started_from: str | None = None
+        self._step_mean = StepMean()
+        self._random: frozenset[str] = frozenset()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._started = 0.0
+        self._rows: dict[int, list[tuple[str, float]]] = {}
+
+    # --- the network ---
+
+    def build_network(self, weights: bool = True) -> nn.Module:
+        h = self.settings
+        if h["num_labels"] is None:
+            raise ConfigurationError(
+                "num_labels is not given, and no data module with num_labels is attached: give it, 1 for a regression"
+            )
+        network, self._random = load_network(
+            h["model_name"],
+            num_labels=h["num_labels"],
+            dtype=DTYPES[h["base_dtype"]],
+            head_dropout=h["head_dropout"],
+            attn_implementation=h["attn_implementation"],
+            revision=h["revision"],
+            weights=weights,
+        )
+        return network
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self._check_labels()
+        super().configure_model()
+
+    def _check_labels(self) -> None:
+        """Takes the number of labels from the data module where it is not given, and compares where both are."""
+        given, count = self.settings["num_labels"], getattr(self._data, "num_labels", None)
+        if None not in (given, count) and given != count:
+            what = "a regression, num_labels=1" if count == 1 else f"{count} classes"
+            raise ConfigurationError(f"num_labels={given}, but the data has {what}: leave it out, or match it")
+        self.settings["num_labels"] = count if given is None else given
+        if "num_labels" in self.hparams:  # saved, so that load_from_checkpoint needs no data
+            self.hparams["num_labels"] = self.settings["num_labels"]
+        check_weights(self.settings["class_weights"], self.settings["num_labels"])
+
+    def finish_network(self) -> None:
+        if self.adapter_injection is not None:
+            check_trained(self.model, self._random)  # type: ignore[arg-type]
+        if self.settings["activation_checkpointing"]:
+            if not getattr(self.model, "supports_gradient_checkpointing", False):
+                raise ConfigurationError(f"{type(self.model).__name__} cannot checkpoint activations; leave it out")
+            old = getattr(self.model, "gradient_checkpointing_enable", None)  # its name before transformers 5
+            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        if self.settings["compile"]:
+            self.model.compile()  # type: ignore[union-attr]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, for the data module."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.settings["model_name"], self.settings["revision"])
+        return self._tokenizer
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, num_labels); of a regression its value (B, 1)."""
+        config, known = self.model.config.get_text_config(), forward_arguments(self.model)  # type: ignore
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        # The model's own padding token: by it decoders find where a row ends, and the tokenizer may fill with another.
+        inputs = {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id), "attention_mask": mask}
+        # RoBERTa has one type, for the first sentence and the second.
+        if "token_type_ids" in batch and "token_type_ids" in known and getattr(config, "type_vocab_size", 2) > 1:
+            inputs["token_type_ids"] = batch["token_type_ids"]
+        cache = {"use_cache": False} if "use_cache" in known else {}
+        return self.model(**inputs, **cache).logits  # type: ignore[misc]
+
+    # --- training ---
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.trained_with = self._protocol_of_data()
+        self._check_rows()
+        weights = self.settings["class_weights"]
+        if weights == "balanced":
+            if not hasattr(self._data, "class_weights"):
+                raise ConfigurationError("class_weights='balanced' asks a data module, and there is none; give a list")
+            weights = self._data.class_weights()
+        self.class_weights = None if weights is None else torch.as_tensor(weights).float().to(self.device)
+
+    def on_train_start(self) -> None:
+        # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which wins.
+        path = self.settings["mnli_checkpoint"]
+        if path is not None and self.started_from is None and self.trainer.ckpt_path is None:
+            start_from(self.model, path)  # type: ignore[arg-type]
+            self.started_from = path
+
+    def _check_rows(self) -> None:
+        if hasattr(self._data, "extremes"):
+            check_rows(self.model, *self._data.extremes())  # type: ignore[arg-type]
+
+    def _protocol_of_data(self) -> dict[str, Any] | None:
+        return self._data.protocol() if hasattr(self._data, "protocol") else None
+
+    def _shared_step(self, batch: Mapping[str, Any], weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B,), 0 without a label, outputs (B, num_labels) in float32, labels (B,)."""
+        outputs, labels = self(batch).float(), batch["labels"]
+        return example_losses(outputs, labels, weights), outputs, labels
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step_mean.start()  # where Lightning empties the gradients; a fit stopped within a window left some
+        losses, _, labels = self._shared_step(batch, self.class_weights)
+        summed, own = losses.sum(), (labels != IGNORE).sum()
+        self.check_loss(summed, batch_idx)
+        world = self.trainer.world_size
+        examples = own if world == 1 else self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+        size = max(int(own), 1)
+        self.log("train/loss", summed.detach() / size, prog_bar=True, batch_size=size)
+        return self._step_mean.loss(summed, int(examples), world=world)
+
+    def on_after_backward(self) -> None:
+        """Corrects the gradient at the end of the accumulation window."""
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        factor = self._step_mean.correction(self.trainer.accumulate_grad_batches)
+        if factor != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    # --- validation and test ---
+
+    def _set_names(self, count: int) -> list[str]:
+        """What is put behind a stage's name, for so many sets: nothing for the first."""
+        names = list(getattr(self._data, "test_sets", ()))
+        names += [str(k) for k in range(len(names), count)]
+        return ["", *(f"_{name}" for name in names[1:count])]
+
+    def _begin(self, stages: Sequence[str], count: int) -> None:
+        """Makes the scores of each stage and set, empty."""
+        labels = self.settings["num_labels"]
+        names = getattr(self._data, "metrics", None) or default_metrics(labels)
+        selection = getattr(self._data, "selection", None) or names[0]
+        check_metrics(names, selection, labels)
+        sets = [f"{stage}{name}" for stage in stages for name in self._set_names(count)]
+        self.scores = nn.ModuleDict({name: Scores(names, selection, labels) for name in sets}).to(self.device)
+
+    def _update(self, stage: str, batch: Mapping[str, Any], index: int) -> None:
+        losses, outputs, labels = self._shared_step(batch)
+        name, known = self._set_names(index + 1)[index], labels != IGNORE
+        self.scores[f"{stage}{name}"].update(outputs[known], labels[known], losses[known])
+
+    def _computed(self) -> dict[str, Tensor]:
+        values = {f"{s}/{k}": v for s, scores in self.scores.items() for k, v in scores.compute().items()}
+        # They are of all ranks already; without sync_dist Lightning warns.
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+        return values
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":  # not within a fit
+            self._check_rows()
+        self._begin(["val"], len(self.trainer.num_val_batches))
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._update("val", batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._computed()
+
+    def on_test_start(self) -> None:
+        self._check_rows()
+        self._begin(list(results.inference_rows(self)), len(self.trainer.num_test_batches))
+        self._started = time.perf_counter()
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._update("test", batch, dataloader_idx)
+        with static_inference(self) as dynamic:
+            if dynamic:
+                self._update("test_static", batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        n = {name: scores.n() for name, scores in self.scores.items()}
+        if not all(n.values()):
+            none = listed(name for name, count in n.items() if not count)
+            raise DataError(f"no row of {none} has a label to test by; predict them")
+        values = self._computed()
+        seconds, folder = time.perf_counter() - self._started, self.trainer.log_dir  # asked on every rank
+        if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
+            facts = {"n": n, "seconds": seconds, "inference": results.inference_rows(self)}
+            metrics = {name: value.item() for name, value in values.items()}
+            result = results.collect(self, metrics, protocol=self._protocol(), **facts)
+            print(f"Results: {results.write(Path(folder), result)}", flush=True)
+
+    def _protocol(self) -> dict[str, Any]:
+        """What was tested on what: network, checkpoint, and what the data module says of itself."""
+        return {
+            **results.about(self, "sequence_classification"),
+            "num_labels": self.settings["num_labels"],
+            "selection": next(iter(self.scores.values())).selection,
+            "mnli_checkpoint": self.started_from,
+            "data": self._protocol_of_data(),
+            "training": self.trained_with,
+        }
+
+    # --- prediction ---
+
+    def on_predict_start(self) -> None:
+        self._check_rows()
+        self._rows = {k: [] for k in range(len(self.trainer.num_predict_batches))}
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Outputs and what they decide: ``{"ids", "outputs" (B, num_labels), "predictions" (B,)}``."""
+        outputs = self(batch).float()
+        predictions = decided(outputs)
+        prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
+        ids = batch.get("ids") or [f"{prefix}{batch_idx}_{k}" for k in range(len(outputs))]
+        self._rows[dataloader_idx] += zip(ids, predictions.tolist(), strict=True)
+        return {"ids": ids, "outputs": outputs, "predictions": predictions}
+
+    def on_predict_end(self) -> None:
+        """Writes a file a set as GLUE's leaderboard takes it, each row once, in the order of the data."""
+        ranks = on_every_rank(self._rows)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        task = getattr(self._data, "task", None)
+        written = getattr(task, "written", str)
+        names = [*getattr(task, "submission_files", ())]
+        names += [f"predictions{name}" for name in self._set_names(len(self._rows))[len(names) :]]
+        for index, name in zip(self._rows, names, strict=False):
+            rows = in_order([own[index] for own in ranks])
+            text = submission((row, written(prediction)) for row, prediction in rows.items())
+            write_atomically(folder / f"{name}.tsv", text.encode())
+            print(f"Predictions of {len(rows)} rows: {folder / name}.tsv", flush=True)
+
+    # --- merging and export ---
+
+    def settle(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the number of labels from the trained head where it is not given."""
+        if self.settings["num_labels"] is None:
+            count = trained_labels(self.settings["model_name"], self.settings["revision"], state)
+            if count is None:
+                raise ConfigurationError("there is no trained head to tell how many labels there are: give num_labels")
+            self.settings["num_labels"] = count
+
+    def outputs_and_loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Outputs (N, num_labels) of the labelled examples, and their mean loss."""
+        losses, outputs, labels = self._shared_step(batch)
+        known = labels != IGNORE
+        return outputs[known], losses[known].mean()
+
+    def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
+        from pera_lightning.export.huggingface import write_transformers
+
+        notes = []
+        if heads := release_heads(self.model, DTYPES[self.settings["base_dtype"]]):  # type: ignore[arg-type]
+            notes.append(f"{listed(heads)} was trained in float32 and is {self.settings['base_dtype']}, as the base is")
+        if class_names is not None and len(class_names) == self.settings["num_labels"]:
+            config = self.model.config  # type: ignore[union-attr]
+            config.id2label = dict(enumerate(class_names))
+            config.label2id = {name: k for k, name in config.id2label.items()}
+        name = getattr(data, "tokenizer_name", None)
+        try:
+            tokenizer = self.tokenizer if name is None else load_tokenizer(name)
+        except ConfigurationError as error:
+            tokenizer = None
+            notes.append(f"no tokenizer was written: {error}")
+        return notes + write_transformers(self.model, folder, tokenizer)  # type: ignore[arg-type]
+
+    def how_to_load(self, folder: Path) -> str:
+        return f"transformers.AutoModelForSequenceClassification.from_pretrained({str(folder)!r})"
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_EXAMPLES] = self._step_mean.state()
+        checkpoint[_TRAINED], checkpoint[_STARTED] = self.trained_with, self.started_from
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._step_mean.load(checkpoint.get(_EXAMPLES, [0, 0]))
+        self.trained_with, self.started_from = checkpoint.get(_TRAINED), checkpoint.get(_STARTED)

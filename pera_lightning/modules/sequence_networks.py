@@ -1,0 +1,264 @@
+"""Sequence classifiers of transformers, by hub id or folder, with a new head; every way to fail put into words.
+
+The head is all that lies outside of the model's base: BERT's `classifier`, RoBERTa's (a dense layer and the output),
+DistilBERT's `pre_classifier` and `classifier`, DeBERTa's `pooler` and `classifier`. It is made anew, so that a head for
+another task with as many classes does not survive; only what a pre-trained model (for masked tokens, say) has outside
+of its base is kept, as ModernBERT's `head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pera_lightning.callbacks.checkpoint_io import read_checkpoint
+from pera_lightning.errors import CheckpointError, ConfigurationError, listed
+from pera_lightning.evaluation.pretrained import explained
+from pera_lightning.injection import injection_of
+from pera_lightning.modules.language_networks import check_extremes
+from pera_lightning.sharding import sharded_like
+from pera_lightning.state import METADATA, check_injection, check_state, read_adapter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What the dropout before a classifier is called; DeBERTa's configuration knows `cls_dropout` and does not list it.
+_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "summary_last_dropout")
+_DEBERTA_DROPOUT = "cls_dropout"
+# Classes of pre-trained models end so; others were trained on a task.
+_PRETRAINED = ("Model", "ForMaskedLM", "ForPreTraining", "ForCausalLM")
+_PROBE = 4099  # classes: a size that no other tensor has
+
+
+def load_network(
+    name: str,
+    *,
+    num_labels: int,
+    dtype: torch.dtype,
+    head_dropout: float | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """A sequence classifier in `dtype`, and the names of its parameters that are random.
+
+    Args:
+        name: hub id, or folder.
+        num_labels: outputs of the head.
+        dtype: of the weights.
+        head_dropout: before the classifier; by default the configuration's.
+        attn_implementation: "sdpa", "eager" …, by default transformers' choice.
+        revision: branch, tag or commit of the hub's repository.
+        weights: False builds from the configuration alone, with random weights; the head's are named then.
+
+    Raises:
+        ConfigurationError: where the model cannot be had, or is no classifier.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        pretrained = _is_pretrained(config)
+        _prepare(config, num_labels, head_dropout)
+        if weights:
+            network, found = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                config=config,
+                revision=revision or "main",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head for another number of classes; others are refused below
+                **options,
+            )
+        else:
+            network, found = AutoModelForSequenceClassification.from_config(config, **options), {}
+    except SafetensorError as error:
+        raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise explained(error, name, "model") from error
+    _check_kind(network, name)
+    _check_dropout(network, head_dropout)
+    head = head_parameters(network)
+    if not weights:
+        return network, head
+    _check_base(name, found, head)
+    missing = frozenset(found["missing_keys"])
+    if pretrained:
+        return network, missing | {key for key, *_ in found["mismatched_keys"]}
+    _renew(network)
+    return network, missing | head
+
+
+def _is_pretrained(config: PretrainedConfig) -> bool:
+    kinds = getattr(config, "architectures", None) or ()
+    return bool(kinds) and all(kind.endswith(_PRETRAINED) for kind in kinds)
+
+
+def _prepare(config: PretrainedConfig, num_labels: int, head_dropout: float | None) -> None:
+    """Sets what the head depends on in a model's configuration."""
+    config.num_labels = num_labels
+    config.id2label = {k: f"LABEL_{k}" for k in range(num_labels)}  # those of another task may be as many
+    config.label2id = {label: k for k, label in config.id2label.items()}
+    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+    if head_dropout is not None:
+        deberta = str(getattr(config, "model_type", "")).startswith("deberta")
+        for key in [_DEBERTA_DROPOUT] if deberta else [key for key in _DROPOUTS if hasattr(config, key)]:
+            setattr(config, key, head_dropout)
+
+
+def _check_kind(network: PreTrainedModel, name: str) -> None:
+    if network.base_model is network or not head_parameters(network):
+        raise ConfigurationError(
+            f"model {name}: {type(network).__name__} has no head apart from its base; give an encoder such as BERT"
+        )
+    if network.config.get_text_config().pad_token_id is None:
+        raise ConfigurationError(
+            f"model {name} has no pad_token_id, by which {type(network).__name__} tells where a row ends: set it in "
+            "its config.json, or give an encoder such as BERT"
+        )
+
+
+def _check_dropout(network: PreTrainedModel, head_dropout: float | None) -> None:
+    """Raises `ConfigurationError` where a dropout was asked for, and none of the head has it."""
+    base = {*network.base_model.modules()}
+    there = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m not in base]
+    if head_dropout is not None and head_dropout not in (there or [0.0]):
+        raise ConfigurationError(
+            f"head_dropout={head_dropout:g} would not act: {type(network).__name__} has no dropout before its "
+            "classifier that its configuration sets; leave it out"
+        )
+
+
+def _check_base(name: str, found: Mapping[str, Any], head: Collection[str]) -> None:
+    """Refuses a base with tensors that no file gave, but for a pooler, which can be trained."""
+    missing = sorted(key for key in found["missing_keys"] if key not in head and ".pooler." not in key)
+    if missing:
+        raise ConfigurationError(
+            f"model {name} has no weights for {len(missing)} of its tensors, which would be random: "
+            f"{listed(missing, 2)}; give one that was saved whole"
+        )
+    wrong = sorted(key for key, *_ in found["mismatched_keys"] if key not in head)
+    if wrong:
+        raise ConfigurationError(
+            f"model {name}: {len(wrong)} of its tensors have other shapes than its configuration says: "
+            f"{listed(wrong, 2)}; fetch it again"
+        )
+
+
+def head_parameters(network: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters outside of the base."""
+    base = {id(p) for p in network.base_model.parameters()}
+    return frozenset(name for name, p in network.named_parameters() if id(p) not in base)
+
+
+@torch.no_grad()
+def _renew(network: PreTrainedModel) -> None:
+    """Initialises the head as the model's class does, whatever was loaded into it."""
+    base = {*network.base_model.modules()}
+    for module in network.modules():
+        if module in base or module is network:
+            continue
+        for part in (module, *module.parameters(recurse=False)):
+            part._is_hf_initialized = False  # by which transformers spares what it has loaded
+        network._init_weights(module)
+
+
+def check_trained(network: PreTrainedModel, random: Collection[str]) -> None:
+    """Raises `ConfigurationError` where parameters that no file gave are not trained.
+
+    Args:
+        network: injected.
+        random: names of the parameters that are random, see `load_network`.
+    """
+    idle = sorted(name for name in random if not network.get_parameter(name).requires_grad)
+    if idle:
+        modules = dict.fromkeys(_module_of(name, network) for name in sorted(random))
+        raise ConfigurationError(
+            f"{len(idle)} tensors of {type(network).__name__} are new and random and would stay so: "
+            f"{listed(idle, 2)}; name their modules in trainable, e.g. trainable=[{', '.join(modules)}]"
+        )
+
+
+def _module_of(parameter: str, network: PreTrainedModel) -> str:
+    """The module to train: the part of the head or of the base (its pooler) that a parameter lies in."""
+    parts = parameter.split(".")
+    return parts[1] if parts[0] == network.base_model_prefix and len(parts) > 2 else parts[0]
+
+
+def trained_labels(name: str, revision: str | None, state: Mapping[str, Tensor]) -> int | None:
+    """How many outputs a trained head has; None where there is none.
+
+    Args:
+        name: hub id, or folder.
+        revision: of the hub's repository.
+        state: trained tensors by their names in the network.
+    """
+    with torch.device("meta"):
+        network, head = load_network(name, num_labels=_PROBE, dtype=torch.float32, revision=revision, weights=False)
+    last = [n for n in sorted(head) if network.get_parameter(n).shape[0] == _PROBE and n in state]
+    return len(state[last[0]]) if last else None
+
+
+def check_rows(network: PreTrainedModel, longest: int, highest: int) -> None:
+    """Raises `ConfigurationError` where rows are longer than the positions, or have ids that the model has not.
+
+    Args:
+        network: the network.
+        longest: tokens of the longest row.
+        highest: the highest token id, padding included.
+    """
+    for path, module in network.base_model.named_modules():
+        # RoBERTa counts positions from behind that of padding: of 514 there are 512 for tokens.
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            usable = module.num_embeddings - module.padding_idx - 1
+            if longest > usable:
+                raise ConfigurationError(
+                    f"rows have up to {longest} tokens, and the model has positions for {usable}; set the data's "
+                    f"max_length to {usable} or less"
+                )
+    check_extremes(network, longest, highest)
+
+
+def start_from(network: PreTrainedModel, path: str) -> None:
+    """Loads the adapters of another run, and not its head.
+
+    Args:
+        network: injected as that run's was.
+        path: a Lightning checkpoint of it, or its adapter folder.
+
+    Raises:
+        CheckpointError: where there are no such adapters, or they are of another method or base.
+    """
+    state, spec = _read(path)
+    mark = injection_of(network)
+    if mark is None:
+        raise ConfigurationError(f"mnli_checkpoint={path}: there are no adapters to start; add AdapterInjection")
+    heads = tuple(f"{module}." for module in spec["trained_modules"])
+    taken = {name: value for name, value in state.items() if not name.startswith(heads)}
+    own = tuple(f"{module}." for module in mark.trained_modules)
+    kept = {name: value for name, value in network.state_dict().items() if name.startswith(own)}
+    check_injection({**spec, "trained_modules": list(mark.trained_modules)}, mark, path)
+    check_state(network, {**taken, **kept}, path)
+    present = network.state_dict()
+    with torch.no_grad():
+        for name, value in taken.items():
+            present[name].copy_(sharded_like(value.to(present[name].dtype), present[name]))
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by their names in the network, and the description of the injection."""
+    if Path(path).is_dir():
+        return read_adapter(path)
+    checkpoint = read_checkpoint(path)
+    if METADATA not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    spec = checkpoint[METADATA]
+    prefix = f"{spec['root']}." if spec["root"] else ""
+    return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

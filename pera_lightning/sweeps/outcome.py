@@ -1,0 +1,86 @@
+"""What a run has come to: the checkpoint to test, the score it was selected by, and what its results tell."""
+
+from __future__ import annotations
+
+import json
+import re
+from ast import literal_eval
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pera_lightning.callbacks.checkpoint_io import read_checkpoint
+from pera_lightning.errors import CheckpointError
+from pera_lightning.sweeps.plan import flattened
+
+_KEEPER = re.compile(r"\w+(\{.*\})")  # a ModelCheckpoint's key in a checkpoint
+_SHORT = 80  # letters; longer facts of a protocol, such as prompts, are in results.json
+
+
+def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
+    """The checkpoint of a finished fit that is to be tested, and the score it was selected by.
+
+    Returns:
+        "best"; of a fit that names its files otherwise, the best file; "last" where none is kept as the best, else the
+        newest file. And ``name``, ``mode`` and ``score`` of the selection, None where nothing was selected.
+
+    Raises:
+        CheckpointError: where there is no checkpoint, or a damaged one.
+    """
+    folder = run / "checkpoints"
+    files = sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        raise CheckpointError(f"{folder} has no checkpoint to test: the trainer needs a ModelCheckpoint")
+    best = folder / "best.ckpt"
+    if best in files:
+        return "best", selection(read_checkpoint(best), best.name)
+    checkpoint = read_checkpoint(files[-1])
+    for _, state in keepers(checkpoint):
+        best = folder / Path(state["best_model_path"]).name
+        if best in files:
+            return str(best), selection(read_checkpoint(best), best.name)
+    return ("last" if folder / "last.ckpt" in files else str(files[-1])), None
+
+
+def keepers(checkpoint: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Key and state of each ModelCheckpoint of a checkpoint that selects by a metric."""
+    return [
+        (key, state)
+        for key, state in (checkpoint.get("callbacks") or {}).items()
+        if isinstance(state, Mapping) and state.get("monitor") and state.get("best_model_score") is not None
+    ]
+
+
+def selection(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The score by which a file was kept as the best.
+
+    Args:
+        checkpoint: read.
+        name: the file's.
+
+    Returns:
+        ``name`` of the metric, ``mode`` ("min" or "max") and ``score``; None where it was not selected.
+    """
+    for key, state in keepers(checkpoint):
+        if Path(state["best_model_path"]).name == name and (found := _KEEPER.fullmatch(key)):
+            mode = literal_eval(found[1]).get("mode", "min")
+            return {"name": state["monitor"], "mode": mode, "score": float(state["best_model_score"])}
+    return None
+
+
+def told_by(results: Path) -> dict[str, Any]:
+    """What a run's `results.json` tells the sweep: metrics, parameters, method and the short facts of its protocol."""
+    result = json.loads(results.read_text(encoding="utf-8"))
+    facts = flattened(result.get("protocol") or {})
+    return {
+        "metrics": {name: float(value) for name, value in (result.get("metrics") or {}).items()},
+        "trainable_parameters": result.get("trainable_parameters"),
+        "method": result.get("method"),
+        "protocol": {k: v for k, v in facts.items() if k != "checkpoint" and _is_short(k, v)},
+        "selected_on_test": any(k.rpartition(".")[2] == "selected_on_test" and v is True for k, v in facts.items()),
+    }
+
+
+def _is_short(key: str, value: Any) -> bool:
+    """Whether a fact fits a line: no prompt, and no part of a list."""
+    return len(str(value)) <= _SHORT and not any(part.isdecimal() for part in key.split("."))

@@ -1,0 +1,121 @@
+"""The processes of a sweep, one after the other: where their output goes, and what a signal to the sweep does."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pera_lightning.errors import DataError, shorten
+from pera_lightning.sweeps.folder import note_owner
+
+STOPPED = "stopped by a signal"  # so begins the line of a fit that a signal stopped, see callbacks/preemption.py
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def program() -> list[str]:
+    """The words that start this program again: a script, or a module by ``-m``."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return [sys.executable, sys.argv[0]]
+    return [sys.executable, "-m", spec.name.removesuffix(".__main__")]
+
+
+class Processes:
+    """Runs a process at a time; within the context, a signal is handed to it, and none begins after one.
+
+    The process gets SIGTERM, whatever the signal was: at that a fit saves a checkpoint, at Ctrl-C it would not. It has
+    a session of its own, so that Ctrl-C in a terminal reaches the sweep alone. At a second signal it is killed.
+
+    Args:
+        lock: of the sweep's folder, for the processes to inherit.
+
+    Attributes:
+        signal: the one that was sent, else None.
+    """
+
+    def __init__(self, lock: int) -> None:
+        self.lock = lock
+        self.signal: signal.Signals | None = None
+        self._child: subprocess.Popen | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Processes:
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._child is not None and self._child.poll() is None:  # after an error of the sweep itself
+            self._kill()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        first, self.signal = self.signal is None, signal.Signals(number)
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate() if first else self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
+
+    def run(self, words: Sequence[str], log: Path) -> tuple[int, str]:
+        """Runs a command to its end.
+
+        Args:
+            words: of the command.
+            log: what it prints is appended to it.
+
+        Returns:
+            Its exit code, negative for a signal, and the line by which it says what was wrong, or the last one.
+
+        Raises:
+            DataError: where the log cannot be written.
+        """
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                file.write(f"$ {shlex.join(words)}\n".encode())
+                file.flush()
+                start = file.tell()
+                self._child = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                    pass_fds=(self.lock,),
+                )  # fmt: skip
+        except OSError as error:
+            raise DataError(
+                f"{log} cannot be written, or {words[0]} not started ({error.strerror}): make room, or give another "
+                "--output"
+            ) from None
+        note_owner(self.lock, os.getpid(), self._child.pid)
+        if self.signal is not None:  # it came before there was a process to hand it to
+            self._child.terminate()
+        return self._child.wait(), said(log, start)
+
+
+def said(log: Path, start: int) -> str:
+    """The last line in a log, from a byte on, that says an error or what a signal did; else the last at all."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("error: ", STOPPED))]
+    return shorten((telling or lines or [""])[-1].removeprefix("error: "))
+
+
+def ended_by(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}{', out of memory?' if name == 'SIGKILL' else ''}"

@@ -1,0 +1,182 @@
+"""Runs what is missing of a sweep, one run after the other: fit, test, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pera_lightning.errors import CheckpointError
+from pera_lightning.sweeps.folder import (
+    FILE,
+    LOG,
+    TABLE,
+    digest,
+    find_results,
+    fit_finished,
+    identity,
+    is_complete,
+    new_record,
+    write_sweep,
+)
+from pera_lightning.sweeps.outcome import tested_checkpoint, told_by
+from pera_lightning.sweeps.plan import Run, setting_name, value_words, with_seed
+from pera_lightning.sweeps.processes import STOPPED, Processes, ended_by, program
+from pera_lightning.sweeps.summary import COMPLETE, scores, table
+
+
+def placed(placement: Any, folder: Path) -> list[str]:
+    """The words that give a run its folder.
+
+    Args:
+        placement: whether there is a logger at all (the trainer's own), or the config's as primitives: one, or a
+            list whose first names the folder.
+        folder: the run's.
+    """
+    names = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
+    words = [f"--trainer.default_root_dir={folder}"]
+    if placement is True:
+        logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": names}
+        words.append(f"--trainer.logger={json.dumps(logger)}")
+    elif isinstance(placement, list):
+        first = {**placement[0], "init_args": {**placement[0].get("init_args", {}), **names}}
+        words.append(f"--trainer.logger={json.dumps([first, *placement[1:]])}")
+    elif placement:
+        words += [f"--trainer.logger.init_args.{key}={value}" for key, value in names.items()]
+    return words
+
+
+def run_words(run: Run, folder: Path, words: Iterable[str], placement: Any) -> list[str]:
+    """The words of a run that its fit and its test share."""
+    given = [*with_seed(words, run.seed), f"--seed_everything={run.seed}", *value_words(run.values)]
+    return [*given, *placed(placement, folder)]
+
+
+def going_on(run: Path) -> list[str]:
+    """The words by which a fit goes on from a run's last checkpoint, where it has one."""
+    return ["--ckpt_path", "last"] if any(run.glob("checkpoints/last*.ckpt")) else []
+
+
+class Sweep:
+    """Runs what is missing, one run after the other.
+
+    Args:
+        folder: of the sweep.
+        sweep: what `sweep.json` is to say; the runs that are wanted are added.
+        wanted: the runs that are asked for now.
+        words: of every run.
+        placements: for `placed`, by the setting's name.
+        processes: in its context.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sweep: dict[str, Any],
+        wanted: Sequence[Run],
+        words: Sequence[str],
+        placements: Mapping[str, Any],
+        processes: Processes,
+    ) -> None:
+        self.folder, self.sweep, self.wanted, self.words = folder, sweep, wanted, words
+        self.placements, self.processes = placements, processes
+        there = {record["name"]: record for record in sweep["runs"]}
+        self.records = {run.name: there.get(run.name) or new_record(run) for run in wanted}
+        sweep["runs"] = list({**there, **self.records}.values())
+
+    def run(self) -> int:
+        """Runs, prints, writes; returns the exit code."""
+        self._write()
+        print(f"Runs in {self.folder}: {len(self.wanted)}; the output of each is in its {LOG}", flush=True)
+        for k, run in enumerate(self.wanted, 1):
+            record, place = self.records[run.name], self.folder / run.name
+            kept = is_complete(place, record)
+            if not kept:
+                record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})
+                self._run(run, record, place)
+                self._write()
+            if self.processes.signal is not None and record["status"] != COMPLETE:
+                return self._stopped()
+            print(f"[{k}/{len(self.wanted)}] {run.name}: {self._line(record, kept)}", flush=True)
+            if self.processes.signal is not None:
+                return self._stopped()
+        self._print_summary()
+        bad = [name for name, record in self.records.items() if record["status"] != COMPLETE]
+        if bad:
+            print(f"{len(bad)} of {len(self.records)} runs are not complete; the same command tries them again")
+        return 1 if bad else 0
+
+    def _run(self, run: Run, record: dict[str, Any], place: Path) -> None:
+        words = run_words(run, place, self.words, self.placements[setting_name(run.values)])
+        if not fit_finished(place):
+            code, line, seconds = self._process("fit", [*words, *going_on(place)], place)
+            record["fit_seconds"] += seconds
+            if code != 0 or not fit_finished(place):
+                self._not_done(record, "fit", code, line)
+                return
+        record["status"] = "fitted"
+        self._write()
+        if self.processes.signal is not None:
+            return
+        try:
+            checkpoint, record["selection"] = tested_checkpoint(place)
+        except CheckpointError as error:
+            record.update(status="failed", error=str(error))
+            return
+        before = identity(find_results(place))
+        code, line, record["test_seconds"] = self._process("test", [*words, "--ckpt_path", checkpoint], place)
+        results = find_results(place)
+        if code != 0 or results is None or identity(results) == before:
+            self._not_done(record, "test", code, line)
+            return
+        record.update(told_by(results), results=str(results.relative_to(place)), results_sha256=digest(results))
+        record["status"] = COMPLETE
+
+    def _process(self, command: str, words: list[str], place: Path) -> tuple[int, str, float]:
+        start = time.monotonic()
+        code, line = self.processes.run([*program(), command, *words], place / LOG)
+        return code, line, time.monotonic() - start
+
+    def _not_done(self, record: dict[str, Any], command: str, code: int, line: str) -> None:
+        stopped = code == 0 and line.startswith(STOPPED)
+        if stopped or self.processes.signal is not None:
+            lost = "what it did since its last checkpoint is lost" if command == "fit" else "it is run again"
+            record.update(status="interrupted", error=line if stopped else f"its {command} was ended, {lost}")
+            return
+        if code == 0:
+            missing = "no step was trained" if command == "fit" else "its module writes no results.json"
+            line = f"{missing}: {line}"
+        elif code < 0:
+            line = f"{ended_by(code)}: {line}"
+        record.update(status="failed", error=f"{command}: {line or ended_by(code)}")
+
+    def _line(self, record: Mapping[str, Any], kept: bool) -> str:
+        if record["status"] != COMPLETE:
+            return f"{record['status'].upper()}, {record['error']} (see {self.folder / record['name'] / LOG})"
+        seconds = f"{record['fit_seconds']:.0f} s of fit, {record['test_seconds']:.0f} s of test"
+        return f"{scores(record)}; {'complete before, kept' if kept else seconds}"
+
+    def _stopped(self) -> int:
+        number = self.processes.signal
+        assert number is not None
+        done = sum(record["status"] == COMPLETE for record in self.records.values())
+        begun = [name for name, record in self.records.items() if record["status"] == "interrupted"]
+        saved = f"; {begun[-1]}: {self.records[begun[-1]]['error']}" if begun else ""
+        print(
+            f"stopped by {number.name} with {done} of {len(self.records)} runs complete{saved}\n"
+            "The same sweep command goes on from here.",
+            flush=True,
+        )
+        return 128 + number
+
+    def _print_summary(self) -> None:
+        if self.sweep["summary"]:
+            print(f"\n{table(self.sweep['summary'])}")
+            if self.sweep["best_text"]:
+                print(self.sweep["best_text"])
+        print(f"Sweep: {self.folder / FILE}, {self.folder / TABLE}", flush=True)
+
+    def _write(self) -> None:
+        write_sweep(self.folder, self.sweep)
