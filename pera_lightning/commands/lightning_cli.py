@@ -23,10 +23,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import pera_lightning.adapters
 import pera_lightning.data.commonsense
 import pera_lightning.data.dialogue
+import pera_lightning.data.glue
 import pera_lightning.data.images
 import pera_lightning.data.maths
 import pera_lightning.modules.causal_lm
-import pera_lightning.modules.image_classification  # noqa: F401
+import pera_lightning.modules.image_classification
+import pera_lightning.modules.sequence_classification  # noqa: F401
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.callbacks import AdapterInjection
 from pera_lightning.commands.lost_process import lost_process
@@ -60,8 +62,14 @@ def known_classes() -> dict[str, list[str]]:
     """The short class names that the config's groups take."""
     return {
         "adapter.method": list(registered_methods()),
-        "model": ["CausalLMModule", "ImageClassificationModule"],
-        "data": ["CommonsenseDataModule", "DialogueDataModule", "ImageDataModule", "MathsDataModule"],
+        "model": ["CausalLMModule", "ImageClassificationModule", "SequenceClassificationModule"],
+        "data": [
+            "CommonsenseDataModule",
+            "DialogueDataModule",
+            "GLUEDataModule",
+            "ImageDataModule",
+            "MathsDataModule",
+        ],
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_lightning.data import batching, transforms
+from pera_lightning.data.glue import GLUEDataModule
 from pera_lightning.data.images import ImageDataModule
 from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, closest
@@ -16,6 +17,8 @@ from pera_lightning.memory import DeviceMemory, as_fake, device_memory, fake_lik
 from pera_lightning.modules.base import AdapterModule
 from pera_lightning.modules.causal_lm import CausalLMModule
 from pera_lightning.modules.image_classification import ImageClassificationModule
+from pera_lightning.modules.sequence_classification import SequenceClassificationModule
+from pera_lightning.modules.sequence_networks import positions
 
 DEVICES = (8, 32)
 _UNITS = {"GiB": 2**30, "MiB": 2**20}
@@ -85,14 +88,18 @@ def memory_table(
     elif isinstance(module, ImageClassificationModule) and isinstance(data, ImageDataModule):
         batch, assumed = image_batch(module, data, mode)
         arguments = (batch, module.settings["label_smoothing"])
+    elif isinstance(module, SequenceClassificationModule) and isinstance(data, GLUEDataModule):
+        batch, assumed = sequence_batch(module, data, mode)
+        arguments = (batch,)
     else:
         raise ConfigurationError(
             f"--memory knows no batch of {type(data).__name__} for {type(module).__name__}: it takes CausalLMModule "
-            "with a text data module, and ImageClassificationModule with ImageDataModule"
+            "with a text data module, ImageClassificationModule with ImageDataModule, and "
+            "SequenceClassificationModule with GLUEDataModule"
         )
     step = measure_step(
         module.model,  # type: ignore[arg-type]
-        lambda: module._shared_step(*arguments)[0],
+        lambda: module._shared_step(*arguments)[0].sum(),  # of the losses of examples, where it is not their mean
         autocast=_AUTOCAST[name],
         as_on_cuda=as_on_cuda,
     )
@@ -156,6 +163,21 @@ def image_batch(
     labels = torch.empty(data.batch_size, dtype=torch.int64, device="meta")
     words = f"{data.batch_size} images of {size[0]}x{size[1]} pixels"
     return (fake_like(images, mode), fake_like(labels, mode)), words
+
+
+def sequence_batch(
+    module: SequenceClassificationModule, data: GLUEDataModule, mode: FakeTensorMode
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The largest batch of labelled rows, and what was assumed of it, in words.
+
+    Rows are as long as the data's limit and the model's positions allow, all but the first with a token of padding.
+    """
+    length = min(data.max_length, positions(module.model) or data.max_length)  # type: ignore[arg-type]
+    example = {"input_ids": [0] * length, "label": 0.0 if data.task.regression else 0}
+    short = {**example, "input_ids": [0] * (length - 1)}
+    batch = batching.collate_classified([example, *[short] * (data.batch_size - 1)], pad_id=0)
+    fake = {name: value if name == "labels" else fake_like(value, mode) for name, value in batch.items()}
+    return fake, f"{data.batch_size} rows of {length:,} tokens"
 
 
 def _lines(columns: dict[str, DeviceMemory], base: str) -> list[str]:

@@ -40,10 +40,11 @@ def run(args: Sequence[str]) -> None:
     module, injector = cli.model, cli.config_init["adapter"].injector()
     if not hasattr(module, "dry_run"):
         raise ConfigurationError(f"{type(module).__name__} has no dry_run: params works on this package's modules")
-    if module.settings.get("num_classes", 0) is None:
-        if not hasattr(cli.datamodule, "expected_classes"):
-            raise ConfigurationError("the data do not tell how many classes there are: give --model.num_classes")
-        module.settings["num_classes"] = cli.datamodule.expected_classes()
+    for name in ("num_classes", "num_labels"):
+        if module.settings.get(name, 0) is None:
+            if not hasattr(cli.datamodule, "expected_classes"):
+                raise ConfigurationError(f"the data do not tell how many classes there are: give --model.{name}")
+            module.settings[name] = cli.datamodule.expected_classes()
     given = {name: cli.config[name] for name in ("devices", "answer_length") if cli.config[name] is not None}
     if not cli.config["memory"]:
         if given:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Trained:
             return [str(name) for name in self.data.class_names]
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
             names = json.loads(file.read_text(encoding="utf-8")).get("classes")
-            if names is not None and len(names) == self.module.settings.get("num_classes"):
+            if names is not None and len(names) == _classes(self.module.settings.get):
                 return [str(name) for name in names]
         return None
 
@@ -118,8 +118,9 @@ class Trained:
         return drawn(data.train_dataloader(), count)
 
     def validation_batches(self, count: int) -> list[Any]:
-        """Validation rows, drawn by a fixed seed."""
-        return drawn(self._set_up().val_dataloader(), count)
+        """Validation rows, drawn by a fixed seed; of several sets those of the first."""
+        loaders = self._set_up().val_dataloader()
+        return drawn(loaders[0] if isinstance(loaders, (list, tuple)) else loaders, count)
 
     def _set_up(self) -> LightningDataModule:
         data = self.data
@@ -135,12 +136,17 @@ class Trained:
                     "say where they are by --data.…, or export without --method and --batches"
                 ) from None
             self._ready = True
-            there, head = getattr(data, "num_classes", None), self.module.settings.get("num_classes")
+            there, head = _classes(lambda name: getattr(data, name, None)), _classes(self.module.settings.get)
             if None not in (there, head) and there != head:
                 raise ConfigurationError(
                     f"the data have {there} classes, and the trained head {head}: give its own data"
                 )
         return data
+
+
+def _classes(value: Callable[[str], Any]) -> int | None:
+    """How many classes a head or a data set has, of which images and texts have names of their own."""
+    return next((count for name in ("num_classes", "num_labels") if (count := value(name)) is not None), None)
 
 
 def configured(words: Sequence[str]) -> list[str]:

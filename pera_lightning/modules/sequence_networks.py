@@ -206,6 +206,15 @@ def trained_labels(name: str, revision: str | None, state: Mapping[str, Tensor])
     return len(state[last[0]]) if last else None
 
 
+def positions(network: PreTrainedModel) -> int | None:
+    """Tokens that a row may have, special ones included; None where the model sets no limit."""
+    for path, module in network.base_model.named_modules():
+        # RoBERTa counts positions from behind that of padding: of 514 there are 512 for tokens.
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(network.config, "max_position_embeddings", None)
+
+
 def check_rows(network: PreTrainedModel, longest: int, highest: int) -> None:
     """Raises `ConfigurationError` where rows are longer than the positions, or have ids that the model has not.
 
@@ -214,15 +223,12 @@ def check_rows(network: PreTrainedModel, longest: int, highest: int) -> None:
         longest: tokens of the longest row.
         highest: the highest token id, padding included.
     """
-    for path, module in network.base_model.named_modules():
-        # RoBERTa counts positions from behind that of padding: of 514 there are 512 for tokens.
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            usable = module.num_embeddings - module.padding_idx - 1
-            if longest > usable:
-                raise ConfigurationError(
-                    f"rows have up to {longest} tokens, and the model has positions for {usable}; set the data's "
-                    f"max_length to {usable} or less"
-                )
+    usable = positions(network)
+    if usable is not None and longest > usable:
+        raise ConfigurationError(
+            f"rows have up to {longest} tokens, and the model has positions for {usable}; set the data's max_length to "
+            f"{usable} or less"
+        )
     check_extremes(network, longest, highest)
 
 
