@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.callbacks.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
@@ -130,3 +130,17 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, no Lightning checkpoint")
     return checkpoint
+
+
+def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Adapters, heads and buffers of a checkpoint by their names in the network, and the description of the injection.
+
+    Raises:
+        CheckpointError: where it is damaged, or was written without adapters.
+    """
+    checkpoint = read_checkpoint(path)
+    if METADATA not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    spec = checkpoint[METADATA]
+    prefix = f"{spec['root']}." if spec["root"] else ""
+    return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

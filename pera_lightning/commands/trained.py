@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pera_lightning.callbacks.checkpoint_io import read_checkpoint
+from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters
 from pera_lightning.commands.lightning_cli import ConfiguredCLI
 from pera_lightning.data.images import ImageDataModule
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
@@ -29,7 +29,6 @@ from pera_lightning.injection import injection_of
 from pera_lightning.modules.base import AdapterModule
 from pera_lightning.state import (
     CONFIG_FILE,
-    METADATA,
     WEIGHTS_FILE,
     check_injection,
     check_plain,
@@ -222,12 +221,7 @@ def read_trained(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         within = [p for p in (folder / "adapter", *sorted((folder / "checkpoints").glob("*.ckpt"))) if p.exists()]
         hint = f"; it has {listed(map(str, within), 3)}" if within else ""
         raise CheckpointError(f"{path} is neither a checkpoint nor an adapter folder{hint}")
-    checkpoint = read_checkpoint(path)
-    if METADATA not in checkpoint or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
-    spec = checkpoint[METADATA]
-    prefix = f"{spec['root']}." if spec["root"] else ""
-    return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec
+    return checkpoint_adapters(path)
 
 
 def load_network(module: AdapterModule, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:

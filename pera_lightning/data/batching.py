@@ -10,6 +10,7 @@ whole are `collate_classified`'s.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,23 @@ class LengthGroupedSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return self.num_samples
+
+
+def grouped_sampler(lengths: Sequence[int], batch_size: int, trainer: Any) -> LengthGroupedSampler:
+    """`LengthGroupedSampler` over the processes of a trainer, seeded by the run.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows in a batch of one process.
+        trainer: knows the processes; without one there is a single one.
+    """
+    return LengthGroupedSampler(
+        lengths,
+        batch_size,
+        num_replicas=getattr(trainer, "world_size", 1),
+        rank=getattr(trainer, "global_rank", 0),
+        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+    )
 
 
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:

@@ -8,9 +8,12 @@ is left over is filled with rows that carry no label, which losses and metrics l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 from torch.utils.data import DistributedSampler
+
+Row = TypeVar("Row", bound=tuple)
 
 
 class DealtRows:
@@ -47,3 +50,13 @@ def dealt(rows: Sequence[Any] | Any, trainer: Any, blank: Callable[[Any], Any]) 
     share = DealtRows(rows, rank, world, blank)
     # Of a kind that Lightning does not deal out again.
     return {"dataset": share, "sampler": DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)}
+
+
+def in_order(ranks: Sequence[Sequence[Row]]) -> list[Row]:
+    """What processes made of rows that were dealt out to them: each row once, in the order the rows had.
+
+    Args:
+        ranks: of each process, what it made of each of its rows, beginning with the row's id; what fills up has the id
+            of a row that is there already.
+    """
+    return list({made[0]: made for dealt in zip_longest(*ranks) for made in dealt if made is not None}.values())

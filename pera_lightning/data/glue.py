@@ -237,13 +237,7 @@ class GLUEDataModule(L.LightningDataModule):
         rows = self._part("train")
         if self.batching == "random":
             return self._loader(dataset=rows, batch_size=self.batch_size, shuffle=True)
-        sampler = batching.LengthGroupedSampler(
-            rows.lengths,
-            self.batch_size,
-            num_replicas=getattr(self.trainer, "world_size", 1),
-            rank=getattr(self.trainer, "global_rank", 0),
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-        )
+        sampler = batching.grouped_sampler(rows.lengths, self.batch_size, self.trainer)
         return self._loader(dataset=rows, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:

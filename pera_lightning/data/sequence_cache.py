@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,8 @@ import numpy as np
 
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.sequence_rows import SequenceRows
-from pera_lightning.errors import ConfigurationError, DataError, shorten
+from pera_lightning.data.token_cache import kept
+from pera_lightning.errors import ConfigurationError
 from pera_lightning.evaluation.encoding import tokenizer_key
 
 if TYPE_CHECKING:
@@ -87,38 +86,6 @@ def tokenised(
     facts = [_FORMAT, tokenizer_key(tokenizer), tokenizer.truncation_side, max_length, len(texts), total.hexdigest()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return kept(folder / f"{name}-{key}.arrow", lambda path: _write(texts, tokenizer, max_length, path))
-
-
-def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
-    """The table in an Arrow file, which is made first where it is not there.
-
-    Args:
-        path: of the file.
-        write: called with another path beside it, which becomes the file in one step.
-
-    Raises:
-        DataError: where the folder cannot be written, or the file is damaged.
-    """
-    import datasets
-    import pyarrow as pa
-
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                write(temporary)
-                os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
-            finally:
-                temporary.unlink(missing_ok=True)
-        return datasets.Dataset.from_file(str(path))
-    except OSError as error:
-        raise DataError(
-            f"tokenised rows cannot be kept in {path.parent}: {error.strerror or error}; make room, or choose another "
-            "cache_dir"
-        ) from error
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error
 
 
 def _write(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -148,13 +147,7 @@ class TextDataModule(L.LightningDataModule):
             return self._loader(packed, batch_size=1, shuffle=True, collate_fn=_packed_batch)
         if self.batching == "random":
             return self._loader(rows, batch_size=self.batch_size, shuffle=True, collate_fn=self._padded())
-        sampler = batching.LengthGroupedSampler(
-            rows.lengths,
-            self.batch_size,
-            num_replicas=getattr(self.trainer, "world_size", 1),
-            rank=getattr(self.trainer, "global_rank", 0),
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-        )
+        sampler = batching.grouped_sampler(rows.lengths, self.batch_size, self.trainer)
         return self._loader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self._padded())
 
     def val_dataloader(self) -> DataLoader:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,33 +52,42 @@ def tokenised(
     Raises:
         DataError: where the folder cannot be written, or its file is damaged.
     """
-    import datasets
-    import pyarrow as pa
-
     facts = [_FORMAT, tokenizer_key(tokenizer), protocol.describe(), sha256]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{protocol.task}-{protocol.name}-{key}.arrow"
+    return kept(path, lambda temporary: _write(rows, protocol, tokenizer, temporary))
+
+
+def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
+    """The table in an Arrow file, which is made first where it is not there.
+
+    Args:
+        path: of the file.
+        write: called with another path beside it, which becomes the file in one step.
+
+    Raises:
+        DataError: where the folder cannot be written, or the file is damaged.
+    """
+    import datasets
+    import pyarrow as pa
+
     try:
         if not path.is_file():
-            _write_whole(rows, protocol, tokenizer, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            try:
+                write(temporary)
+                os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
+            finally:
+                temporary.unlink(missing_ok=True)
         return datasets.Dataset.from_file(str(path))
     except OSError as error:
         raise DataError(
-            f"tokenised rows cannot be kept in {folder}: {error.strerror or error}; make room, or choose another "
+            f"tokenised rows cannot be kept in {path.parent}: {error.strerror or error}; make room, or choose another "
             "cache_dir"
         ) from error
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error
-
-
-def _write_whole(rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        _write(rows, protocol, tokenizer, temporary)
-        os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

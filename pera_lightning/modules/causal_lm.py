@@ -18,20 +18,24 @@ from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.answering import Answering
-from pera_lightning.modules.base import DTYPES, AdapterModule, release_heads
-from pera_lightning.modules.language_networks import check_causal, check_extremes, check_packing, load_network
-from pera_lightning.modules.token_loss import StepMean, summed_loss
+from pera_lightning.modules.base import DTYPES, release_heads
+from pera_lightning.modules.language_networks import (
+    check_causal,
+    check_extremes,
+    check_packing,
+    load_network,
+    recompute_activations,
+)
+from pera_lightning.modules.step_mean import StepMeanModule
+from pera_lightning.modules.token_loss import summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pera_lightning.evaluation.questions import Questions
 
-_TOKENS = "step_tokens"
-_TRAINED = "training_protocol"
 
-
-class CausalLMModule(AdapterModule):
+class CausalLMModule(StepMeanModule):
     """Trains adapters of a causal language model of transformers.
 
     Training and validation batches are dicts of int64 tensors (B, T): ``input_ids``, ``labels`` (-100: no label) and,
@@ -55,6 +59,8 @@ class CausalLMModule(AdapterModule):
         revision: branch, tag or commit of the hub's repository.
     """
 
+    counted = "step_tokens"
+
     def __init__(
         self,
         model_name: str,
@@ -73,9 +79,7 @@ class CausalLMModule(AdapterModule):
         super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
         self.save_hyperparameters()
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._step_mean = StepMean()
         self._answering = Answering(self)
-        self.trained_with: dict[str, Any] | None = None
 
     # --- the network ---
 
@@ -98,10 +102,7 @@ class CausalLMModule(AdapterModule):
     def finish_network(self) -> None:
         self._check_tied_head()
         if self.settings["activation_checkpointing"]:
-            if not getattr(self.model, "supports_gradient_checkpointing", False):
-                raise ConfigurationError(f"{type(self.model).__name__} cannot checkpoint activations; leave it out")
-            old = getattr(self.model, "gradient_checkpointing_enable", None)  # its name before transformers 5
-            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            recompute_activations(self.model)  # type: ignore[arg-type]
         if self.settings["compile"]:
             self.model.compile()
 
@@ -166,26 +167,8 @@ class CausalLMModule(AdapterModule):
         return summed_loss(logits, targets), logits, targets
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_mean.start()  # where Lightning empties the gradients; a fit stopped within a window left some
         summed, _, targets = self._shared_step(batch)
-        self.check_loss(summed, batch_idx)
-        own = (targets != IGNORE).sum()
-        world = self.trainer.world_size
-        tokens = own if world == 1 else self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
-        mean = summed.detach() / own.clamp(min=1)
-        self.log("train/loss", mean, prog_bar=True, batch_size=max(int(own), 1))
-        return self._step_mean.loss(summed, int(tokens), world=world)
-
-    def on_after_backward(self) -> None:
-        """Corrects the gradient at the end of the accumulation window."""
-        if self.trainer.fit_loop._should_accumulate():
-            return
-        factor = self._step_mean.correction(self.trainer.accumulate_grad_batches)
-        if factor != 1:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        return self.step_loss(summed, (targets != IGNORE).sum(), batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         summed, logits, targets = self._shared_step(batch)
@@ -255,14 +238,3 @@ class CausalLMModule(AdapterModule):
 
     def on_predict_end(self) -> None:
         self._answering.finish()
-
-    # --- checkpoints ---
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_TOKENS] = self._step_mean.state()
-        checkpoint[_TRAINED] = self.trained_with
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._step_mean.load(checkpoint.get(_TOKENS, [0, 0]))
-        self.trained_with = checkpoint.get(_TRAINED)

@@ -6,7 +6,6 @@ import csv
 import io
 import time
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.dealing import in_order
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import results
 from pera_lightning.modules.base import DTYPES, AdapterModule
@@ -293,12 +293,11 @@ class ImageClassificationModule(AdapterModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        # Images are dealt out to the ranks in turn; where they do not come out even, some are there twice.
-        rows = {row[0]: row for dealt in zip_longest(*ranks) for row in dealt if row is not None}
+        rows = in_order(ranks)
         folder.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("id", "label", "probability"))
-        writer.writerows((i, label, f"{p:.6f}") for i, label, p in rows.values())
+        writer.writerows((i, label, f"{p:.6f}") for i, label, p in rows)
         write_atomically(folder / "predictions.csv", text.getvalue().encode())
         print(f"Predictions of {len(rows)} images: {folder / 'predictions.csv'}", flush=True)

@@ -102,6 +102,18 @@ def check_packing(model: PreTrainedModel) -> None:
         )
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Has the activations of each block computed again in the backward.
+
+    Raises:
+        ConfigurationError: where the model's class cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigurationError(f"{type(model).__name__} cannot checkpoint activations; leave it out")
+    old = getattr(model, "gradient_checkpointing_enable", None)  # its name before transformers 5
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
 def check_extremes(model: PreTrainedModel, longest: int, highest: int) -> None:
     """Raises `ConfigurationError` where rows are longer than the context or have ids that the model has not.
 

@@ -17,27 +17,27 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.dealing import in_order
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.evaluation.submission import in_order, submission
+from pera_lightning.evaluation.submission import submission
 from pera_lightning.modules import results
-from pera_lightning.modules.base import DTYPES, AdapterModule, release_heads
+from pera_lightning.modules.base import DTYPES, release_heads
 from pera_lightning.modules.example_loss import check_weights, example_losses
+from pera_lightning.modules.language_networks import recompute_activations
 from pera_lightning.modules.sequence_networks import check_rows, check_trained, load_network, start_from, trained_labels
-from pera_lightning.modules.token_loss import StepMean
+from pera_lightning.modules.step_mean import StepMeanModule
 from pera_lightning.state import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_EXAMPLES = "step_examples"
-_TRAINED = "training_protocol"
 _STARTED = "started_from"
 
 
-class SequenceClassificationModule(AdapterModule):
+class SequenceClassificationModule(StepMeanModule):
     """Trains adapters and a new head of an encoder on sentences, or pairs of them, with a label each.
 
     Batches are dicts: ``input_ids`` and ``attention_mask`` (B, T), ``token_type_ids`` where the tokenizer makes them,
@@ -72,6 +72,8 @@ class SequenceClassificationModule(AdapterModule):
             starts from, with a new head; for MRPC, RTE and STS-B, as in LoRA's scripts.
     """
 
+    counted = "step_examples"
+
     def __init__(
         self,
         model_name: str,
@@ -100,9 +102,7 @@ class SequenceClassificationModule(AdapterModule):
         self.save_hyperparameters()
         self.register_buffer("class_weights", None, persistent=False)
         self.scores = nn.ModuleDict()
-        self.trained_with: dict[str, Any] | None = None
         self.started_from: str | None = None
-        self._step_mean = StepMean()
         self._random: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._started = 0.0
@@ -148,10 +148,7 @@ class SequenceClassificationModule(AdapterModule):
         if self.adapter_injection is not None:
             check_trained(self.model, self._random)  # type: ignore[arg-type]
         if self.settings["activation_checkpointing"]:
-            if not getattr(self.model, "supports_gradient_checkpointing", False):
-                raise ConfigurationError(f"{type(self.model).__name__} cannot checkpoint activations; leave it out")
-            old = getattr(self.model, "gradient_checkpointing_enable", None)  # its name before transformers 5
-            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            recompute_activations(self.model)  # type: ignore[arg-type]
         if self.settings["compile"]:
             self.model.compile()  # type: ignore[union-attr]
 
@@ -211,26 +208,8 @@ class SequenceClassificationModule(AdapterModule):
         return example_losses(outputs, labels, weights), outputs, labels
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_mean.start()  # where Lightning empties the gradients; a fit stopped within a window left some
         losses, _, labels = self._shared_step(batch, self.class_weights)
-        summed, own = losses.sum(), (labels != IGNORE).sum()
-        self.check_loss(summed, batch_idx)
-        world = self.trainer.world_size
-        examples = own if world == 1 else self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
-        size = max(int(own), 1)
-        self.log("train/loss", summed.detach() / size, prog_bar=True, batch_size=size)
-        return self._step_mean.loss(summed, int(examples), world=world)
-
-    def on_after_backward(self) -> None:
-        """Corrects the gradient at the end of the accumulation window."""
-        if self.trainer.fit_loop._should_accumulate():
-            return
-        factor = self._step_mean.correction(self.trainer.accumulate_grad_batches)
-        if factor != 1:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        return self.step_loss(losses.sum(), (labels != IGNORE).sum(), batch_idx)
 
     # --- validation and test ---
 
@@ -334,7 +313,7 @@ class SequenceClassificationModule(AdapterModule):
         names += [f"predictions{name}" for name in self._set_names(len(self._rows))[len(names) :]]
         for index, name in zip(self._rows, names, strict=False):
             rows = in_order([own[index] for own in ranks])
-            text = submission((row, written(prediction)) for row, prediction in rows.items())
+            text = submission((row, written(prediction)) for row, prediction in rows)
             write_atomically(folder / f"{name}.tsv", text.encode())
             print(f"Predictions of {len(rows)} rows: {folder / name}.tsv", flush=True)
 
@@ -378,10 +357,9 @@ class SequenceClassificationModule(AdapterModule):
     # --- checkpoints ---
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_EXAMPLES] = self._step_mean.state()
-        checkpoint[_TRAINED], checkpoint[_STARTED] = self.trained_with, self.started_from
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_STARTED] = self.started_from
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._step_mean.load(checkpoint.get(_EXAMPLES, [0, 0]))
-        self.trained_with, self.started_from = checkpoint.get(_TRAINED), checkpoint.get(_STARTED)
+        self.started_from = checkpoint.get(_STARTED)

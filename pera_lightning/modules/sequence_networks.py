@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pera_lightning.callbacks.checkpoint_io import read_checkpoint
-from pera_lightning.errors import CheckpointError, ConfigurationError, listed
+from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters
+from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.evaluation.pretrained import explained
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.language_networks import check_extremes
 from pera_lightning.sharding import sharded_like
-from pera_lightning.state import METADATA, check_injection, check_state, read_adapter
+from pera_lightning.state import check_injection, check_state, read_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -242,7 +242,7 @@ def start_from(network: PreTrainedModel, path: str) -> None:
     Raises:
         CheckpointError: where there are no such adapters, or they are of another method or base.
     """
-    state, spec = _read(path)
+    state, spec = read_adapter(path) if Path(path).is_dir() else checkpoint_adapters(path)
     mark = injection_of(network)
     if mark is None:
         raise ConfigurationError(f"mnli_checkpoint={path}: there are no adapters to start; add AdapterInjection")
@@ -256,15 +256,3 @@ def start_from(network: PreTrainedModel, path: str) -> None:
     with torch.no_grad():
         for name, value in taken.items():
             present[name].copy_(sharded_like(value.to(present[name].dtype), present[name]))
-
-
-def _read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by their names in the network, and the description of the injection."""
-    if Path(path).is_dir():
-        return read_adapter(path)
-    checkpoint = read_checkpoint(path)
-    if METADATA not in checkpoint or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
-    spec = checkpoint[METADATA]
-    prefix = f"{spec['root']}." if spec["root"] else ""
-    return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, with logits only where there is a label, and one mean over the whole optimizer step.
+"""Cross-entropy of tokens, with logits only where there is a label.
 
 The logits are the memory peak of training with a large vocabulary: 2,048 tokens of 128,256 are 1 GiB in float32, and
 the loss keeps as much again. So the model is asked for the positions that some row of the batch has a label for, and
@@ -35,53 +35,3 @@ def summed_loss(logits: Tensor, targets: Tensor, *, ignore: int = -100, chunk: i
 
 def _part(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore, reduction="sum")
-
-
-class StepMean:
-    """Makes the gradient of an optimizer step that of Σ loss / Σ tokens, over all ranks and accumulated batches.
-
-    How many tokens the window will have is known only at its end. So every batch is divided by the tokens of the
-    window's first, and the gradient is corrected once, at the end; with one batch a step there is nothing to correct.
-
-    Attributes:
-        reference: tokens of the window's first batch, over all ranks; 0 outside a window.
-        tokens: of the window so far, over all ranks.
-    """
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Begins a window."""
-        self.reference = 0
-        self.tokens = 0
-
-    def loss(self, summed: Tensor, tokens: int, *, world: int) -> Tensor:
-        """The loss to differentiate: its gradients are averaged over ranks and batches by others.
-
-        Args:
-            summed: loss of this rank's batch, summed over its tokens.
-            tokens: labelled tokens of this batch over all ranks.
-            world: ranks whose gradients are averaged.
-        """
-        self.reference = self.reference or max(tokens, 1)
-        self.tokens += tokens
-        return summed * (world / self.reference)
-
-    def correction(self, batches: int) -> float:
-        """What gradients are to be multiplied with at the end of the window; the next loss starts a new one.
-
-        Args:
-            batches: that Lightning divides by (`accumulate_grad_batches`).
-        """
-        factor = self.reference * batches / max(self.tokens, 1)
-        self.start()
-        return factor
-
-    def state(self) -> list[int]:
-        """For a checkpoint within a window."""
-        return [self.reference, self.tokens]
-
-    def load(self, state: list[int]) -> None:
-        """Takes what `state` gave."""
-        self.reference, self.tokens = state

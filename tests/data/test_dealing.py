@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
-from pera_lightning.data.dealing import DealtRows, dealt
+from pera_lightning.data.dealing import DealtRows, dealt, in_order
 
 
 def negative(row):
@@ -50,3 +50,9 @@ def test_lightning_does_not_deal_it_out_again(tmp_path, ours, mode):
 
 def test_without_a_trainer_there_is_one_process():
     assert list(DataLoader(**dealt(range(3), None, negative), batch_size=None)) == [0, 1, 2]
+
+
+def test_rows_of_several_processes_come_in_order_and_once():
+    """Seven rows dealt to three processes: two fill up with the last row."""
+    ranks = [[("0", 5), ("3", 4), ("6", 9)], [("1", 2), ("4", 7), ("6", 9)], [("2", 0), ("5", 1), ("6", 9)]]
+    assert in_order(ranks) == [("0", 5), ("1", 2), ("2", 0), ("3", 4), ("4", 7), ("5", 1), ("6", 9)]

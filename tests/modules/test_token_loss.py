@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from pera_lightning.modules.token_loss import CHUNK, StepMean, summed_loss
+from pera_lightning.modules.step_mean import StepMean
+from pera_lightning.modules.token_loss import CHUNK, summed_loss
 
 N, V = 11, 7
 
