@@ -9,9 +9,9 @@ from run_helpers import ROOT
 
 from pera_lightning.commands.lightning_cli import PeraCLI
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-GLUE = [path for path in CONFIGS if path.stem.startswith(("roberta_", "glue_"))]
 FLAGSHIPS = {"glue_rte_pera": "pera/roberta_base_rte", "glue_cola_aurora": "aurora/roberta_base_cola"}
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+GLUE = [path for path in CONFIGS if path.stem.startswith("roberta_") or path.stem in FLAGSHIPS]
 
 # What config.json says of RoBERTa; the rest are the defaults of transformers.
 BASE = {

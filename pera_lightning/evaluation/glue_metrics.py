@@ -121,7 +121,7 @@ class Scores(nn.Module):
         check_metrics(names, selection, num_labels)
         self.selection, self.num_labels = selection, num_labels
         self.metrics = nn.ModuleDict({name: metric(name, num_labels) for name in names})
-        self.loss, self.count = MeanMetric(), SumMetric()
+        self.loss, self.count = MeanMetric(nan_strategy="disable"), SumMetric()
 
     def update(self, outputs: Tensor, labels: Tensor, losses: Tensor) -> None:
         """Takes the labelled examples of a batch: outputs (N, num_labels), labels (N,), losses (N,); N may be 0."""
@@ -134,9 +134,13 @@ class Scores(nn.Module):
         self.count.update(len(predictions))
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean loss, the metrics, and "metric"; of all processes, which must all call it."""
+        """The mean loss, the metrics, and "metric"; of all processes, which must all call it.
+
+        Where an output is NaN, so is all of it: the likeliest of such classes would be the first.
+        """
         loss = self.loss.compute()
         values = {name: measured.compute().float().to(loss.device) for name, measured in self.metrics.items()}
+        values = {name: value.where(~loss.isnan(), torch.nan) for name, value in values.items()}
         return {"loss": loss, **values, "metric": values[self.selection]}
 
     def n(self) -> int:

@@ -7,12 +7,14 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from pera_lightning import __version__
@@ -102,6 +104,26 @@ def collect(module: nn.Module, metrics: dict[str, float], **facts: Any) -> dict[
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }
+
+
+def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the data say of themselves at test, with `selected_on_test` as it is for this checkpoint.
+
+    Where the same rows were cut otherwise in training, some that are scored on selected, and a warning says so.
+
+    Args:
+        data: of the test.
+        training: of the run that the checkpoint is of; None where it is not known.
+    """
+    cut = ("split_protocol", "split_seed")
+    if not data or not training or all(data.get(key) == training.get(key) for key in cut):
+        return data
+    same_rows = {*data.get("sha256", {}).values()} & {*training.get("sha256", {}).values()}
+    if not same_rows or data.get("selected_on_test"):
+        return data
+    was, now = (", ".join(f"{key}={of.get(key)}" for key in cut) for of in (training, data))
+    rank_zero_warn(f"the checkpoint was selected with {was}, and is scored with {now}: on rows that selected it")
+    return {**data, "selected_on_test": True}
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
@@ -18,7 +19,7 @@ from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.dealing import in_order
-from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.evaluation.pretrained import load_tokenizer
@@ -102,7 +103,7 @@ class SequenceClassificationModule(StepMeanModule):
         self.save_hyperparameters()
         self.register_buffer("class_weights", None, persistent=False)
         self.scores = nn.ModuleDict()
-        self.started_from: str | None = None
+        self.started_from: dict[str, Any] | None = None  # path and task
         self._random: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._started = 0.0
@@ -177,8 +178,16 @@ class SequenceClassificationModule(StepMeanModule):
 
     # --- training ---
 
+    def check_start(self) -> None:
+        """Raises `CheckpointError` where `mnli_checkpoint` does not exist."""
+        path = self.settings["mnli_checkpoint"]
+        if path is not None and not Path(path).exists():
+            raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.trainer.ckpt_path is None:  # which comes instead
+            self.check_start()
         self.trained_with = self._protocol_of_data()
         self._check_rows()
         weights = self.settings["class_weights"]
@@ -192,8 +201,10 @@ class SequenceClassificationModule(StepMeanModule):
         # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which wins.
         path = self.settings["mnli_checkpoint"]
         if path is not None and self.started_from is None and self.trainer.ckpt_path is None:
-            start_from(self.model, path)  # type: ignore[arg-type]
-            self.started_from = path
+            task = start_from(self.model, path)  # type: ignore[arg-type]
+            if task not in (None, "mnli"):
+                rank_zero_warn(f"mnli_checkpoint={path} was trained on {task}, and not on mnli")
+            self.started_from = {"path": path, "task": task}
 
     def _check_rows(self) -> None:
         if hasattr(self._data, "extremes"):
@@ -281,7 +292,7 @@ class SequenceClassificationModule(StepMeanModule):
             "num_labels": self.settings["num_labels"],
             "selection": next(iter(self.scores.values())).selection,
             "mnli_checkpoint": self.started_from,
-            "data": self._protocol_of_data(),
+            "data": results.scored(self._protocol_of_data(), self.trained_with),
             "training": self.trained_with,
         }
 

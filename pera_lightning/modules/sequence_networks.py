@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters
+from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters, read_checkpoint
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.evaluation.pretrained import explained
 from pera_lightning.injection import injection_of
 from pera_lightning.modules.language_networks import check_extremes
+from pera_lightning.modules.step_mean import StepMeanModule
 from pera_lightning.sharding import sharded_like
 from pera_lightning.state import check_injection, check_state, read_adapter
 
@@ -232,17 +233,21 @@ def check_rows(network: PreTrainedModel, longest: int, highest: int) -> None:
     check_extremes(network, longest, highest)
 
 
-def start_from(network: PreTrainedModel, path: str) -> None:
+def start_from(network: PreTrainedModel, path: str) -> str | None:
     """Loads the adapters of another run, and not its head.
 
     Args:
         network: injected as that run's was.
         path: a Lightning checkpoint of it, or its adapter folder.
 
+    Returns:
+        The task that it was trained on, where a checkpoint says so.
+
     Raises:
         CheckpointError: where there are no such adapters, or they are of another method or base.
     """
-    state, spec = read_adapter(path) if Path(path).is_dir() else checkpoint_adapters(path)
+    folder = Path(path).is_dir()
+    state, spec = read_adapter(path) if folder else checkpoint_adapters(path)
     mark = injection_of(network)
     if mark is None:
         raise ConfigurationError(f"mnli_checkpoint={path}: there are no adapters to start; add AdapterInjection")
@@ -256,3 +261,5 @@ def start_from(network: PreTrainedModel, path: str) -> None:
     with torch.no_grad():
         for name, value in taken.items():
             present[name].copy_(sharded_like(value.to(present[name].dtype), present[name]))
+    trained_with = None if folder else read_checkpoint(path).get(StepMeanModule.trained)
+    return (trained_with or {}).get("task")

@@ -66,10 +66,11 @@ class StepMeanModule(AdapterModule):
     Attributes:
         trained_with: what the data of the training said of themselves; kept in checkpoints.
         counted: the key of an unfinished window in checkpoints.
+        trained: the key of `trained_with` there.
     """
 
     counted = "step_counts"
-    _trained = "training_protocol"
+    trained = "training_protocol"
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -104,9 +105,9 @@ class StepMeanModule(AdapterModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[self.counted] = self._step_mean.state()
-        checkpoint[self._trained] = self.trained_with
+        checkpoint[self.trained] = self.trained_with
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._step_mean.load(checkpoint.get(self.counted, [0, 0]))
-        self.trained_with = checkpoint.get(self._trained)
+        self.trained_with = checkpoint.get(self.trained)

@@ -135,3 +135,14 @@ def test_the_metric_that_selects_need_not_be_the_first():
 def test_metrics_that_do_not_fit_are_refused(names, selection, labels, error, text):
     with pytest.raises(error, match=text):
         check_metrics(names, selection, labels)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_an_output_that_is_no_number_leaves_none(labels):
+    """Its likeliest class would be the first, and a mean would leave its loss out."""
+    scores = Scores(default_metrics(labels), default_metrics(labels)[0], labels)
+    outputs = torch.randn(4, labels, generator=torch.Generator().manual_seed(0))
+    outputs[1] = torch.nan
+    scores.update(outputs, torch.tensor([0, 1, 0, 1]), outputs.sum(1))
+    assert all(value.isnan() for value in scores.compute().values())
+    assert scores.n() == 4

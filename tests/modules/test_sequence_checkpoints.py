@@ -24,6 +24,7 @@ from pera_lightning import load_adapted, save_adapter
 from pera_lightning.adapters import PERA, AuroRA, LoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.modules import SequenceClassificationModule
+from pera_lightning.modules.results import scored
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_training_starts_from_the_adapters_of_another_run(bert, tmp_path, source
         torch.testing.assert_close(network.get_parameter(name).data, value, msg=name)
     assert network.model.classifier.weight.shape == (2, 16)
     trainer.test(network, datamodule=data, verbose=False)
-    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["mnli_checkpoint"] == str(path)
+    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["mnli_checkpoint"]["path"] == str(path)
 
 
 def test_the_head_is_new_though_the_classes_are_as_many(bert, tmp_path):
@@ -107,7 +108,7 @@ def test_a_checkpoint_of_its_own_comes_instead_of_that_start(bert, tmp_path):
     again = module(bert, mnli_checkpoint=str(first))
     trainer.test(again, datamodule=data, ckpt_path=path, verbose=False)
     torch.testing.assert_close(trained(again), trained(network))
-    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["mnli_checkpoint"] == str(first)
+    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["mnli_checkpoint"]["path"] == str(first)
 
 
 def test_a_run_that_goes_on_does_not_start_again(bert, tmp_path):
@@ -116,6 +117,31 @@ def test_a_run_that_goes_on_does_not_start_again(bert, tmp_path):
     network = module(bert, mnli_checkpoint=str(tmp_path / "gone.ckpt"))
     fit(tmp_path, network, Sentences([sentences(8)]), method=LoRA(rank=2), ckpt=path, max_epochs=2)
     assert network.started_from is None
+
+
+def test_the_task_that_a_start_was_trained_on_is_said(bert, tmp_path):
+    class Named(Sentences):
+        def protocol(self):
+            return {"task": "rte"}
+
+    data = Named([sentences(8)])
+    _, path = fitted(tmp_path / "first", bert, data, LoRA(rank=2))
+    network = module(bert, mnli_checkpoint=str(path))
+    with pytest.warns(UserWarning, match="was trained on rte, and not on mnli"):
+        fit(tmp_path, network, data, method=LoRA(rank=2))
+    assert network.started_from == {"path": str(path), "task": "rte"}
+
+
+def test_a_test_says_where_its_rows_selected_the_checkpoint():
+    """Two halves of the same rows, cut by another seed in training."""
+    trained_with = {"split_protocol": "red", "split_seed": 1, "selected_on_test": False, "sha256": {"validation": "a"}}
+    assert scored(trained_with, trained_with) is trained_with
+    other = {**trained_with, "split_seed": 2}
+    with pytest.warns(UserWarning, match="selected with split_protocol=red, split_seed=1, and is scored with"):
+        assert scored(other, trained_with) == {**other, "selected_on_test": True}
+    elsewhere = {**other, "sha256": {"validation": "b"}}
+    assert scored(elsewhere, trained_with) is elsewhere
+    assert scored(other, None) is other
 
 
 def test_a_start_that_does_not_fit_is_refused(bert, tmp_path):
