@@ -11,8 +11,8 @@ import re
 import pytest
 
 from pera_lightning.errors import PeraError
+from pera_lightning.sweeps import choice, plan, summary
 from pera_lightning.sweeps import folder as sweep_folder
-from pera_lightning.sweeps import plan, summary
 from pera_lightning.sweeps.running import placed
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -143,8 +143,39 @@ def record(lr, seed, selected, tested, *, status="complete", mode="max", on_test
 
 def test_statistics_are_those_of_a_sample():
     of = summary.statistics_of([1.0, 2.0, 6.0])
-    assert of == {"n": 3, "mean": 3.0, "median": 2.0, "sd": pytest.approx(7**0.5), "min": 1.0, "max": 6.0}
+    assert of == {
+        "n": 3,
+        "not_finite": 0,
+        "mean": 3.0,
+        "median": 2.0,
+        "sd": pytest.approx(7**0.5),
+        "min": 1.0,
+        "max": 6.0,
+    }
     assert summary.statistics_of([2.0])["sd"] is None
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("odd", [NAN, INF, -INF, None], ids=str)
+def test_statistics_leave_out_what_is_no_number_and_count_it(odd):
+    of = summary.statistics_of([1.0, odd, 3.0])
+    assert (of["n"], of["not_finite"], of["mean"], of["min"], of["max"]) == (2, 1, 2.0, 1.0, 3.0)
+    assert of["sd"] == pytest.approx(2**0.5)
+    none = dict.fromkeys(("mean", "median", "sd", "min", "max"))
+    assert summary.statistics_of([odd, odd]) == {"n": 0, "not_finite": 2, **none}
+
+
+def test_a_table_tells_how_many_runs_are_no_number():
+    records = [record("1", seed, score, score) for seed, score in enumerate((0.5, None, None))]
+    lines = summary.table(summary.summarise([*records, record("2", 0, None, None)])).splitlines()
+    assert lines[1].split()[3:] == ["1", "of", "3", "0.5000", "±", "-", "0.5000", "0.5000", "0.5000"]
+    assert lines[3].split()[3:] == ["0", "of", "1", "-", "±", "-", "-", "-", "-"]
+    assert summary.scores(records[1]) == "val/accuracy is no number, test/accuracy is no number"
+    assert summary.without_number(records[:1]) == ""
+    told = summary.without_number([*records, record("2", 0, None, None, status="failed")])
+    assert "statistics: val/accuracy of 1_1, 1_2; test/accuracy of 1_1, 1_2." in told
 
 
 def test_the_best_setting_is_chosen_by_selection_never_by_test():
@@ -152,22 +183,91 @@ def test_the_best_setting_is_chosen_by_selection_never_by_test():
     rows = summary.summarise([*records, record("2", 1, 1.0, 1.0, status="failed")])
     assert [row["seeds"] for row in rows] == [[0, 1], [0]]
     assert rows[0]["metrics"]["test/accuracy"]["mean"] == pytest.approx(0.15)
-    values, text = summary.best_setting(rows)
-    assert values == {"model.lr": "1"}
+    best, text = choice.best_settings(rows)
+    assert best == [{"of": None, "values": {"model.lr": "1"}, "mean": pytest.approx(0.85)}]
     assert text == ("Best by the mean of val/accuracy (max): lr=1, 0.8500; the settings have unlike numbers of runs.")
     low = summary.summarise([record("1", 0, 0.9, 0.1, mode="min"), record("2", 0, 0.7, 0.2, mode="min")])
-    assert summary.best_setting(low)[0] == {"model.lr": "2"}
+    assert choice.best_settings(low)[0][0]["values"] == {"model.lr": "2"}
     same = summary.summarise([record("1", 0, 0.9, 0.9, on_test=True), record("2", 0, 0.7, 0.7, on_test=True)])
-    assert "val/accuracy is measured on the test set itself" in summary.best_setting(same)[1]
+    assert "val/accuracy is measured on the test set itself" in choice.best_settings(same)[1]
 
 
 def test_nothing_is_best_where_nothing_was_selected():
     one = summary.summarise([record("1", 0, 0.9, 0.1)])
-    assert summary.best_setting(one) == (None, "")
+    assert choice.best_settings(one) == ([], "")
     bare = summary.summarise([{**record(lr, 0, 1, 1), "selection": None} for lr in "12"])
-    assert summary.best_setting(bare)[0] is None
-    odd = summary.summarise([record("1", 0, float("nan"), 0.1), record("2", 0, 0.5, 0.1)])
-    assert summary.best_setting(odd)[0] is None
+    assert choice.best_settings(bare)[0] == []
+    odd = summary.summarise([record(lr, 0, None, 0.1) for lr in "12"])
+    assert choice.best_settings(odd) == (
+        [],
+        "No setting is named best: each has a run whose val/accuracy is no number.",
+    )
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_setting_with_a_run_that_is_no_number_is_not_chosen(mode):
+    records = [record(*values, mode=mode) for values in (("1", 0, 0.9, 0.1), ("1", 1, None, 0.1), ("2", 0, 0.5, 0.1))]
+    best, text = choice.best_settings(summary.summarise([*records, record("2", 1, 0.5, 0.1, mode=mode)]))
+    assert [one["values"] for one in best] == [{"model.lr": "2"}]
+    assert text == (
+        f"Best by the mean of val/accuracy ({mode}): lr=2, 0.5000; not chosen from, as val/accuracy of a run is no "
+        "number: lr=1."
+    )
+
+
+def of_data(values, score, **facts):
+    return {**record("1", 0, score, score), "values": values, "protocol": facts}
+
+
+def glue(task, method, score, metric="accuracy"):
+    facts = {"selection": metric, "data.task": task, "data.split_seed": 42, "data.sha256.validation": task}
+    return of_data({"data.task": task, "adapter.method": method}, score, task="sequence_classification", **facts)
+
+
+def test_scores_of_unlike_tasks_are_not_compared():
+    runs = [glue("rte", "PERA", 0.7), glue("rte", "LoRA", 0.6)]
+    runs += [glue("stsb", "PERA", 0.8, "pearson"), glue("stsb", "LoRA", 0.9, "pearson")]
+    best, text = choice.best_settings(summary.summarise([*runs, glue("cola", "LoRA", 0.95, "matthews")]))
+    assert [(one["of"], one["values"]["adapter.method"]) for one in best] == [
+        ("task=rte", "PERA"),
+        ("task=stsb", "LoRA"),
+    ]
+    assert text.splitlines() == [
+        "Best of task=rte by the mean of val/accuracy (max): task=rte, method=PERA, 0.7000.",
+        "Best of task=stsb by the mean of val/accuracy (max): task=stsb, method=LoRA, 0.9000.",
+    ]
+    alone = summary.summarise([runs[0], runs[2]])
+    assert choice.best_settings(alone) == ([], "No setting is named best: no two of them are of the same data.")
+
+
+def test_settings_of_the_same_data_are_compared_whatever_option_of_the_data_is_swept():
+    runs = [of_data({"data.max_length": n}, float(n), **{"data.task": "rte"}) for n in "12"]
+    best, text = choice.best_settings(summary.summarise(runs))
+    assert [one["values"] for one in best] == [{"data.max_length": "2"}]
+    assert text.startswith("Best by the mean of ")
+
+
+@pytest.mark.parametrize("key", ["data.dataset", "evaluation.task", "evaluation.name", "training.sha256.train"])
+def test_data_are_told_by_what_any_data_module_says(key):
+    facts = [{"data.dataset": "x", "evaluation.sha256.test": "y", **{key: name}} for name in "ab"]
+    values = [{"data.any": name, "model.lr": lr} for name in "ab" for lr in "12"]
+    runs = [of_data(one, float(one["model.lr"]), **facts[one["data.any"] == "b"]) for one in values]
+    best, _ = choice.best_settings(summary.summarise(runs))
+    assert [(one["of"], one["values"]["model.lr"]) for one in best] == [("any=a", "2"), ("any=b", "2")]
+
+
+def test_data_that_tell_nothing_of_themselves_are_told_by_the_grid():
+    runs = [of_data({"data.corpus": name, "model.lr": lr}, float(lr), task="x") for name in "ab" for lr in "12"]
+    assert [one["of"] for one in choice.best_settings(summary.summarise(runs))[0]] == ["corpus=a", "corpus=b"]
+    sizes = [of_data({"data.batch_size": n}, float(n), task="x") for n in "12"]
+    assert len(choice.best_settings(summary.summarise(sizes))[0]) == 1
+
+
+def test_data_that_no_grid_key_tells_are_named_by_what_differs():
+    found = ["a", "a", "b" * 64, "b" * 64]
+    runs = [of_data({"model.lr": str(k)}, k / 10, **{"data.sha256.test": one}) for k, one in enumerate(found)]
+    of = [one["of"] for one in choice.best_settings(summary.summarise(runs))[0]]
+    assert of == ["data.sha256.test=a", f"data.sha256.test={'b' * 12}"]
 
 
 def test_the_table_and_the_csv_have_every_run():

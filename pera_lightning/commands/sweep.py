@@ -8,8 +8,10 @@ import re
 import shlex
 import sys
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from pera_lightning.sweeps.folder import (
     read_sweep,
 )
 from pera_lightning.sweeps.plan import (
+    SEED,
     Request,
     Run,
     flattened,
@@ -48,7 +51,13 @@ _ANY_SEED = 271828  # where a config is read for no run in particular
 _PLACE = re.compile(
     r"seed_everything|trainer\.default_root_dir|trainer\.logger(\.0)?\.init_args\.(save_dir|name|version)"
 )
-_TASKS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Processes of a launch. Not SLURM_NTASKS: salloc and sbatch set it to what the allocation has room for, also
+# for a program that they start once (salloc(1), sbatch(1), OUTPUT ENVIRONMENT VARIABLES); and SLURM_PROCID is 0 in such
+# a batch script and in srun's first task alike. srun alone sets SLURM_STEP_NUM_TASKS, the tasks of its step (srun(1)).
+_TASKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# SLURM_STEP_ID in the shell that salloc starts as a step (LaunchParameters=use_interactive_step): one process,
+# whatever the count (SLURM_INTERACTIVE_STEP, 0xfffffffa, in slurm.h).
+_SHELL_STEP = "4294967290"
 
 
 class SweepCLI(ConfiguredCLI):
@@ -102,7 +111,7 @@ def run(args: Sequence[str]) -> None:
     if before is not None:
         check_keys(folder, before, request.grid)
         request.grid = {key: request.grid[key] for key in before["grid"]}  # names are made in the first sweep's order
-    plan = read_plan(request, before)
+    plan = read_plan(folder, request, before)
     if before is not None:
         check_same(folder, before, plan.config)
     if request.dry_run:
@@ -119,6 +128,8 @@ def run(args: Sequence[str]) -> None:
 def check_alone(environment: Mapping[str, str]) -> None:
     """Raises `ConfigurationError` where a launcher has started several processes, each of which would sweep."""
     for name in _TASKS:
+        if name == "SLURM_STEP_NUM_TASKS" and environment.get("SLURM_STEP_ID") == _SHELL_STEP:
+            continue
         if environment.get(name, "1").strip() not in ("", "0", "1"):
             raise ConfigurationError(
                 f"sweep was started with {name}={environment[name]}: start it as one process, without torchrun "
@@ -167,10 +178,11 @@ class Plan:
     placements: Mapping[str, Any]
 
 
-def read_plan(request: Request, before: Mapping[str, Any] | None) -> Plan:
+def read_plan(folder: Path, request: Request, before: Mapping[str, Any] | None) -> Plan:
     """The plan of a sweep; every setting's config is read on the way, so that a wrong one is told now.
 
     Args:
+        folder: of the sweep.
         request: what was asked for.
         before: what the folder's `sweep.json` says.
 
@@ -182,16 +194,21 @@ def read_plan(request: Request, before: Mapping[str, Any] | None) -> Plan:
     for one in parsed:
         check_config(one.config)
     seeds = request.seeds or (config_seed(parsed[0].config),)
+    planned = runs(request.grid, seeds)
+    by_name = {setting_name(values): one for values, one in zip(combinations, parsed, strict=True)}
+    check_starts(folder, request, planned, by_name)
     reference = combinations[0] if before is None else before["reference"]
     shared = parsed[combinations.index(reference)] if reference in combinations else parse(request, reference)
     return Plan(
-        runs=runs(request.grid, seeds),
+        runs=planned,
         seeds=seeds,
         reference=reference,
-        config={key: value for key, value in flattened(shared.as_dict()).items() if not _PLACE.fullmatch(key)},
-        placements={
-            setting_name(values): placement_of(one.config) for values, one in zip(combinations, parsed, strict=True)
+        config={
+            key: str(value) if isinstance(value, float) and not isfinite(value) else value  # JSON has no infinity
+            for key, value in flattened(shared.as_dict()).items()
+            if not _PLACE.fullmatch(key)
         },
+        placements={name: placement_of(one.config) for name, one in by_name.items()},
     )
 
 
@@ -211,6 +228,42 @@ def description(request: Request, plan: Plan, before: Mapping[str, Any] | None, 
     }
 
 
+def check_starts(folder: Path, request: Request, planned: Sequence[Run], parsed: Mapping[str, SweepCLI]) -> None:
+    """Has modules that have a `check_start` check what their fits will read, such as the paths in their options.
+
+    Only for the runs that are still to begin: others go on from checkpoints of their own.
+
+    Args:
+        folder: of the sweep.
+        request: for the words.
+        planned: the runs.
+        parsed: by the setting's name, with `_ANY_SEED`; parsed anew for each run where a word, such as a path, has the
+            seed in it.
+
+    Raises:
+        PeraError: for a module that a run could not train.
+    """
+    own = any(SEED in word for word in request.words)
+    for run in planned:
+        one, place = parsed[setting_name(run.values)], folder / run.name
+        if not hasattr(getattr(one, "model", None), "check_start") or fit_finished(place) or going_on(place):
+            continue
+        with _setting_told(run.values, bool(request.grid)):
+            words = [*with_seed(request.words, run.seed), *value_words(run.values)]
+            (SweepCLI(words) if own else one).model.check_start()
+
+
+@contextmanager
+def _setting_told(values: Mapping[str, str], told: bool) -> Iterator[None]:
+    """Where told, has an error say which setting it is of."""
+    try:
+        yield
+    except PeraError as error:
+        if not told:
+            raise
+        raise ConfigurationError(f"with {setting_name(values)}: {error}") from None
+
+
 def parse(request: Request, values: Mapping[str, str], *, told: bool = False) -> SweepCLI:
     """The config of a setting.
 
@@ -219,13 +272,8 @@ def parse(request: Request, values: Mapping[str, str], *, told: bool = False) ->
         values: the setting.
         told: whether an error says which setting it is of.
     """
-    words = [*with_seed(request.words, _ANY_SEED), *value_words(values)]
-    try:
-        return SweepCLI(words)
-    except PeraError as error:
-        if not told:
-            raise
-        raise ConfigurationError(f"with {setting_name(values)}: {error}") from None
+    with _setting_told(values, told):
+        return SweepCLI([*with_seed(request.words, _ANY_SEED), *value_words(values)])
 
 
 def check_config(config: Any) -> None:

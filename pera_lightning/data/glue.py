@@ -42,9 +42,10 @@ class GLUEDataModule(L.LightningDataModule):
     """Batches of texts or pairs with a label: a task of GLUE, or files of one's own.
 
     Batches are dicts: ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``, each
-    (B, T) int64 and padded on the right; ``labels`` (B,), int64 or float32 for regression; at predict ``ids``, a list
-    of B row names. Over several processes each row is in one batch of one of them; where they do not come out even, the
-    last row fills up, with the label -100, which rows of unknown label have too.
+    (B, T) int64 and padded on the right; ``labels`` (B,), int64 or float32 for regression, -100 in rows of unknown
+    label; at predict ``ids``, a list of B row names. Over several processes each row that is scored on or predicted is
+    in one batch of one of them; where they do not come out even, the last row fills up, with the label -100. Training
+    rows are repeated to come out even.
 
     The test sets of GLUE have no labels, so the validation set serves twice: `protocol` says which rows of it choose
     the epoch and which are scored on at test. Which went where is written to ``splits/`` in the run's log folder.
@@ -63,7 +64,7 @@ class GLUEDataModule(L.LightningDataModule):
         regression: labels of a custom task are numbers to predict.
         protocol: one of `splits.SPLIT_PROTOCOLS`. "full_validation": all validation rows select and are scored on
             (AuroRA); "red": some select, others are scored on (PERA, RED, ReFT); "own_test": a test set with labels is
-            scored on.
+            scored on; `setup` for fit reads it too, so that what it lacks shows before the training.
         split_seed: of the draws of "red" and `train_limit`, and of nothing else, so that runs of different seeds
             compare on the same rows.
         tokenizer: hub id or folder; by default the tokenizer of the trainer's module.
@@ -220,6 +221,7 @@ class GLUEDataModule(L.LightningDataModule):
         Args:
             stage: "fit", "validate", "test" or "predict" prepare what these need; None those of fit and test.
         """
+        stage = getattr(stage, "value", stage)  # Lightning's enum has another name in an f-string, by Python's version
         for one in ("fit", "test") if stage is None else (stage,):
             chosen = self._plan.parts(self.task, one, self._rows)
             self._chosen.update(chosen)

@@ -58,11 +58,16 @@ class Plan:
 
     def needed(self, task: GLUETask, stage: str) -> Iterator[str]:
         """The splits that a stage reads."""
-        if stage == "fit":
-            yield "train"
-        own = stage == "predict" or (stage == "test" and self.cut is splits.own_test)
-        for name in task.sets:
-            yield task.named("test" if own else "validation", name)
+        own_test = self.cut is splits.own_test
+        kinds = {
+            # A test set that cannot be scored on is found before hours of training, not after.
+            "fit": ("train", "validation", *(["test"] if own_test else [])),
+            "validate": ("validation",),
+            "test": ("test" if own_test else "validation",),
+            "predict": ("test",),
+        }[stage]
+        for kind in kinds:
+            yield from [kind] if kind == "train" else [task.named(kind, name) for name in task.sets]
 
     def parts(self, task: GLUETask, stage: str, rows: Callable[[str], SequenceRows]) -> dict[str, Part]:
         """The parts that a stage knows of: ``train``, ``validation``, ``test_mismatched`` and so on.
@@ -86,11 +91,12 @@ class Plan:
                 chosen[split] = Part(split, selection)
                 if scored is not None:
                     chosen[task.named("test", name)] = Part(split, scored)
-            elif stage == "test" and not of_split.labelled:
+            elif stage != "predict" and not of_split.labelled:
                 raise DataError(
                     f"protocol=own_test scores on the {split} split, which has rows without label (GLUE's are hidden); "
                     "give labels, or protocol=red"
                 )
             else:
-                chosen[task.named(stage, name)] = Part(split, np.arange(len(of_split)))
+                own = "predict" if stage == "predict" else "test"
+                chosen[task.named(own, name)] = Part(split, np.arange(len(of_split)))
         return chosen

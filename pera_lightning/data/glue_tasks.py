@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
 
 REPOSITORY = "nyu-mll/glue"
@@ -60,7 +62,7 @@ class GLUETask:
         """The labels that are allowed, for a message."""
         if self.regression:
             low, high = self.label_range
-            return "finite numbers" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
+            return "finite numbers of 32 bits" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
         return ", ".join(f"{k} ({name})" for k, name in enumerate(self.class_names))
 
     def named(self, kind: str, name: str) -> str:
@@ -76,11 +78,13 @@ class GLUETask:
         """A prediction as a submission has it.
 
         Args:
-            prediction: a label, or the output of a regression, which is cut to the range of its labels.
+            prediction: a label, or the output of a regression, which is cut to the range of its labels. With a range
+                it has three decimals; without one any unit is possible, and it has as many digits as float32 needs.
         """
         if self.regression:
             low, high = self.label_range
-            return f"{min(max(float(prediction), low), high):.3f}"
+            value = min(max(float(prediction), low), high) + 0.0  # -0.0 becomes 0.0
+            return str(np.float32(value)) if math.isinf(low) else f"{value:.3f}"
         return self.class_names[int(prediction)] if self.writes_names else str(int(prediction))
 
 

@@ -18,7 +18,8 @@ from pera_lightning.data.sequence_files import Columns
 from pera_lightning.errors import ConfigurationError, DataError, listed, shorten
 
 _INDEX = "idx"  # what GLUE calls its row numbers
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+_NUMBER = re.compile(r"[-+]?\d{1,300}(\.\d*)?")  # Python refuses to read many more digits
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, UTF-8 and tokenizers cannot
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ def class_names_of(columns: Columns, label_column: str) -> list[str]:
                 "predicts numbers"
             )
         if label is None or label == -1:
-            raise DataError(f"{_unlabelled(number, columns.source, value)}; correct the row or leave it out")
+            own = "if it is a class, number classes from 0 or give them names; else " if label == -1 else ""
+            raise DataError(f"{_unlabelled(number, columns.source, value)}; {own}correct the row or leave it out")
+        if _broken(label):
+            raise DataError(f"row {number} of {columns.source}: label {_quoted(value)} {_BROKEN}; correct it")
         labels.append(label)
     found = {*labels}
     numbers = all(isinstance(label, int) for label in found)
@@ -121,9 +125,12 @@ def _texts(columns: Columns, task: GLUETask) -> tuple[tuple[list[str], ...], int
         blank = [isinstance(text, str) and not text.strip() for text in row]
         empty += any(blank)
         for name, text, nothing in zip(task.text_columns, row, blank, strict=True):
-            if isinstance(text, str) and not (nothing and (not lenient or all(blank))):
+            if isinstance(text, str) and not (nothing and (not lenient or all(blank))) and not _broken(text):
                 continue
-            what = "empty" if text is None or nothing else f"{shorten(repr(text))[:40]} and no text"
+            if _broken(text):
+                what = f"{_quoted(text)}, which {_BROKEN}"
+            else:
+                what = "empty" if text is None or nothing else f"{_quoted(text)} and no text"
             raise DataError(f"row {number} of {columns.source}: {name!r} is {what}; correct the row or leave it out")
     return tuple([*column] for column in texts), empty
 
@@ -132,6 +139,8 @@ def _canonical(value: Any) -> int | float | str | None:
     """A label of a file: a whole number however it is written, a fraction, a name, or None where there is none."""
     if isinstance(value, str):
         value = value.strip()
+        if value.lower() in ("true", "false"):  # as JSON's booleans are called here: other tools write True
+            return value.lower()
         if not _NUMBER.fullmatch(value):
             return value or None
         value = float(value) if "." in value else int(value)
@@ -154,12 +163,11 @@ def _label(
         return IGNORE
     if missing:
         raise DataError(f"{_unlabelled(number, source, value)}; allowed: {task.labels_in_words}")
-    where = f"row {number} of {source}: label {shorten(repr(value))[:40]}"
+    where = f"row {number} of {source}: label {_quoted(value)}"
     if task.regression:
-        try:
-            score = float(label)
-        except ValueError:
-            score = math.nan
+        score = _single(label)
+        if math.isnan(score):
+            raise DataError(f"{where} is no number; allowed: {task.labels_in_words}")
         low, high = task.label_range
         if not math.isfinite(score) or not low <= score <= high:
             raise DataError(f"{where} is out of range; allowed: {task.labels_in_words}")
@@ -177,6 +185,30 @@ def _label(
     return known[str(label)]
 
 
+def _single(label: float | str) -> float:
+    """A label as the float32 that it will be, infinite where that has no room for it; NaN for no number."""
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(float(label)))
+    except OverflowError:  # a whole number beyond float64
+        return math.inf
+    except ValueError:
+        return math.nan
+
+
+_BROKEN = "holds half a character (a lone surrogate)"
+
+
+def _broken(value: Any) -> bool:
+    return isinstance(value, str) and not value.isascii() and _SURROGATE.search(value) is not None
+
+
+def _quoted(value: Any) -> str:
+    """A value of a file for a message."""
+    text = shorten(repr(value))
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
 def _unlabelled(number: int, source: str, value: Any) -> str:
     return f"row {number} of {source} has no label" + (f" ({value}: unlabelled)" if value not in (None, "") else "")
 
@@ -187,6 +219,9 @@ def _ids(columns: Columns) -> list[str]:
     seen: dict[str, int] = {}
     for number, value in enumerate(columns.values[_INDEX]):
         first = seen.setdefault(str(value), number)
+        if _broken(value):
+            where = f"row {number} of {columns.source}"
+            raise DataError(f"{where}: {_INDEX!r} is {_quoted(value)}, which {_BROKEN}; correct it")
         if first != number or value in (None, ""):
             what = "has none" if value in (None, "") else f"has {value}, as row {first} has"
             raise DataError(f"row {number} of {columns.source} {what} in {_INDEX!r}; give each row one of its own")

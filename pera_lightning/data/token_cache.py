@@ -81,6 +81,11 @@ def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
             finally:
                 temporary.unlink(missing_ok=True)
         return datasets.Dataset.from_file(str(path))
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(folder for folder in path.parents if folder.exists())
+        raise DataError(
+            f"tokenised rows cannot be kept in {path.parent}: {file} is a file and no folder; choose another cache_dir"
+        ) from error
     except OSError as error:
         raise DataError(
             f"tokenised rows cannot be kept in {path.parent}: {error.strerror or error}; make room, or choose another "

@@ -14,8 +14,9 @@ from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.state import write_atomically
+from pera_lightning.sweeps.choice import best_settings
 from pera_lightning.sweeps.plan import Run, differences
-from pera_lightning.sweeps.summary import COMPLETE, as_csv, best_setting, summarise
+from pera_lightning.sweeps.summary import COMPLETE, as_csv, summarise
 
 FILE, TABLE, LOG, LOCK = "sweep.json", "sweep.csv", "sweep.log", ".sweep.lock"
 RESULTS = "results.json"
@@ -37,7 +38,7 @@ def read_sweep(folder: Path) -> dict[str, Any] | None:
             raise ConfigurationError(f"--output {folder} holds no sweep but {listed(others)}: give a new folder")
         return None
     try:
-        sweep = json.loads(file.read_text(encoding="utf-8"))
+        sweep = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN of old
         if all(isinstance(sweep[key], dict) for key in ("reference", "config", "grid")):
             for record in sweep["runs"]:
                 _ = record["name"], record["status"]
@@ -139,9 +140,9 @@ def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
         DataError: where the disk is full, or the folder gone.
     """
     sweep["summary"] = summarise(sweep["runs"])
-    sweep["best"], sweep["best_text"] = best_setting(sweep["summary"])
+    sweep["best"], sweep["best_text"] = best_settings(sweep["summary"])
     try:
-        write_atomically(folder / FILE, (json.dumps(sweep, indent=1) + "\n").encode())
+        write_atomically(folder / FILE, (json.dumps(sweep, indent=1, allow_nan=False) + "\n").encode())
         write_atomically(folder / TABLE, as_csv(sweep["runs"]).encode())
     except OSError as error:
         raise DataError(

@@ -6,6 +6,7 @@ import json
 import re
 from ast import literal_eval
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,28 @@ def selection(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any] | None
         name: the file's.
 
     Returns:
-        ``name`` of the metric, ``mode`` ("min" or "max") and ``score``; None where it was not selected.
+        ``name`` of the metric, ``mode`` ("min" or "max") and ``score``, which is None where it is no number; None where
+        it was not selected. A ModelCheckpoint whose metric was NaN stores an infinite score.
     """
     for key, state in keepers(checkpoint):
         if Path(state["best_model_path"]).name == name and (found := _KEEPER.fullmatch(key)):
             mode = literal_eval(found[1]).get("mode", "min")
-            return {"name": state["monitor"], "mode": mode, "score": float(state["best_model_score"])}
+            score = float(state["best_model_score"])
+            return {"name": state["monitor"], "mode": mode, "score": score if isfinite(score) else None}
     return None
 
 
 def told_by(results: Path) -> dict[str, Any]:
-    """What a run's `results.json` tells the sweep: metrics, parameters, method and the short facts of its protocol."""
-    result = json.loads(results.read_text(encoding="utf-8"))
+    """What a run's `results.json` tells the sweep: metrics, parameters, method and the short facts of its protocol.
+
+    A value that is no number, as Pearson's r of equal predictions is, becomes None.
+    """
+    result = json.loads(results.read_text(encoding="utf-8"), parse_constant=lambda name: None)
     facts = flattened(result.get("protocol") or {})
     return {
-        "metrics": {name: float(value) for name, value in (result.get("metrics") or {}).items()},
+        "metrics": {
+            name: None if value is None else float(value) for name, value in (result.get("metrics") or {}).items()
+        },
         "trainable_parameters": result.get("trainable_parameters"),
         "method": result.get("method"),
         "protocol": {k: v for k, v in facts.items() if k != "checkpoint" and _is_short(k, v)},

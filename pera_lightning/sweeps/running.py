@@ -24,7 +24,7 @@ from pera_lightning.sweeps.folder import (
 from pera_lightning.sweeps.outcome import tested_checkpoint, told_by
 from pera_lightning.sweeps.plan import Run, setting_name, value_words, with_seed
 from pera_lightning.sweeps.processes import STOPPED, Processes, ended_by, program
-from pera_lightning.sweeps.summary import COMPLETE, scores, table
+from pera_lightning.sweeps.summary import COMPLETE, scores, table, without_number
 
 
 def placed(placement: Any, folder: Path) -> list[str]:
@@ -174,8 +174,8 @@ class Sweep:
     def _print_summary(self) -> None:
         if self.sweep["summary"]:
             print(f"\n{table(self.sweep['summary'])}")
-            if self.sweep["best_text"]:
-                print(self.sweep["best_text"])
+            for line in filter(None, (without_number(self.sweep["runs"]), self.sweep["best_text"])):
+                print(line)
         print(f"Sweep: {self.folder / FILE}, {self.folder / TABLE}", flush=True)
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: statistics a setting, the setting to choose, a table and a CSV file."""
+"""What the runs of a sweep say together: statistics a setting, a table and a CSV file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from math import isfinite
 from statistics import fmean, median, stdev
 from typing import Any
 
+from pera_lightning.errors import listed
+from pera_lightning.sweeps.choice import data_of
 from pera_lightning.sweeps.plan import setting_name, short_keys
 
 COMPLETE = "complete"
 
 
-def statistics_of(values: Sequence[float]) -> dict[str, Any]:
-    """n, mean, median, sd (of the sample, n - 1; None for one value), min and max; in the values' unit."""
+def statistics_of(values: Sequence[float | None]) -> dict[str, Any]:
+    """Statistics of the values that are numbers; in the values' unit.
+
+    Args:
+        values: one a run; None, NaN and infinite ones are counted, and left out of the rest.
+
+    Returns:
+        ``n`` and ``not_finite`` (counts), ``mean``, ``median``, ``sd`` (of the sample, n - 1; None for one value),
+        ``min`` and ``max``; each None where no number is left.
+    """
+    numbers = [value for value in values if value is not None and isfinite(value)]
     return {
-        "n": len(values),
-        "mean": fmean(values),
-        "median": median(values),
-        "sd": stdev(values) if len(values) > 1 else None,
-        "min": min(values),
-        "max": max(values),
+        "n": len(numbers),
+        "not_finite": len(values) - len(numbers),
+        "mean": fmean(numbers) if numbers else None,
+        "median": median(numbers) if numbers else None,
+        "sd": stdev(numbers) if len(numbers) > 1 else None,
+        "min": min(numbers, default=None),
+        "max": max(numbers, default=None),
     }
 
 
@@ -35,7 +47,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         For each setting with a complete run: ``values``, ``seeds``, ``selection`` (statistics with ``name`` and
         ``mode``; None where the runs have none, or not the same), ``selected_on_test``, ``metrics`` (name to
-        statistics), ``trainable_parameters`` (None where they differ).
+        statistics), ``trainable_parameters`` (None where they differ), ``data`` (see `choice.data_of`).
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -55,6 +67,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     name: statistics_of([r["metrics"][name] for r in group if name in r["metrics"]]) for name in names
                 },
                 "trainable_parameters": parameters.pop() if len(parameters) == 1 else None,
+                "data": data_of(group),
             }
         )
     return rows
@@ -68,33 +81,6 @@ def _selection(group: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {**of, **statistics_of([one["score"] for one in chosen])}
 
 
-def best_setting(summary: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str] | None, str]:
-    """The setting with the best mean selection score; the test scores choose nothing.
-
-    Args:
-        summary: of `summarise`.
-
-    Returns:
-        Its values (None where there is nothing to choose, or to choose by) and a line that says so, empty for less
-        than two settings.
-    """
-    if len(summary) < 2:
-        return None, ""
-    by = [row["selection"] for row in summary]
-    kinds = {(one["name"], one["mode"]) for one in by if one is not None}
-    if None in by or len(kinds) != 1 or not all(isfinite(one["mean"]) for one in by):
-        return None, "No setting is named best: the runs have no selection score that all of them share."
-    ((name, mode),) = kinds
-    choose = max if mode == "max" else min
-    row = choose(summary, key=lambda row: row["selection"]["mean"])
-    text = f"Best by the mean of {name} ({mode}): {setting_name(row['values'])}, {row['selection']['mean']:.4f}"
-    if len({one["n"] for one in by}) > 1:
-        text += "; the settings have unlike numbers of runs"
-    if any(row["selected_on_test"] for row in summary):
-        text += f"; {name} is measured on the test set itself, so its test scores are those of a chosen setting"
-    return dict(row["values"]), text + "."
-
-
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """Lines up a summary: a line for each setting and metric, the selection score first."""
     cells = [["setting", "metric", "n", "mean ± sd", "median", "min", "max"]]
@@ -102,11 +88,11 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
         lines = {} if row["selection"] is None else {f"{row['selection']['name']} (selection)": row["selection"]}
         setting = setting_name(row["values"])
         for metric, of in {**lines, **row["metrics"]}.items():
-            spread = "-" if of["sd"] is None else f"{of['sd']:.4f}"
-            cells.append(
-                [setting, metric, str(of["n"]), f"{of['mean']:.4f} ± {spread}"]
-                + [f"{of[key]:.4f}" for key in ("median", "min", "max")]
+            mean, spread, *rest = (
+                "-" if of[key] is None else f"{of[key]:.4f}" for key in ("mean", "sd", "median", "min", "max")
             )
+            n = f"{of['n']} of {of['n'] + of['not_finite']}" if of["not_finite"] else str(of["n"])
+            cells.append([setting, metric, n, f"{mean} ± {spread}", *rest])
             setting = ""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lined = [
@@ -120,11 +106,25 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def scores(record: Mapping[str, Any]) -> str:
     """A complete run's selection score and test metrics in a line."""
-    parts = []
-    if record["selection"] is not None:
-        parts.append(f"{record['selection']['name']} {record['selection']['score']:.4f}")
-    parts += [f"{name} {value:.4f}" for name, value in record["metrics"].items()]
-    return ", ".join(parts)
+    return ", ".join(
+        f"{name} {'is no number' if value is None else f'{value:.4f}'}" for name, value in _measured(record)
+    )
+
+
+def without_number(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line that says which complete runs have a score that is no number, and of what; empty where none has."""
+    runs: dict[str, list[str]] = {}
+    for record in records:
+        for name, value in _measured(record) if record["status"] == COMPLETE else ():
+            if value is None:
+                runs.setdefault(name, []).append(record["name"])
+    told = "; ".join(f"{name} of {listed(names, 20)}" for name, names in runs.items())
+    return f"No number (NaN or infinite), and not in the statistics: {told}." if told else ""
+
+
+def _measured(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    chosen = record["selection"]
+    return [*([] if chosen is None else [(chosen["name"], chosen["score"])]), *record["metrics"].items()]
 
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:

@@ -40,7 +40,11 @@ def rows(tmp_path_factory):
         write(folder / "rte" / f"{split}.jsonl", pairs(count, **unlabelled))
     mnli = [{"premise": r["sentence1"], "hypothesis": r["sentence2"], "label": r["idx"] % 3} for r in pairs(12)]
     for split in ("train", "validation_matched", "validation_mismatched"):
-        write(folder / "mnli" / f"{split}.jsonl", mnli)
+        for name in ("mnli", "mnli_own"):
+            write(folder / name / f"{split}.jsonl", mnli)
+    for name, count in (("matched", 5), ("mismatched", 4)):
+        write(folder / "mnli" / f"test_{name}.jsonl", [{**row, "label": -1} for row in mnli[:count]])
+        write(folder / "mnli_own" / f"test_{name}.jsonl", mnli[:count])
     return folder
 
 
@@ -73,6 +77,7 @@ def test_a_run_and_its_result(pera, base, rows, runs):
     split = json.loads((runs / "rte" / "splits" / "rte.json").read_text())
     chosen = [split["parts"][name]["rows"] for name in ("validation", "test")]
     assert sorted(chosen[0] + chosen[1]) == list(range(10))
+    assert sorted(path.name for path in (runs / "rte" / "splits").iterdir()) == ["rte-test.json", "rte.json"]
 
 
 def test_a_submission(pera, base, rows, runs):
@@ -81,6 +86,27 @@ def test_a_submission(pera, base, rows, runs):
     assert lines[0] == "index\tprediction"
     assert [line.split("\t")[0] for line in lines[1:]] == list("01234")
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+
+
+def test_a_submission_of_mnli_is_two_files(pera, base, rows, runs):
+    assert pera("predict", *words(base, rows, runs, "mnli"), "--ckpt_path", "best").code == 0
+    for name, count in (("MNLI-m", 5), ("MNLI-mm", 4)):
+        lines = (runs / "mnli" / "predictions" / f"{name}.tsv").read_text().splitlines()
+        assert [line.split("\t")[0] for line in lines] == ["index", *map(str, range(count))]
+        assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_a_test_set_of_ones_own_is_scored_on(pera, base, rows, tmp_path):
+    own = ["--data.folder", rows / "mnli_own", "--data.protocol", "own_test", "--trainer.max_epochs", 1]
+    given = [*words(base, rows, tmp_path, "mnli"), *own]
+    assert pera("fit", *given).code == 0
+    sizes = json.loads((tmp_path / "mnli" / "splits" / "mnli.json").read_text())["sizes"]
+    tested = {"test_matched": 5, "test_mismatched": 4}
+    assert sizes == {"train": 12, "validation_matched": 12, "validation_mismatched": 12, **tested}
+    assert pera("test", *given, "--ckpt_path", "best").code == 0
+    result = json.loads((tmp_path / "mnli" / "results.json").read_text())
+    assert result["n"] == {"test": 5, "test_mismatched": 4}
+    assert json.loads((tmp_path / "mnli" / "splits" / "mnli-test.json").read_text())["sizes"] == tested
 
 
 def test_params(pera, base, rows, runs):
@@ -147,6 +173,7 @@ def test_the_config_is_the_small_one():
     [
         (["--data.task", "rtf"], "unknown task 'rtf'"),
         (["--data.protocol", "half"], "unknown split protocol 'half'"),
+        (["--data.protocol", "own_test"], "has rows without label"),
         (["--data.task", "cola"], "has no column 'sentence'"),
         (["--model.num_labels", "3"], "num_labels=3, but the data has 2 classes"),
         (["--adapter.trainable", "[pooler]"], "are new and random and would stay so"),

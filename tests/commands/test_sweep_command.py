@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import QUICKSTART
+from run_helpers import QUICKSTART, ROOT
 
+from pera_lightning.commands.sweep import check_alone
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.modules.image_classification import ImageClassificationModule
 from pera_lightning.sweeps import processes, running
 
 # Plays fit and test: writes what they write, and does what ACTS says for "fit 1" (command and seed).
@@ -58,7 +61,7 @@ if command == "fit" and act != "nothing":
     (run / "adapter").mkdir(exist_ok=True)
     (run / "adapter" / "adapter_config.json").write_text("{}")
 if command == "test" and act != "nothing":
-    metrics = {"test/accuracy": lr + int(seed) / 100}
+    metrics = {"test/accuracy": float(act) if act in ("nan", "inf") else lr + int(seed) / 100}
     facts = {"checkpoint": "x", "data": {"split": "p", "selected_on_test": act == "selected", "prompt": "x" * 200}}
     result = {"method": {}, "metrics": metrics, "trainable_parameters": 5, "protocol": facts}
     (run / "results.json").write_text(json.dumps(result))
@@ -70,7 +73,7 @@ def play(pera, tmp_path, monkeypatch):
     """Sweeps with the player: ``play(*words, acts={})`` has `code`, `out`, `err`, `calls` and `sweep`."""
     script = tmp_path / "player.py"
     script.write_text(PLAYER)
-    for lr, score in (("0.01", 0.5), ("0.1", 0.75)):
+    for lr, score in (("0.01", 0.5), ("0.1", 0.75), ("1.0", float("-inf"))):
         keeper = {"monitor": "val/accuracy", "best_model_score": torch.tensor(score), "best_model_path": "x/best.ckpt"}
         key = "ModelCheckpoint{'monitor': 'val/accuracy', 'mode': 'max', 'every_n_epochs': 1}"
         checkpoint = {"pytorch-lightning_version": "2.6.0", "state_dict": {}, "callbacks": {key: keeper}}
@@ -86,7 +89,8 @@ def play(pera, tmp_path, monkeypatch):
         result = pera("sweep", "--config", config, "--output", out, *words)
         result.calls = (tmp_path / "calls").read_text().splitlines()
         result.folder = out
-        result.sweep = json.loads((out / "sweep.json").read_text()) if (out / "sweep.json").is_file() else None
+        text = (out / "sweep.json").read_text() if (out / "sweep.json").is_file() else "null"
+        result.sweep = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
         return result
 
     return run
@@ -107,7 +111,7 @@ def test_every_run_is_fitted_and_tested_and_summed_up(play):
     )
     assert first["protocol"] == {"data.split": "p", "data.selected_on_test": False}
     assert done.sweep["summary"][1]["metrics"]["test/accuracy"]["mean"] == pytest.approx(0.115)
-    assert done.sweep["best"] == {"model.lr": "1e-1"}
+    assert done.sweep["best"] == [{"of": None, "values": {"model.lr": "1e-1"}, "mean": 0.75}]
     assert "[4/4] lr=0.1_seed=2: val/accuracy 0.7500, test/accuracy 0.1200; " in done.out
     assert "Best by the mean of val/accuracy (max): lr=0.1, 0.7500; val/accuracy is measured on the test" in done.out
     assert len(list(csv.DictReader((done.folder / "sweep.csv").open()))) == 4
@@ -122,6 +126,48 @@ def test_a_second_sweep_runs_what_is_new_only(play):
     assert again.sweep["seeds"] == [1, 2]
     assert again.sweep["summary"][0]["metrics"]["test/accuracy"]["n"] == 2
     assert play("--seeds", "2").sweep["summary"][0]["seeds"] == [1, 2]
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf"])
+def test_runs_whose_scores_are_no_numbers_are_told_and_summed_up(play, odd):
+    words = ["--seeds", "1,2", "--grid", "model.lr=1.0,0.1"]
+    done = play(*words, acts={"test 1": odd, "test 2": odd})
+    assert done.code == 0, done.err
+    first = done.sweep["runs"][0]
+    assert (first["status"], first["selection"]["score"], first["metrics"]) == (
+        "complete",
+        None,
+        {"test/accuracy": None},
+    )
+    row = done.sweep["summary"][0]
+    for of in (row["selection"], row["metrics"]["test/accuracy"]):
+        assert (of["n"], of["not_finite"], of["mean"], of["sd"], of["max"]) == (0, 2, None, None, None)
+    assert "[1/4] lr=1.0_seed=1: val/accuracy is no number, test/accuracy is no number; " in done.out
+    assert "statistics: val/accuracy of lr=1.0_seed=1, lr=1.0_seed=2; test/accuracy of lr=1.0_seed=1, " in done.out
+    assert "Best by the mean of val/accuracy (max): lr=0.1, 0.7500; not chosen from" in done.out
+    rows = list(csv.DictReader((done.folder / "sweep.csv").open()))
+    assert (rows[0]["selection_score"], rows[0]["test/accuracy"]) == ("", "")
+    again = play(*words)
+    assert (again.code, again.calls, again.sweep["summary"]) == (0, [], done.sweep["summary"])
+    more = play("--seeds", "1,2,3", "--grid", "model.lr=1.0,0.1").sweep["summary"][1]["metrics"]["test/accuracy"]
+    assert (more["n"], more["not_finite"], more["mean"]) == (1, 2, pytest.approx(0.13))
+
+
+def test_a_sweep_with_nan_in_its_file_goes_on(play):
+    done = play("--seeds", "1,2")
+    file = done.folder / "sweep.json"
+    file.write_text(
+        file.read_text().replace('"score": 0.5', '"score": -Infinity').replace('accuracy": 0.02', 'accuracy": NaN')
+    )
+    again = play("--seeds", "1,2")
+    assert (again.code, again.calls) == (0, [])
+    assert again.sweep["runs"][0]["selection"]["score"] is None
+
+
+def test_an_infinite_option_is_written_and_found_the_same(play):
+    words = ["--trainer.gradient_clip_val", ".inf"]
+    assert play(*words).sweep["config"]["trainer.gradient_clip_val"] == "inf"
+    assert (play(*words).code, play(*words).calls) == (0, [])
 
 
 def test_without_seeds_the_config_s_own_is_run(play):
@@ -240,12 +286,73 @@ def test_what_no_run_could_take_is_one_line_before_the_first(play, words, expect
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS"])
+@pytest.mark.parametrize("words", [[], ["--dry_run"], ["--grid", "model.lr=0.01,0.1"]], ids=" ".join)
+def test_a_module_checks_what_its_fit_will_read_before_the_first_run(play, monkeypatch, words):
+    def check(self):
+        raise ConfigurationError(f"mnli_checkpoint=nix does not exist, lr={self.settings['lr']}")
+
+    monkeypatch.setattr(ImageClassificationModule, "check_start", check, raising=False)
+    done = play("--seeds", "1", *words)
+    assert (done.code, done.calls, done.folder.exists()) == (2, [], False)
+    told = "with lr=0.01: " if "--grid" in words else ""
+    assert f"error: {told}mnli_checkpoint=nix does not exist, lr=" in done.err.splitlines()[-1]
+
+
+def test_runs_that_have_begun_need_nothing_to_start_from(play, monkeypatch):
+    def check(self):
+        raise ConfigurationError("nix does not exist")
+
+    play("--seeds", "1,2", acts={"fit 2": "fail"})
+    monkeypatch.setattr(ImageClassificationModule, "check_start", check, raising=False)
+    assert play("--seeds", "1,2").calls == ["fit seed2 on", "test seed2"]
+    assert play("--seeds", "1,2,3").code == 2
+
+
+def test_a_path_with_the_seed_in_it_is_checked_for_the_seeds_that_run(play, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        ImageClassificationModule, "check_start", lambda self: checked.append(self.settings["head_lr"]), raising=False
+    )
+    assert play("--seeds", "1,2", "--model.head_lr", "0.{seed}", "--dry_run").code == 0
+    assert checked == [0.1, 0.2]
+
+
+def test_an_mnli_checkpoint_that_is_not_there_is_told_before_the_first_run(play):
+    done = play("--model.mnli_checkpoint", "nix", "--dry_run", config=ROOT / "configs" / "glue_minilm.yaml")
+    assert (done.code, done.calls) == (2, [])
+    assert "mnli_checkpoint=nix" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_several_processes_are_refused(play, monkeypatch, name):
     monkeypatch.setenv(name, "2")
     done = play("--seeds", "1")
     assert (done.code, done.calls) == (2, [])
     assert f"sweep was started with {name}=2: start it as one process" in done.err
+
+
+SLURM = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}
+ONE_PROCESS = {
+    "salloc -n4": SLURM,
+    "a batch script": {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+    "a shell that is a step": {
+        **SLURM,
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_ID": "4294967290",
+        "SLURM_STEP_NUM_TASKS": "4",
+    },
+    "srun -n1": {**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+}
+
+
+@pytest.mark.parametrize("environment", ONE_PROCESS.values(), ids=ONE_PROCESS)
+def test_one_process_in_an_allocation_for_more_is_fine(environment):
+    check_alone(environment)
+
+
+def test_srun_of_several_tasks_is_refused():
+    with pytest.raises(ConfigurationError, match="sweep was started with SLURM_STEP_NUM_TASKS=4: start it as one"):
+        check_alone({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"})
 
 
 def test_a_full_disk_is_one_line(play, monkeypatch):

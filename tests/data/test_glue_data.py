@@ -175,10 +175,40 @@ def test_a_test_set_with_labels_is_scored_on_by_own_test_alone(tmp_path):
     assert len(numbers(data.val_dataloader())) == 6
 
 
-def test_own_test_refuses_a_test_set_without_labels(folder):
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_own_test_refuses_a_test_set_without_labels_before_any_training(folder, stage):
     with pytest.raises(DataError) as error:
-        glue(folder, "test", protocol="own_test")
+        glue(folder, stage, protocol="own_test")
     one_line(error, "test", "without label", "protocol=red")
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(DataError) as error:
+        glue(folder, stage, protocol="own_test")
+    one_line(error, "no test.jsonl")
+
+
+def test_validating_reads_no_test_set(folder):
+    (folder / "test.jsonl").unlink()
+    assert len(numbers(glue(folder, "validate", protocol="own_test").val_dataloader())) == 21
+
+
+def test_evaluation_has_batches_of_its_own_size(folder):
+    data = glue(folder, protocol="red", batch_size=4, eval_batch_size=7)
+    for stage in ("test", "predict"):
+        data.setup(stage)
+    largest = {
+        name: max(len(batch["labels"]) for batch in getattr(data, f"{name}_dataloader")())
+        for name in ("train", "val", "test", "predict")
+    }
+    assert largest == {"train": 4, "val": 7, "test": 7, "predict": 7}
+
+
+def test_the_order_of_training_rows_is_that_of_the_runs_seed(folder, monkeypatch):
+    orders = []
+    for seed in ("3", "4", "3"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        orders.append(numbers(glue(folder).train_dataloader()))
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]
 
 
 def test_rows_are_tokenised_once_and_the_cache_knows_length_and_texts(folder):
@@ -204,6 +234,14 @@ def test_a_damaged_cache_file_is_named(folder):
     with pytest.raises(DataError) as error:
         glue(folder)
     one_line(error, "damaged", "delete it")
+
+
+@pytest.mark.parametrize("cache", ["file", "file/below"])
+def test_a_cache_folder_that_is_a_file_is_named_as_one(folder, cache):
+    (folder / "file").write_text("")
+    with pytest.raises(DataError) as error:
+        glue(folder, cache_dir=str(folder / cache))
+    one_line(error, f"{folder / 'file'} is a file", "cache_dir")
 
 
 @pytest.mark.parametrize("longer", ["sentence1", "sentence2"])
@@ -311,6 +349,11 @@ def test_through_a_trainer_with_the_modules_tokenizer(folder):
     trainer.test(module, data, verbose=False)
     trainer.predict(module, data)
     assert module.rows == {"train": 41, "val": 11, "test": 10, "predict": 9}
+
+    own = GLUEDataModule("rte", folder=str(folder), protocol="own_test", cache_dir=str(folder / "cache"))
+    with pytest.raises(DataError, match="without label"):
+        trainer.fit(module, own)
+    assert module.rows["train"] == 41
 
 
 def test_counting_parameters_needs_no_data_for_glue():

@@ -10,7 +10,7 @@ from text_helpers import one_line
 from pera_lightning import GLUEDataModule
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.glue_sources import GLUESource
-from pera_lightning.data.glue_tasks import TASKS
+from pera_lightning.data.glue_tasks import TASKS, custom_task
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
 
 
@@ -40,6 +40,13 @@ def test_the_nine_tasks_have_the_labels_metrics_and_submissions_of_the_leaderboa
     assert written["rte"] == written["qnli"] == ["entailment", "not_entailment"]
     assert all(written[name] == ["0", "1"] for name in ("cola", "sst2", "mrpc", "qqp", "wnli"))
     assert [TASKS["stsb"].written(v) for v in (-0.3, 2.34567, 7)] == ["0.000", "2.346", "5.000"]
+    assert TASKS["stsb"].written(-0.0) == "0.000"
+
+
+def test_predictions_of_ones_own_regression_keep_their_digits():
+    task = custom_task(["text"], ())
+    written = [task.written(np.float32(value).item()) for value in (0.00012, -3e-5, -0.0, 1234.5, 2)]
+    assert written == ["0.00012", "-3e-05", "0.0", "1234.5", "2.0"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json"])
@@ -73,6 +80,7 @@ def test_json_may_hold_line_separators_in_a_text(tmp_path):
         (["10", "2", "10"], ("2", "10")),
         (["1.0", "0", "1"], ("0", "1")),
         ([True, False, True], ("false", "true")),
+        ([True, "False", "True", "TRUE"], ("false", "true")),
         (["b", "a", 3], ("3", "a", "b")),
         ([2.0, 1, 2], ("1", "2")),
     ],
@@ -81,7 +89,7 @@ def test_classes_are_those_of_training_in_their_order(tmp_path, values, names):
     made = custom(tmp_path, [{"text": "t", "label": value} for value in values], ".jsonl")
     assert made.task.class_names == names
     assert [names[k] for k in made.rows("train").labels] == [
-        {"1.0": "1", "True": "true", "False": "false", "2.0": "2"}.get(str(value), str(value)) for value in values
+        {"1.0": "1", "2.0": "2"}.get(str(value), str(value).lower()) for value in values
     ]
 
 
@@ -141,6 +149,9 @@ def test_a_pair_of_glue_may_lack_one_text_and_is_counted_but_not_both(tmp_path):
         ({"label": "entailment"}, ["row 3", "'entailment'", "0 (entailment)"]),
         ({"sentence1": None}, ["row 3", "'sentence1'", "empty"]),
         ({"sentence2": float("nan")}, ["row 3", "'sentence2'", "nan", "no text"]),
+        ({"sentence2": "\ud800x"}, ["row 3", "'sentence2'", "'\\ud800x'", "lone surrogate"]),
+        ({"idx": "\ud800x"}, ["row 3", "'idx'", "'\\ud800x'", "lone surrogate"]),
+        ({"label": 10**400}, ["row 3", "none of the classes"]),
         ({"sentence2": 5}, ["row 3", "'sentence2'", "5", "no text"]),
         ({"idx": 1}, ["row 3", "has 1, as row 1 has", "'idx'"]),
         ({"idx": None}, ["row 3", "has none in 'idx'"]),
@@ -168,10 +179,13 @@ def test_a_row_that_cannot_be_used_is_named_with_what_is_allowed(tmp_path, chang
         ("text,lable\na,1\nb,0\n", {}, ["no column 'label'", "text, lable", "closest: lable"]),
         ("text,label\n ,1\nb,0\n", {}, ["row 0", "'text' is empty"]),
         ("text,label\na,\nb,0\n", {}, ["row 0", "no label"]),
-        ("text,label\na,-1\nb,0\n", {}, ["row 0", "no label", "unlabelled"]),
+        ("text,label\na,-1\nb,1\n", {}, ["row 0", "no label", "unlabelled", "from 0", "names"]),
+        (f"text,label\na,{'9' * 5000}\nb,1\n", {"regression": True}, ["row 0", "out of range", "finite"]),
+        ("text,label\na,1e39\nb,1\n", {"regression": True}, ["row 0", "'1e39'", "out of range", "32 bits"]),
+        ("text,label\na,nan\nb,1\n", {"regression": True}, ["row 0", "'nan'", "no number"]),
         ("text,label\na,0.5\nb,0\n", {}, ["row 0", "'0.5'", "fraction", "regression=True"]),
         ("text,label\na,1\nb,1\n", {}, ["all rows have the label '1'"]),
-        ("text,label\na,x\nb,2\n", {"regression": True}, ["row 0", "'x'", "finite numbers"]),
+        ("text,label\na,x\nb,2\n", {"regression": True}, ["row 0", "'x'", "is no number", "finite numbers"]),
         ("text,label\na,-100\nb,2\n", {"regression": True}, ["row 0", "-100", "shift"]),
         (
             "".join(["text,label\n", *(f"a,name {k}\n" for k in range(150))]),
@@ -184,6 +198,20 @@ def test_a_file_that_cannot_be_used_is_explained(tmp_path, rows, options, words)
     with pytest.raises(DataError) as error:
         custom(tmp_path, rows, **options).rows("train")
     one_line(error, "rows.csv", *words)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 1e39])
+def test_a_number_that_float32_cannot_hold_is_refused(tmp_path, number):
+    rows = [{"text": "a", "label": 1.5}, {"text": "b", "label": number}]
+    with pytest.raises(DataError) as error:
+        custom(tmp_path, rows, ".jsonl", regression=True).rows("train")
+    one_line(error, "row 1", "out of range", "32 bits")
+
+
+def test_a_class_name_that_no_file_can_hold_is_refused(tmp_path):
+    with pytest.raises(DataError) as error:
+        custom(tmp_path, [{"text": "a", "label": "\ud800x"}, {"text": "b", "label": "y"}], ".jsonl").rows("train")
+    one_line(error, "row 0", "'\\ud800x'", "lone surrogate")
 
 
 def test_validation_labels_that_training_lacks_are_named(tmp_path):

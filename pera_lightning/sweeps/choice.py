@@ -1,0 +1,129 @@
+"""The best setting of a sweep: chosen by the selection score, among settings whose results are of the same data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pera_lightning.errors import listed
+from pera_lightning.sweeps.plan import setting_name
+
+# What of a run's protocol tells what its scores are scores of: the task, its metric, and the contents of its data. Not
+# the split seed, which may follow the run's. One monitor, val/metric, is Pearson's r in one task and accuracy in
+# another, so that its name tells nothing. Contents of the training set count because validation may be cut from it.
+_DATA = re.compile(
+    r"task|selection|(data|evaluation)\.(task|name|dataset|source|split_protocol|selection|main_metric)"
+    r"|(data|evaluation|training)\.sha256\..+"
+)
+_LOADING = ("batch_size", "num_workers")  # options of a data module that leave its data as they are
+
+
+def data_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What tells the data of a setting's runs, so that those that are equal are of the same data.
+
+    Args:
+        records: the runs of one setting.
+
+    Returns:
+        Facts of their protocols by key, each with its distinct values; where a data module tells nothing of the kind,
+        the grid values of its options.
+    """
+    facts: dict[str, list[Any]] = {}
+    for record in records:
+        for key, value in record["protocol"].items():
+            if _DATA.fullmatch(key) and value not in facts.setdefault(key, []):
+                facts[key].append(value)
+    if any("." in key for key in facts):
+        return facts
+    grid = {
+        key: [value]
+        for key, value in records[0]["values"].items()
+        if _is_of_data(key) and key.rpartition(".")[2] not in _LOADING
+    }
+    return {**facts, **grid}
+
+
+def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The settings with the best mean selection score, one for each data; the test scores choose nothing.
+
+    A setting is not chosen where the selection score of one of its runs is no number: that is no better than the worst.
+
+    Args:
+        summary: of `summarise`.
+
+    Returns:
+        For each data of which there are two settings or more, and one can be chosen: ``of`` (the data in words, None
+        where all are of the same), ``values``, and ``mean`` of the selection score. And lines that say so, empty for
+        less than two settings.
+    """
+    if len(summary) < 2:
+        return [], ""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in summary:
+        groups.setdefault(json.dumps(row["data"], sort_keys=True), []).append(row)
+    chosen, lines = [], []
+    for label, group in zip(_labels(list(groups.values())), groups.values(), strict=True):
+        if len(group) > 1:
+            row, line = _best_of(group, label)
+            lines.append(line)
+            if row is not None:
+                mean = row["selection"]["mean"]
+                chosen.append({"of": label, "values": dict(row["values"]), "mean": mean})
+    if not lines:
+        return [], "No setting is named best: no two of them are of the same data."
+    return chosen, "\n".join(lines)
+
+
+def _best_of(group: Sequence[Mapping[str, Any]], label: str | None) -> tuple[Mapping[str, Any] | None, str]:
+    """The best of several settings of the same data, None where there is none, and a line that says so."""
+    of = "" if label is None else f" of {label}"
+    by = [row["selection"] for row in group]
+    kinds = {(one["name"], one["mode"]) for one in by if one is not None}
+    if None in by or len(kinds) != 1:
+        return None, f"No setting{of} is named best: the runs have no selection score that all of them share."
+    ((name, mode),) = kinds
+    left = [row for row in group if not row["selection"]["not_finite"]]
+    if not left:
+        return None, f"No setting{of} is named best: each has a run whose {name} is no number."
+    row = (max if mode == "max" else min)(left, key=lambda row: row["selection"]["mean"])
+    text = f"Best{of} by the mean of {name} ({mode}): {setting_name(row['values'])}, {row['selection']['mean']:.4f}"
+    if len({one["n"] + one["not_finite"] for one in by}) > 1:
+        text += "; the settings have unlike numbers of runs"
+    if out := [setting_name(row["values"]) for row in group if row["selection"]["not_finite"]]:
+        text += f"; not chosen from, as {name} of a run is no number: {listed(out)}"
+    if any(row["selected_on_test"] for row in group):
+        text += f"; {name} is measured on the test set itself, so its test scores are those of a chosen setting"
+    return row, text + "."
+
+
+def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
+    """Words for the data of each group of settings, those of the grid where these tell them apart."""
+    if len(groups) == 1:
+        return [None]
+    keys = [
+        key
+        for key in groups[0][0]["values"]
+        if _is_of_data(key) and all(len({row["values"][key] for row in group}) == 1 for group in groups)
+    ]
+    keys = [key for key in keys if len({group[0]["values"][key] for group in groups}) > 1]
+    by_grid = [setting_name({key: group[0]["values"][key] for key in keys}) for group in groups]
+    if keys and len(set(by_grid)) == len(groups):
+        return list(by_grid)
+    facts = [group[0]["data"] for group in groups]
+    unlike = [key for key in dict.fromkeys(key for one in facts for key in one) if _differs(key, facts)]
+    return [", ".join(f"{key}={_value(one.get(key, []))}" for key in unlike) for one in facts]
+
+
+def _differs(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
+    return any(one.get(key) != facts[0].get(key) for one in facts)
+
+
+def _value(values: Sequence[Any]) -> str:
+    """Values in a few letters; digests are long."""
+    return "|".join(str(value)[:12] for value in values) or "none"
+
+
+def _is_of_data(key: str) -> bool:
+    return key == "data" or key.startswith("data.")
