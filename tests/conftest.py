@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; fork after several threads were used hangs
@@ -31,6 +32,14 @@ def no_leftovers():
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT acts, here and in child processes: a shell that runs tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ if command == "test" and act != "nothing":
 
 
 @pytest.fixture
-def play(pera, tmp_path, monkeypatch):
+def play(pera, tmp_path, monkeypatch, interruptible):
     """Sweeps with the player: ``play(*words, acts={})`` has `code`, `out`, `err`, `calls` and `sweep`."""
     script = tmp_path / "player.py"
     script.write_text(PLAYER)

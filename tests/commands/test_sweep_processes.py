@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from run_helpers import QUICKSTART, ROOT
 
+pytestmark = pytest.mark.usefixtures("interruptible")
 WORDS = [sys.executable, str(ROOT / "cli.py"), "sweep", "--config", QUICKSTART, "--seeds", "3"]
 SMALL = ["--trainer.max_epochs", "30", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
 
