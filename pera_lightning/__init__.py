@@ -20,6 +20,7 @@ _NAMES = {
     "ImageDataModule": "pera_lightning.data",
     "MathsDataModule": "pera_lightning.data",
     "PeraError": "pera_lightning.errors",
+    "SequenceClassificationModule": "pera_lightning.modules",
     "adapter_state_dict": "pera_lightning.state",
     "export_peft": "pera_lightning.export.peft",
     "export_timm": "pera_lightning.export.timm",
