@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, closest, listed, shorten
+from pera_lightning.files import write_atomically
 from pera_lightning.fingerprint import differing, fingerprint_of
 from pera_lightning.injection import Injection, inject, injection_of, trained_parameter_names
 
@@ -173,28 +172,6 @@ def _lasting(method: Method) -> dict[str, Any]:
     spec = method.spec()
     kept = {name: value for name, value in spec["init_args"].items() if name not in method.runtime_fields}
     return {"class_path": spec["class_path"], **kept}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part.
-
-    Args:
-        path: the file; its folder exists.
-        data: the content.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's files are private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_adapter(folder: str | Path, state: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Path:

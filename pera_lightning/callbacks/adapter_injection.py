@@ -38,10 +38,11 @@ from pera_lightning.callbacks.checks import (
     check_unfrozen,
 )
 from pera_lightning.callbacks.coverage import LayerCoverage
-from pera_lightning.callbacks.data_order import forget_data_order, load_loader_states, on_every_rank, resume_data_order
+from pera_lightning.callbacks.data_order import forget_data_order, load_loader_states, resume_data_order
 from pera_lightning.callbacks.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.callbacks.rank_seeds import join_generators, part_generators
+from pera_lightning.data.dealing import on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection import adapter_parameter_names, inject, injection_of
 from pera_lightning.sharding import sharded_like, whole
@@ -288,7 +289,8 @@ def write_best_adapter(
     prefix, root = find_injected(module)  # type: ignore[misc]
     spec = injection_of(root).spec()  # type: ignore[union-attr]
     keeper = trainer.checkpoint_callback
-    for kind, attribute in (("the best checkpoint", "best_model_path"), ("the last checkpoint", "last_model_path")):
+    best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
+    for kind, attribute in ((best, "best_model_path"), ("the last checkpoint", "last_model_path")):
         path = getattr(keeper, attribute, "")
         if path and Path(path).is_file():
             try:

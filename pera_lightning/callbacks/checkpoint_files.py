@@ -22,7 +22,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from pera_lightning.errors import CheckpointError, megabytes, shorten
-from pera_lightning.state import write_atomically
+from pera_lightning.files import write_atomically
 
 # What reading bytes that are no checkpoint raises, in torch, pickle and zipfile.
 UNREADABLE = (

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.callbacks.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
-from pera_lightning.errors import CheckpointError, shorten
+from pera_lightning.errors import CheckpointError, listed, shorten
 from pera_lightning.injection import injection_of
 from pera_lightning.state import (
+    CONFIG_FILE,
     METADATA,
     check_injection,
     check_state,
@@ -106,6 +107,12 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
         CheckpointError: where the file is missing, damaged or something else; it names whole ones of the same folder.
     """
     if (local := local_file(path)) is not None and local.is_dir():
+        if (local / CONFIG_FILE).is_file():
+            beside = sorted(str(file) for file in (local.parent / "checkpoints").glob("*.ckpt"))
+            raise CheckpointError(
+                f"{path} is an adapter folder, for merge, export and load_adapter; here a checkpoint is needed"
+                f"{f': {listed(beside, 3)}' if beside else ''}"
+            )
         raise CheckpointError(
             f"{path} is a folder, such as ModelParallelStrategy writes without AdapterInjection "
             "(save_distributed_checkpoint=True), and holds no adapters of its; give a .ckpt file"

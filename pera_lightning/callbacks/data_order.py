@@ -26,6 +26,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.callbacks.random_state import capture, from_plain, restore, to_plain
+from pera_lightning.data.dealing import on_every_rank
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,6 @@ class Progress:
     epoch: int
     batches: int
     complete: bool
-
-
-def on_every_rank(value: Any) -> list[Any]:
-    """What each process has, by rank; every process must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, value)
-    return ranks
 
 
 class _Plain:

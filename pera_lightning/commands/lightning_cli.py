@@ -13,27 +13,24 @@ from typing import Any, NoReturn
 
 import lightning
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-# Imported so that short class names (AuroRA, ImageDataModule) are found.
-import pera_lightning.adapters
-import pera_lightning.data.commonsense
-import pera_lightning.data.dialogue
-import pera_lightning.data.glue
-import pera_lightning.data.images
-import pera_lightning.data.maths
-import pera_lightning.modules.causal_lm
-import pera_lightning.modules.image_classification
-import pera_lightning.modules.sequence_classification  # noqa: F401
+from pera_lightning import data, modules
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.callbacks import AdapterInjection
 from pera_lightning.commands.lost_process import lost_process
 from pera_lightning.commands.messages import explain
 from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
+
+# Short class names (AuroRA, ImageDataModule) are found where the classes are loaded.
+_CLASSES = {
+    "model": [getattr(modules, name) for name in modules.__all__],
+    "data": [getattr(data, name) for name in data.__all__],
+}
 
 
 class OneLineParser(LightningArgumentParser):
@@ -62,14 +59,7 @@ def known_classes() -> dict[str, list[str]]:
     """The short class names that the config's groups take."""
     return {
         "adapter.method": list(registered_methods()),
-        "model": ["CausalLMModule", "ImageClassificationModule", "SequenceClassificationModule"],
-        "data": [
-            "CommonsenseDataModule",
-            "DialogueDataModule",
-            "GLUEDataModule",
-            "ImageDataModule",
-            "MathsDataModule",
-        ],
+        **{group: [each.__name__ for each in classes] for group, classes in _CLASSES.items()},
     }
 
 
@@ -81,6 +71,7 @@ class PeraCLI(LightningCLI):
 
     def __init__(self, **kwargs: Any) -> None:
         defaults: dict[str, Any] = {
+            "save_config_callback": SaveConfigAtStart,
             "save_config_kwargs": {"overwrite": True},
             "parser_class": OneLineParser,
             # Lightning would build the optimizer before the adapters exist.
@@ -134,6 +125,17 @@ class PeraCLI(LightningCLI):
         # The job repeats its own command, and Lightning looks for this file only where no checkpoint is given.
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         return self.trainer._checkpoint_connector._hpc_resume_path if requeued else None
+
+
+class SaveConfigAtStart(SaveConfigCallback):
+    """Writes a fit's config when its training starts: a fit that is refused leaves that of an earlier one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class ConfiguredCLI(PeraCLI):

@@ -10,20 +10,7 @@ from typing import Any
 
 from pera_lightning.errors import DataError, shorten
 from pera_lightning.evaluation.rows import Row
-
-
-def read_text(path: Path) -> str:
-    """A file as text.
-
-    Raises:
-        DataError: where it is missing or no UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+from pera_lightning.files import read_text
 
 
 def read_json(path: Path) -> list[Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.data.json_rows import read_json, read_text
+from pera_lightning.data.json_rows import read_json
 from pera_lightning.errors import DataError, closest, listed
+from pera_lightning.files import read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from pera_lightning.errors import CheckpointError, ConfigurationError, listed, megabytes
 
 # One of these is in every folder that is exported, in formats of this package, peft, transformers, timm or diffusers.
-MARKERS = ("adapter_config.json", "config.json", "model_index.json")
+MARKERS = ("adapter_config.json", "config.json", "model_index.json", "pytorch_lora_weights.safetensors")
 # And nothing but files that end so, and the folders of a diffusers pipeline, which hold such files.
 _ENDINGS = (".json", ".safetensors", ".txt", ".jinja", ".model", ".md")
 _FULL = (errno.ENOSPC, errno.EDQUOT)

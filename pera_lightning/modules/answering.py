@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.callbacks.data_order import on_every_rank
+from pera_lightning.data.dealing import on_every_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.evaluation.decoding import end_ids, generate, score_options
 from pera_lightning.evaluation.encoding import pad_token_id, tokenizer_key

@@ -17,14 +17,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
-from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.dealing import in_order
+from pera_lightning.data.dealing import in_order, on_every_rank
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.files import write_atomically
 from pera_lightning.modules import results
 from pera_lightning.modules.base import DTYPES, AdapterModule
 from pera_lightning.modules.image_networks import create
-from pera_lightning.state import write_atomically
 
 
 class ImageClassificationModule(AdapterModule):

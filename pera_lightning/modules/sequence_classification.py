@@ -16,21 +16,20 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
-from pera_lightning.callbacks.data_order import on_every_rank
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.dealing import in_order
+from pera_lightning.data.dealing import in_order, on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.evaluation.submission import submission
+from pera_lightning.files import write_atomically
 from pera_lightning.modules import results
 from pera_lightning.modules.base import DTYPES, release_heads
 from pera_lightning.modules.example_loss import check_weights, example_losses
 from pera_lightning.modules.language_networks import recompute_activations
 from pera_lightning.modules.sequence_networks import check_rows, check_trained, load_network, start_from, trained_labels
 from pera_lightning.modules.step_mean import StepMeanModule
-from pera_lightning.state import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError, listed
-from pera_lightning.state import write_atomically
+from pera_lightning.files import write_atomically
 from pera_lightning.sweeps.choice import best_settings
 from pera_lightning.sweeps.plan import Run, differences
 from pera_lightning.sweeps.summary import COMPLETE, as_csv, summarise

@@ -195,7 +195,7 @@ def test_a_damaged_best_checkpoint_does_not_cost_the_adapter_folder(tmp_path: Pa
             best = Path(trainer.checkpoint_callback.best_model_path)
             best.write_bytes(best.read_bytes()[:-200])
 
-    with pytest.warns(UserWarning, match=r"not written from the best checkpoint: .*last\.ckpt is damaged"):
+    with pytest.warns(UserWarning, match=r"not written from the last checkpoint: .*last\.ckpt is damaged"):
         _, adapters, _, _ = fit(tmp_path, Damages(), max_epochs=1)
     written, _ = read_adapter(tmp_path / "adapter")
     assert written.keys() == {name.removeprefix("model.") for name in adapters}

@@ -149,6 +149,18 @@ def test_a_damaged_or_missing_checkpoint(tmp_path: Path) -> None:
         trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "bset.ckpt"), verbose=False)
 
 
+def test_an_adapter_folder_is_no_checkpoint_and_those_beside_it_are_named(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "best.ckpt").rename(tmp_path / "checkpoints" / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"is an adapter folder, .* needed: \S*/checkpoints/best.ckpt$") as error:
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "adapter"), verbose=False)
+    assert "\n" not in str(error.value)
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"here a checkpoint is needed$"):
+        load_adapted(Plain, tmp_path / "adapter")
+
+
 def test_a_checkpoint_without_adapters(tmp_path: Path) -> None:
     run = trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"))
     run.fit(Plain(), train_loader(), val_loader())
