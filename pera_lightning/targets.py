@@ -6,7 +6,8 @@ r"""The target language: which layers, and which rows of fused projections, an e
 - ``re:.*layers\.[0-3]\..*q_proj``: a regular expression that the whole path must match.
 - ``attn.qkv[q,v]``: rows of a fused projection (after a regular expression, with a space before the bracket).
 
-A name must match linear layers only; a glob or an expression takes the linear ones among what it matches.
+A name must match linear layers only; a glob or an expression takes the linear ones among what it matches. Nothing in a
+module whose attribute ``output_unused`` is true is taken: adapters there would get no gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pera_lightning.errors import ConfigurationError, NoTargetMatched, Unsupport
 from pera_lightning.layouts import interleaved_reason, known_layout, unsupported_reason
 
 Fused = Mapping[str, Mapping[str, int]]
+UNUSED = "output_unused"  # attribute of a part of a network that runs, and whose output the network does not use
 _ROWS = re.compile(r"^(?P<name>.*?)\s*\[(?P<rows>[^\[\]]*)\]$")
 
 
@@ -91,7 +93,8 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
         UnsupportedTarget: where a match cannot be adapted.
         ConfigurationError: where two expressions disagree about one layer.
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    unused = tuple(f"{path}." for path, module in model.named_modules() if getattr(module, UNUSED, False))
+    modules = {p: module for p, module in model.named_modules() if p and not f"{p}.".startswith(unused)}
     owners = {path: modules.get(path.rpartition(".")[0], model) for path in modules}
     chosen: dict[str, dict[str, str]] = {}
     for expression in (parse(text) for text in targets):

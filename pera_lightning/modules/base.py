@@ -94,7 +94,10 @@ class AdapterModule(LightningModule):
     def _injected(self, network: nn.Module) -> nn.Module:
         # In its dtype already: adapters and heads stay float32 over a low one.
         if self.adapter_injection is not None:
+            training = network.training
+            network.train()  # as on_fit_start does: the report would say that it is not
             self.adapter_injection(network)
+            network.train(training)
             keep_heads_float32(network)
             check_trained_float32(network)
         return network
@@ -112,7 +115,7 @@ class AdapterModule(LightningModule):
             What `injection` returns, the report.
         """
         with torch.device("meta"):
-            return injection(self.build_network(weights=False))
+            return injection(self.build_network(weights=False).train())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Injects what the checkpoint describes where the network is plain (`load_from_checkpoint`)."""
@@ -134,7 +137,7 @@ class AdapterModule(LightningModule):
             raise ConfigurationError(
                 "nothing is trained: give AdapterInjection a method with adapters or trainable=[…]"
             )
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = self.make_optimizer(groups)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = warmup_length(total, steps=h["warmup_steps"], ratio=h["warmup_ratio"])
 
@@ -143,6 +146,14 @@ class AdapterModule(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW; what another module may choose otherwise.
+
+        Args:
+            groups: of `parameter_groups`.
+        """
+        return torch.optim.AdamW(groups)
 
     # --- merging and export: commands/merge.py and commands/export.py ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -40,3 +41,27 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
             parameter
         )
     return list(groups.values())
+
+
+def with_own_rate(
+    groups: Iterable[dict[str, Any]], part: Iterable[nn.Parameter], *, name: str, lr: float
+) -> list[dict[str, Any]]:
+    """Gives the parameters of a part of the network groups of their own.
+
+    Args:
+        groups: of `parameter_groups`.
+        part: the parameters; those that are in no group are not trained.
+        name: of the part; a group of it is called "{name}_{group}".
+        lr: of the part.
+
+    Returns:
+        Non-empty groups, each before what was taken out of it.
+    """
+    own = {id(parameter) for parameter in part}
+    found = []
+    for group in groups:
+        inside = [parameter for parameter in group["params"] if id(parameter) in own]
+        outside = [parameter for parameter in group["params"] if id(parameter) not in own]
+        found += [{**group, "params": outside}] if outside else []
+        found += [{**group, "params": inside, "name": f"{name}_{group['name']}", "lr": lr}] if inside else []
+    return found

@@ -10,6 +10,7 @@ from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA, LoRA
 from pera_lightning.data.batching import collate_packed
 from pera_lightning.errors import CheckpointError, ConfigurationError
+from pera_lightning.injection import injection_of
 from pera_lightning.modules import CausalLMModule
 from pera_lightning.modules.language_networks import check_packing
 
@@ -153,6 +154,7 @@ def test_activation_checkpointing_works_in_a_fit(llama, tmp_path):
     fit(tmp_path, one, [padded(ROWS)])
     fit(tmp_path, other, [padded(ROWS)], callbacks=[Count()], val=[padded(ROWS)])
     assert runs == [True, True, False]
+    assert not any("eval mode" in note for note in injection_of(other.model).report.notes)
     for name, value in trained(one).items():
         torch.testing.assert_close(trained(other)[name], value, rtol=1e-5, atol=1e-6)
 

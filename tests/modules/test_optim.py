@@ -4,7 +4,7 @@ from torch import nn
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, FullFineTuning, HiRA, LinearProbe
-from pera_lightning.modules.optim import parameter_groups
+from pera_lightning.modules.optim import parameter_groups, with_own_rate
 
 RATES = {"lr": 0.1, "head_lr": 0.2, "weight_decay": 0.3}
 
@@ -82,3 +82,17 @@ def test_the_groups_suit_adamw():
     model = network()
     inject(model, PERA(rank=2), ["body"], ["head"])
     assert len(torch.optim.AdamW(parameter_groups(model, **RATES)).param_groups) == 4
+
+
+def test_a_part_with_a_rate_of_its_own_is_taken_out_of_every_group():
+    model = nn.ModuleDict({"one": network(), "two": network()})
+    inject(model, PERA(rank=2), ["one.body", "two.body"])
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = with_own_rate(parameter_groups(model, **RATES), model["two"].parameters(), name="two", lr=0.01)
+    assert [(g["name"], g["lr"], g["weight_decay"], [names[id(p)] for p in g["params"]]) for g in groups] == [
+        ("adapter", 0.1, 0.3, ["one.body.adapters.all.A", "one.body.adapters.all.B"]),
+        ("two_adapter", 0.01, 0.3, ["two.body.adapters.all.A", "two.body.adapters.all.B"]),
+        ("adapter_no_decay", 0.1, 0.0, ["one.body.adapters.all.h"]),
+        ("two_adapter_no_decay", 0.01, 0.0, ["two.body.adapters.all.h"]),
+    ]
+    assert with_own_rate(groups, [], name="none", lr=1.0) == groups
