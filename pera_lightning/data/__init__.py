@@ -11,6 +11,7 @@ from typing import Any
 _WHERE = {
     "CommonsenseDataModule": "pera_lightning.data.commonsense",
     "DialogueDataModule": "pera_lightning.data.dialogue",
+    "DreamBoothDataModule": "pera_lightning.data.dreambooth",
     "GLUEDataModule": "pera_lightning.data.glue",
     "ImageDataModule": "pera_lightning.data.images",
     "MathsDataModule": "pera_lightning.data.maths",

@@ -1,0 +1,197 @@
+"""What SDXL's encoders made of images and prompts, in files: computed once, and read ever after.
+
+A file's name is a hash of all that decides its content, and of nothing else: the image's bytes or the prompt's text,
+how it is cut, and the encoders. Each process computes its share of them, so that no two write the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.errors import DataError, listed, shorten
+from pera_lightning.files import write_atomically
+
+Tensors = dict[str, Tensor]
+
+_FORMAT = 1
+_SUFFIX = ".safetensors"
+
+
+def default_folder() -> Path:
+    """Beside the tokenised rows."""
+    from pera_lightning.data.token_cache import cache_folder
+
+    return cache_folder() / "dreambooth"
+
+
+def image_key(sha256: str, size: tuple[int, int], crop: str, settings: Mapping[str, Any]) -> str:
+    """Names the latents of an image.
+
+    Args:
+        sha256: of its file.
+        size: height and width in pixels.
+        crop: how it is cut.
+        settings: of the encoder, primitives.
+    """
+    return _key("image", {"sha256": sha256, "size": list(size), "crop": crop}, settings)
+
+
+def prompt_key(prompt: str, settings: Mapping[str, Any]) -> str:
+    """Names the embeddings of a prompt; `settings` as for `image_key`."""
+    return _key("prompt", {"text": prompt}, settings)
+
+
+def _key(kind: str, what: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    facts = [_FORMAT, kind, what, dict(settings)]
+    return f"{kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]}"
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a cache.
+
+    Raises:
+        DataError: where it, or one above it, is a file, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((one for one in (folder, *folder.parents) if one.is_file()), None)
+        why = shorten(error.strerror or str(error)) if file is None else f"{file} is a file and no folder"
+        raise DataError(f"latents cannot be kept in {folder}: {why}; choose another cache_dir") from error
+
+
+def write_in_one_step(path: Path, data: bytes) -> None:
+    """Writes a file of which no reader ever sees a part; its folder exists.
+
+    Raises:
+        DataError: where it cannot be written.
+    """
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; make room, or choose another folder"
+        ) from error
+
+
+def read(folder: Path, key: str) -> Tensors | None:
+    """What the cache has under a key, or None; a damaged file is noted and counts as none."""
+    from safetensors.torch import load
+
+    path = folder / f"{key}{_SUFFIX}"
+    try:
+        tensors = load(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of safetensors, or of a disk
+        _note(f"cached {path} is damaged ({shorten(str(error))}) and is made anew")
+        return None
+    if not tensors or not all(torch.isfinite(value).all() for value in tensors.values()):
+        _note(f"cached {path} is damaged (no finite values) and is made anew")
+        return None
+    return tensors
+
+
+def _note(message: str) -> None:
+    warnings.warn(message, stacklevel=3)  # by whichever process has this file in its share
+
+
+def write(folder: Path, key: str, tensors: Tensors) -> None:
+    """Keeps float32 tensors under a key, in one step."""
+    from safetensors.torch import save
+
+    # A copy: a view of a larger tensor cannot be saved.
+    write_in_one_step(folder / f"{key}{_SUFFIX}", save({name: value.clone() for name, value in tensors.items()}))
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """Does a process's share of some work and waits for the others'; where one fails, all stop with its reason.
+
+    Raises:
+        DataError: where another process failed.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:  # the others would wait for this process forever
+        failure = error
+    reasons = on_every_rank(None if failure is None else shorten(str(failure)) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    if failed := [f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]:
+        raise DataError(listed(failed, 1))
+    return result
+
+
+def cached(
+    folder: Path, keys: Sequence[str], make: Callable[[str], Tensors], *, rank: int = 0, world: int = 1
+) -> tuple[dict[str, Tensors], int]:
+    """What belongs to keys, from the cache where it is there; what is not is computed and kept.
+
+    Args:
+        folder: of the cache; made.
+        keys: of `image_key` and `prompt_key`, each once, in the same order in every process.
+        make: computes what belongs to a key: float32 tensors on the CPU.
+        rank: of this process, which computes every `world`-th.
+        world: processes.
+
+    Returns:
+        Tensors by key, and how many this process computed.
+
+    Raises:
+        DataError: where the folder cannot be used, or another process failed; and whatever `make` raises.
+    """
+    found: dict[str, Tensors] = {}
+    computed = 0
+
+    def get(key: str) -> None:
+        nonlocal computed
+        tensors = read(folder, key)
+        if tensors is None:
+            tensors = make(key)
+            write(folder, key, tensors)
+            computed += 1
+        found[key] = tensors
+
+    def share() -> None:
+        make_folder(folder)
+        for key in keys[rank::world]:
+            get(key)
+
+    together(share)
+    for key in keys:  # of the other processes; on a machine that does not see their files they are computed here too
+        if key not in found:
+            get(key)
+    return found, computed
+
+
+def require_finite(tensors: Tensors, what: str, advice: str) -> Tensors:
+    """The tensors in float32 on the CPU.
+
+    Args:
+        tensors: of one image or prompt.
+        what: names it.
+        advice: what to do; ends the message.
+
+    Raises:
+        DataError: where one holds NaN or infinity.
+    """
+    plain = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    if wrong := [name for name, value in plain.items() if not torch.isfinite(value).all()]:
+        raise DataError(f"{what}: NaN or infinite {listed(wrong)}; {advice}")
+    return plain

@@ -1,0 +1,50 @@
+"""A folder of photographs by its path, or by its name on the hub, from where its files are fetched as they are."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pera_lightning.data.dreambooth_images import METADATA
+from pera_lightning.data.image_sources import SUFFIXES
+from pera_lightning.errors import DataError, shorten
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def local_folder(name: str, argument: str) -> str:
+    """The folder of that name; where there is none, that of the data set ``org/name`` of the hub.
+
+    Args:
+        name: a path, or ``org/name``. A path is returned as it is, whether it exists or not.
+        argument: that gave it, for messages.
+
+    Raises:
+        DataError: where it is no folder here, and the hub or its data set cannot be had.
+    """
+    if Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    here = f"{argument} {name} is no folder here, and"
+    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]
+    try:
+        return snapshot_download(name, repo_type="dataset", allow_patterns=[*patterns, "*.txt", METADATA])
+    except GatedRepoError as error:  # also a RepositoryNotFoundError
+        raise DataError(
+            f"{here} the data set on {hub} is gated: ask for access on its page, then `hf auth login`, or give a folder"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"{here} there is no such data set on {hub} (or it is private); check the name, or give a folder"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise DataError(
+            f"{here} as a data set it is not in the cache and {hub} cannot be reached; set HF_ENDPOINT to a hub that "
+            "can, or give a folder"
+        ) from error
+    except Exception as error:  # of the hub's client and the HTTP library of that: no common base
+        raise DataError(f"{here} as a data set of {hub} it cannot be had ({shorten(str(error))})") from error

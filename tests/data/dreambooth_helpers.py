@@ -1,0 +1,63 @@
+"""What the DreamBooth data tests share: pictures, a small data module, and a stand-in for SDXL's encoders."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pera_lightning.data.dreambooth import DreamBoothDataModule
+
+PROMPT = "a photo of sks dog"
+CPU = torch.device("cpu")
+
+
+def picture(height, width, seed=0):
+    """A gradient with noise, unlike its mirror image and its other half."""
+    ramp = np.linspace(0, 200, height)[:, None, None] + np.linspace(0, 40, width)[None, :, None]
+    noise = np.random.default_rng(seed).integers(0, 15, (height, width, 3))
+    return Image.fromarray((ramp + noise).astype(np.uint8))
+
+
+def fill(folder, count=3, size=(32, 48), first=0):
+    """Writes ``00.png`` and so on, each unlike the others; gives the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        picture(*size, seed=number).save(folder / f"{number:02d}.png")
+    return folder
+
+
+class StandIn:
+    """Encoders whose latents are means of 8 by 8 pixels, and whose embeddings are made of a prompt's length."""
+
+    def __init__(self, nan=(), vae="one", text="one"):
+        self.nan, self.own = nan, {"images": {"vae": vae}, "prompts": {"model": text}}
+        self.images, self.texts = 0, []
+
+    def settings(self):
+        return dict(self.own)
+
+    def latents(self, pixels, device):
+        self.images += len(pixels)
+        mean = torch.nn.functional.avg_pool2d(pixels, 8)
+        mean = torch.cat([mean, mean.mean(1, keepdim=True)], 1)
+        return (mean * torch.nan if "image" in self.nan else mean), mean.abs() / 10
+
+    def prompts(self, prompts, device):
+        self.texts += prompts
+        values = torch.tensor([[float(len(prompt))] for prompt in prompts])
+        if "prompt" in self.nan:
+            values = values / 0
+        return values[:, :, None].expand(-1, 77, 6).bfloat16(), values.expand(-1, 5).bfloat16()
+
+
+def data_module(folder, stage="fit", **arguments):
+    """A data module over `fill`'s folder, set up, at 16 pixels and uncached where not said otherwise."""
+    usual = {"instance_prompt": PROMPT, "resolution": 16, "cache": False}
+    data = DreamBoothDataModule(str(folder), **{**usual, **arguments})
+    data.setup(stage)
+    return data
+
+
+def drawn(data, seed=0):
+    """The training batches of an epoch."""
+    torch.manual_seed(seed)
+    return list(data.train_dataloader())
