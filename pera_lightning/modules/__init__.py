@@ -7,6 +7,7 @@ from typing import Any
 
 _NAMES = {
     "CausalLMModule": "pera_lightning.modules.causal_lm",
+    "DreamBoothModule": "pera_lightning.modules.dreambooth",
     "ImageClassificationModule": "pera_lightning.modules.image_classification",
     "SequenceClassificationModule": "pera_lightning.modules.sequence_classification",
 }

@@ -1,0 +1,176 @@
+"""A Stable Diffusion XL pipeline as diffusers saves it, in a folder or on the hub: its files, and whether it is one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.evaluation.pretrained import explained
+
+INDEX = "model_index.json"
+PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+FACTOR = 8  # pixels to a latent, in height and width
+CHANNELS = 4  # of latents
+_TIME_IDS = 6
+_BLOCK, _BLOCKS = 1 << 16, 64  # bytes
+
+
+def find(name: str, file: str, revision: str | None = None) -> Path:
+    """A file of a folder or of a repository of the hub, fetched where it is not in the cache.
+
+    Args:
+        name: hub id, or folder.
+        file: its path there.
+        revision: branch, tag or commit of the hub's repository.
+
+    Raises:
+        ConfigurationError: where the folder, the repository or the file does not exist, or cannot be had.
+    """
+    from transformers.utils import cached_file
+
+    if Path(name).is_dir():
+        if (Path(name) / file).is_file():
+            return Path(name) / file
+        raise ConfigurationError(f"folder {name} has no {file}; {_needed(file)}")
+    if Path(name).is_file():
+        raise ConfigurationError(
+            f"model {name} is a file, and a folder is needed: StableDiffusionXLPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER) writes one"
+        )
+    try:
+        return Path(str(cached_file(name, file, revision=revision or "main")))
+    except (OSError, ValueError) as error:
+        if "does not appear to have a file named" in str(error):
+            raise ConfigurationError(f"repository {name} has no {file}; {_needed(file)}") from error
+        raise explained(error, name, "model") from error
+
+
+def _needed(file: str) -> str:
+    if file == INDEX:
+        return "give a whole pipeline of Stable Diffusion XL, as diffusers saves it"
+    return "it is not complete: fetch it again"
+
+
+def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    """What a JSON file of a folder or repository says; see `find`."""
+    path = find(name, file, revision)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(f"{path} is damaged: {error}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{path} is no JSON object; fetch it again")
+    return found
+
+
+def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Refuses what is no Stable Diffusion XL (arXiv 2307.01952) with both text encoders; gives its model_index.json.
+
+    Raises:
+        ConfigurationError: where it is another pipeline, a refiner, one for inpainting, or its parts do not fit.
+    """
+    if find_spec("diffusers") is None:
+        raise ConfigurationError("Stable Diffusion XL needs diffusers: pip install 'pera-lightning[diffusion]'")
+    index = read(name, INDEX, revision)
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise ConfigurationError(f"model {name} is a {kind}, and Stable Diffusion XL ({PIPELINES[0]}) is needed")
+    lacking = [part for part in ("text_encoder", "text_encoder_2") if not any(index.get(part) or [])]
+    if lacking:
+        raise ConfigurationError(
+            f"model {name} has no {' and no '.join(lacking)}, as a refiner of Stable Diffusion XL: give the base model"
+        )
+    unet = read(name, "unet/config.json", revision)
+    one, two = (read(name, f"{part}/config.json", revision) for part in ("text_encoder", "text_encoder_2"))
+    width = one.get("hidden_size", 0) + two.get("hidden_size", 0)
+    time_width = unet.get("addition_time_embed_dim") or 0
+    expected = {
+        "addition_embed_type": "text_time",
+        "cross_attention_dim": width,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "projection_class_embeddings_input_dim": _TIME_IDS * time_width + two.get("projection_dim", 0),
+    }
+    wrong = [f"{key}={unet.get(key)!r} for {value!r}" for key, value in expected.items() if not _is(unet, key, value)]
+    if wrong:
+        raise ConfigurationError(
+            f"model {name}: its UNet is none of Stable Diffusion XL with these text encoders: {listed(wrong, 2)}"
+        )
+    return index
+
+
+def _is(config: dict[str, Any], key: str, value: Any) -> bool:
+    found = config.get(key, CHANNELS if key.endswith("_channels") else None)  # diffusers' default
+    return all(x == value for x in found) if isinstance(found, list) else found == value
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises `ConfigurationError` for sizes in pixels that have no latents."""
+    if height <= 0 or width <= 0 or height % FACTOR or width % FACTOR:
+        raise ConfigurationError(f"an image of {height} × {width} pixels: both must be multiples of {FACTOR}")
+
+
+def failed(error: Exception, name: str, part: str, variant: str | None) -> ConfigurationError:
+    """What kept a part's weights from loading, in one line.
+
+    Args:
+        error: raised by diffusers or transformers.
+        name: hub id or folder, as given.
+        part: folder of the part, such as "unet".
+        variant: of the weights, as given.
+    """
+    what = f"{part} of model {name}" if part else f"model {name}"
+    text = str(error)
+    if "deserializing" in text or "Unable to load weights" in text or "git-lfs" in text:
+        return ConfigurationError(f"{what}: a file of its weights is damaged; fetch it again")
+    if "no file named" in text or "not appear to have a file" in text:
+        if variant is None:
+            return ConfigurationError(f"{what}: it has no weights in safetensors' format{_variants(name, part)}")
+        have = _variants(name, part) or "; leave variant out, or see which the repository has"
+        return ConfigurationError(f"{what}: it has no weights of variant={variant!r}{have}")
+    return explained(error, name, "model")
+
+
+def _variants(name: str, part: str) -> str:
+    """Which variants of weights a folder has, as the end of a sentence; the empty string where that is not known."""
+    files = sorted(file.name for file in (Path(name) / part).glob("*.safetensors*"))
+    found = {match[1] for file in files if (match := re.search(r"\.([^.]+)\.(?:safetensors|index)", file))}
+    found = {word for word in found if not re.search(r"-of-\d+$", word)}
+    plain = any(re.match(r"[^.]+\.safetensors", file) for file in files)
+    have = [*(["variant=null"] if plain else []), *(f"variant={word!r}" for word in sorted(found))]
+    return f"; there is {' and '.join(have)}" if have else ""
+
+
+def identity(name: str, file: str, parts: Iterable[str], revision: str | None = None) -> str:
+    """What tells the parts from those of another revision or of a changed folder: the hub's commit, or a sha256.
+
+    The hash is of the JSON and text files, and of the size of every other file with 4 MB of it, evenly spaced: weights
+    of a network that was trained on differ everywhere.
+
+    Args:
+        name: hub id, or folder.
+        file: one that is there.
+        parts: folders that are looked at; "" is the folder itself.
+        revision: branch, tag or commit of the hub's repository.
+    """
+    path = find(name, file, revision)
+    if not Path(name).is_dir():
+        commit = re.search(r"snapshots/([^/]+)/", path.as_posix())
+        return commit[1] if commit else revision or "main"
+    digest = hashlib.sha256()
+    for part in parts:
+        for found in sorted(p for p in (Path(name) / part).iterdir() if p.is_file() and not p.name.startswith(".")):
+            size = found.stat().st_size
+            digest.update(f"{part}/{found.name}:{size}\n".encode())
+            step = max(_BLOCK, size // _BLOCKS)
+            with found.open("rb") as stream:
+                for start in range(0, size, step):
+                    stream.seek(start)
+                    digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()

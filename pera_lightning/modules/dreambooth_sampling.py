@@ -1,0 +1,173 @@
+"""Images by Stable Diffusion XL with the network as it is, each the same whatever batch it is in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.modules.dreambooth_networks import SDXLNetwork, load_scheduler
+from pera_lightning.modules.dreambooth_repository import check_size
+
+if TYPE_CHECKING:
+    from pera_lightning.modules.dreambooth_encoders import Encoders
+
+
+class _Denoiser(nn.Module):
+    """The network as the pipeline calls a UNet. It goes through the network's own forward, which gathers its shards.
+
+    Args:
+        network: hidden from `nn.Module`, so that the pipeline cannot move or change it.
+        device: where the pipeline computes.
+    """
+
+    def __init__(self, network: SDXLNetwork, device: torch.device) -> None:
+        super().__init__()
+        self._network, self.device, self.dtype = (network,), device, network.dtype
+
+    @property
+    def config(self) -> Any:
+        return self._network[0].unet.config
+
+    @property
+    def add_embedding(self) -> nn.Module:
+        return self._network[0].unet.add_embedding
+
+    def forward(
+        self, latents: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, added_cond_kwargs: dict, **_: Any
+    ) -> tuple[Tensor]:
+        out = self._network[0](
+            latents,
+            t,
+            added_cond_kwargs["time_ids"],
+            prompt_embeds=encoder_hidden_states,
+            pooled_prompt_embeds=added_cond_kwargs["text_embeds"],
+        )
+        return (out,)
+
+
+@torch.no_grad()
+def sample(
+    unet: nn.Module,
+    encoders: Encoders,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    steps: int,
+    guidance_scale: float,
+    device: torch.device | str,
+    prediction_type: str | None = None,
+    embeddings: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Images by diffusers' StableDiffusionXLPipeline, with the repository's scheduler.
+
+    An image depends on its prompt, its seed (noise is drawn on the CPU) and the network, on nothing else. The network's
+    modes and the state of random numbers are left as they were; the network acts in eval mode.
+
+    Args:
+        unet: the network, or its UNet.
+        encoders: give the VAE, and embeddings of prompts.
+        prompts: B texts.
+        seeds: as many.
+        height: of the images in pixels, a multiple of 8.
+        width: likewise.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance; up to 1 there is none.
+        device: the network's.
+        prediction_type: what the UNet predicts; by default as the repository's scheduler says.
+        embeddings: makes embeddings of prompts, (B, 77, D) and pooled (B, P); by default the encoders do.
+
+    Returns:
+        (B, 3, height, width) in [0, 1], float32, on the device.
+
+    Raises:
+        ConfigurationError: for other sizes or numbers of steps, or where a part cannot be had.
+    """
+    check_size(height, width)
+    scheduler = sampler(encoders, steps, prediction_type)
+    device = torch.device(device)
+    network = unet if isinstance(unet, SDXLNetwork) else SDXLNetwork(unet)
+    embed = embeddings or (lambda texts: encoders.prompts(texts, device))
+    with _evaluating(network):
+        pipeline = _pipeline(_Denoiser(network, device), scheduler)
+        how = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+        if guidance_scale > 1:
+            embeds, pooled = encoders.unconditional(device, embed)
+            how |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
+        known: dict[str, tuple[Tensor, Tensor]] = {}
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            if prompt not in known:
+                known[prompt] = embed([prompt])
+            with _seeded(int(seed), device) as generator:
+                latents = _latents(pipeline, known[prompt], generator, how)
+            images.append(encoders.decode(latents, device))
+        return torch.cat(images)
+
+
+def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) -> Any:
+    """The repository's scheduler.
+
+    Args:
+        encoders: of the repository.
+        steps: of the sampler.
+        prediction_type: what the UNet predicts; by default as the scheduler says.
+
+    Raises:
+        ConfigurationError: where it cannot be had, or takes no such number of steps.
+    """
+    scheduler = load_scheduler(encoders.name, encoders.revision, prediction_type)
+    most = scheduler.config.get("num_train_timesteps", steps)
+    if not 1 <= steps <= most:
+        raise ConfigurationError(f"{steps} sampling steps, and there are 1 to {most}; 20 to 50 are usual")
+    return scheduler
+
+
+def _pipeline(denoiser: _Denoiser, scheduler: Any) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusionXLPipeline(**parts, unet=denoiser, scheduler=scheduler, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _latents(pipeline: Any, embeds: tuple[Tensor, Tensor], generator: torch.Generator, how: dict[str, Any]) -> Tensor:
+    """Latents of one image, (1, 4, h, w)."""
+    return pipeline(
+        prompt_embeds=embeds[0],
+        pooled_prompt_embeds=embeds[1],
+        generator=generator,
+        output_type="latent",
+        **how,
+    ).images
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode, each module's own mode back afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
+    """A generator on the CPU; torch's own are seeded too, for samplers that draw from these, and restored."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.random.default_generator.manual_seed(seed)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
