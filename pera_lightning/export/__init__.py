@@ -1,1 +1,1 @@
-"""Adapted models in the formats of other libraries: PEFT folders, and merged models."""
+"""Adapted models in the formats of other libraries: PEFT folders, LoRA files of diffusers, and merged models."""

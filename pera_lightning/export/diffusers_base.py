@@ -1,0 +1,136 @@
+"""The files of a base pipeline that a merged one shares with it: found in a folder or on the hub, and copied."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pera_lightning.errors import ConfigurationError, listed, shorten
+from pera_lightning.evaluation.pretrained import explained
+
+INDEX = "model_index.json"
+_SETTINGS = (".json", ".txt", ".model", ".jinja")  # of tokenizers, schedulers and configurations
+_STEMS = ("model", "diffusion_pytorch_model")  # of files with weights: of transformers, and of diffusers
+
+# A part's name to what is copied: the name it gets, and the file it is.
+Parts = dict[str, dict[str, Path]]
+
+
+def base_parts(
+    base: str | Path, without: Collection[str], *, revision: str | None = None, variant: str | None = None
+) -> Parts:
+    """The files of a base pipeline, but for the parts that somebody else writes.
+
+    Args:
+        base: folder of a pipeline, or its id on the hub, whose files are taken from the cache where they are there.
+        without: names of parts that are left out.
+        revision: branch, tag or commit on the hub.
+        variant: of the weights; a part that has none of it is taken plain, as diffusers does.
+
+    Returns:
+        The files by part; ``""`` is the pipeline's own.
+
+    Raises:
+        ConfigurationError: where the base or one of its parts cannot be had.
+    """
+    folder = _folder(str(base), [INDEX], revision)
+    index = folder / INDEX
+    if not index.is_file():
+        raise ConfigurationError(f"{base} is no pipeline of diffusers: {INDEX} is missing")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{index} is damaged: {shorten(str(error))}") from None
+    listed_parts = [name for name, entry in entries.items() if isinstance(entry, list) and all(entry)]
+    if absent := [name for name in without if name not in listed_parts]:
+        raise ConfigurationError(f"the pipeline {base} has no {listed(absent)}, it has {listed(listed_parts, 9)}")
+    parts: Parts = {"": {INDEX: index}}
+    for name in listed_parts:
+        if name not in without:
+            parts[name] = _files(str(base), name, revision, variant)
+    return parts
+
+
+def copy_parts(parts: Mapping[str, Mapping[str, Path]], folder: Path) -> None:
+    """Copies what `base_parts` found into a folder, file by file, without reading weights into memory."""
+    for name, files in parts.items():
+        (folder / name).mkdir(exist_ok=True)
+        for target, source in files.items():
+            path = folder / name / target
+            shutil.copyfile(source, path)  # a cache of the hub has links, which are followed
+            if target.endswith(".index.json"):
+                _rename_shards(path)
+            elif target in (INDEX, "config.json"):
+                without_path(path)
+
+
+def without_path(file: Path) -> None:
+    """Takes out of a configuration where its base lay, which diffusers writes down."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _files(base: str, part: str, revision: str | None, variant: str | None) -> dict[str, Path]:
+    """The files of one part by their plain names; of its weights the variant, or else the plain ones."""
+    for kind in dict.fromkeys((variant, None)):
+        wanted = [f"{part}/*{ending}" for ending in _SETTINGS]
+        wanted += [f"{part}/{stem}{f'.{kind}' if kind else ''}{end}" for stem in _STEMS for end in _WEIGHTS]
+        folder = _folder(base, wanted, revision) / part
+        there = sorted(file for file in folder.glob("*") if file.is_file())
+        weights = {plain: file for file in there if (plain := _plain_name(file.name, kind)) is not None}
+        settings = [file for file in there if file.name.endswith(_SETTINGS) and ".index." not in file.name]
+        if weights or not any(
+            file.name == "config.json" for file in there
+        ):  # tokenizers and schedulers have no weights
+            break
+    else:
+        raise ConfigurationError(
+            f"{part} of {base} has no {_STEMS[0]}.safetensors nor {_STEMS[1]}.safetensors, it has "
+            f"{listed([file.name for file in there], 4)}; pickles are not copied: save it anew, or give the variant"
+        )
+    if not there:
+        raise ConfigurationError(f"{part} of {base} is not there: give a base that is whole")
+    return {**{file.name: file for file in settings}, **weights}
+
+
+_WEIGHTS = (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.*json")
+
+
+def _plain_name(name: str, variant: str | None) -> str | None:
+    """The name of a file of weights, or of the index of its shards, without the variant; None for other files."""
+    kind = re.escape(f".{variant}") if variant else ""
+    stems = "|".join(_STEMS)
+    if found := re.fullmatch(rf"({stems}){kind}(-\d{{5}}-of-\d{{5}})?\.safetensors", name):
+        return f"{found[1]}{found[2] or ''}.safetensors"
+    found = re.fullmatch(rf"({stems})\.safetensors\.index{kind}\.json", name)
+    return f"{found[1]}.safetensors.index.json" if found else None
+
+
+def _rename_shards(file: Path) -> None:
+    """Gives the shards in an index the plain names that they have now."""
+    index = json.loads(file.read_text(encoding="utf-8"))
+    shards = index["weight_map"]
+    index["weight_map"] = {tensor: re.sub(r"\.\w+-(\d{5}-of-)", r"-\1", shard) for tensor, shard in shards.items()}
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _folder(base: str, patterns: list[str], revision: str | None) -> Path:
+    """The base's folder, with the files of these patterns in it where it is one of the hub's."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise ConfigurationError(
+            f"{base} (revision {revision or 'main'}) is not in the cache and the hub cannot be reached; set "
+            "HF_ENDPOINT to a hub that can, or give a local folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise explained(error, base, "model") from error

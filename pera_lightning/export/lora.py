@@ -1,0 +1,185 @@
+"""What the exports as LoRA share, to PEFT and to diffusers: what can be exported, its linear maps, and the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from pera_lightning.adapters.method import check_number, check_rank
+from pera_lightning.drift import Drift, Forward, drift, measure, taken
+from pera_lightning.errors import ConfigurationError, listed, megabytes
+from pera_lightning.export.folder import check_output_folder
+from pera_lightning.export.low_rank import ExportedUpdate, low_rank_updates
+from pera_lightning.injection import Injection, adapter_parameter_names, injection_of
+from pera_lightning.merging import adapted_layers, linearised, merged_layers
+from pera_lightning.state import find_injected, frozen_names
+
+
+@dataclass
+class LoraReport:
+    """What an export as LoRA wrote.
+
+    Attributes:
+        folder: where.
+        size: bytes of its tensors.
+        ranks: path of each layer to the rank of its LoRA.
+        errors: path of each layer that was cut by SVD to its relative error; empty where all are exact.
+        heads: paths of the modules that travel whole.
+        method: how AuroRA's nonlinear layers became linear maps; None where there were none.
+        drift: how far the linear maps are from them; None where it was not measured.
+        max_lora_rank: what vLLM is to be started with; None for others.
+        notes: one line for each thing that a reader should know.
+    """
+
+    folder: Path
+    size: int
+    ranks: dict[str, int]
+    errors: dict[str, float] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+    method: str | None = None
+    drift: Drift | None = None
+    max_lora_rank: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        how = "exact" if self.method is None else f"of the {self.method} linear maps"
+        lines = [
+            f"Wrote {self.folder} ({megabytes(self.size)}): LoRA of rank {listed(map(str, ranks))} "
+            f"on {len(self.ranks)} layers" + ("" if self.errors else f", {how}")
+        ]
+        if self.errors:
+            worst = max(self.errors, key=self.errors.__getitem__)
+            lines.append(
+                f"  cut by SVD: relative error {sum(self.errors.values()) / len(self.errors):.3g} on average over "
+                f"{len(self.errors)} layers, at worst {self.errors[worst]:.3g} ({worst})"
+            )
+        if self.heads:
+            lines.append(f"  with the heads {', '.join(self.heads)}")
+        if self.drift is not None:
+            lines.append(f"  {self.drift}")
+        if self.max_lora_rank is not None:
+            lines.append(f"  vLLM needs --max-lora-rank {self.max_lora_rank}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+@dataclass(frozen=True)
+class LinearUpdates:
+    """The updates of a model as LoRAs, and how they came about.
+
+    Attributes:
+        found: by the path of the layer.
+        drift: how far linear maps are from AuroRA's layers; None where it was not measured.
+        notes: one line for each thing that a reader should know.
+    """
+
+    found: Mapping[str, ExportedUpdate]
+    drift: Drift | None
+    notes: list[str]
+
+    def errors(self) -> dict[str, float]:
+        """Relative error of each layer that was cut by SVD."""
+        return {path: each.error for path, each in self.found.items() if each.error is not None}
+
+
+def check_export(folder: str | Path, *, rank: int | None, max_error: float, overwrite: bool) -> None:
+    """Raises `ConfigurationError` for values out of range, and for a folder that exists."""
+    if rank is not None:
+        check_rank(rank)
+    check_number(max_error, "max_error", low=-1e-300, allowed="a relative error of at least 0")
+    check_output_folder(folder, overwrite=overwrite)
+
+
+def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tuple[nn.Module, Injection]:
+    """The injected part of a model, of which an export as LoRA holds all that was trained.
+
+    Args:
+        model: injected, or a model that contains an injected one.
+        what: the export, in words: "a PEFT folder".
+        reader: who reads it: "peft".
+        heads: whether it holds modules trained whole.
+
+    Raises:
+        ConfigurationError: where there is nothing to export, or something that it would not hold.
+    """
+    found = find_injected(model)
+    if found is None:
+        raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
+    root = found[1]
+    if len([module for module in model.modules() if injection_of(module) is not None]) > 1:
+        raise ConfigurationError(f"{type(model).__name__} has several injected parts: export each of them")
+    mark: Injection = injection_of(root)  # type: ignore[assignment]
+    layers = dict(adapted_layers(root))
+    if not layers:
+        raise ConfigurationError(
+            f"{type(mark.method).__name__} adapts no layers, and {what} holds LoRA layers: export merged weights, or "
+            "the adapter folder of this package"
+        )
+    if merged_layers(root):
+        raise ConfigurationError("the adapters are merged: call unmerge first")
+    for path, layer in layers.items():
+        if any(p.is_meta or isinstance(p, DTensor) for p in layer.adapters.parameters()):
+            raise ConfigurationError(f"{path} is sharded or on the meta device: export on one process, with weights")
+    paths = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
+    if twice := [path for path, layer in layers.items() if paths[id(layer)] > 1]:
+        raise ConfigurationError(
+            f"{listed(twice, 3)} is used in several places, of which {reader} would adapt one: export merged weights"
+        )
+    ours = adapter_parameter_names(root)
+    kept = {name for name, _ in root.named_parameters(remove_duplicate=False)} - frozen_names(root) - ours
+    held = tuple(f"{head}." for head in mark.trained_modules) if heads else ()
+    if loose := sorted(name for name in kept if not name.startswith(held)):
+        which = "weights of the base were trained too" if heads else "weights were trained besides the adapters"
+        raise ConfigurationError(
+            f"{len(loose)} {which}, which {what} cannot hold: {listed(loose, 3)}; export merged weights"
+        )
+    return root, mark
+
+
+def linear_updates(
+    model: nn.Module,
+    root: nn.Module,
+    *,
+    rank: int | None,
+    max_error: float,
+    method: str | None,
+    batches: Iterable[Any] | None,
+    measure_on: Iterable[Any] | None,
+    forward: Forward | None,
+) -> LinearUpdates:
+    """The updates of `root` within `model` as LoRAs; the model is afterwards as it was.
+
+    Args:
+        model: as `forward` takes it.
+        root: its injected part.
+        rank: cuts larger updates, and those of no low rank, to this rank by SVD.
+        max_error: the largest relative error of a layer that is taken then.
+        method: for AuroRA with dynamic inference: "static" or "calibrated".
+        batches: inputs to calibrate with and, without `measure_on`, to measure the drift on.
+        measure_on: other inputs to measure the drift on.
+        forward: how the model is called.
+
+    Raises:
+        NotMergeableError: where an update is no LoRA, or its error is too large.
+        ConfigurationError: for batches that would not act.
+    """
+    fit, held_out = taken(batches), taken(measure_on)
+    if method is None and (fit or held_out):
+        raise ConfigurationError("batches act with method='static' or 'calibrated' only: leave them out")
+    measured = held_out or fit
+    before = measure(model, measured, forward) if method and measured else None
+    with linearised(model, method, fit, forward) as notes:
+        after = measure(model, measured, forward) if before else None
+        found = low_rank_updates(root, rank, max_error)
+    notes = list(notes)
+    if method is not None and not measured:
+        notes.append(f"the drift of the {method} linear maps was not measured: give batches")
+    elif method == "calibrated" and not held_out:
+        notes.append("the drift was measured on the batches of the calibration: measure_on takes others")
+    return LinearUpdates(found, drift(before, after) if before and after else None, notes)
