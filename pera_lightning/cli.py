@@ -21,9 +21,13 @@ TRAINER_COMMANDS = {
 OWN_COMMANDS = {
     "params": ("pera_lightning.commands.params:run", "print what a config adapts; with --memory what it needs"),
     "merge": ("pera_lightning.commands.merge:run", "merge a checkpoint and measure what that changes"),
-    "export": ("pera_lightning.commands.export:run", "write a checkpoint for PEFT, vLLM, transformers or timm"),
+    "export": (
+        "pera_lightning.commands.export:run",
+        "write a checkpoint for PEFT, vLLM, transformers, timm or diffusers",
+    ),
     "methods": ("pera_lightning.commands.methods:run", "print what each method can do: merge, export as LoRA"),
     "sweep": ("pera_lightning.commands.sweep:run", "fit and test over seeds and config values, with a table"),
+    "grid": ("pera_lightning.commands.grid:run", "draw the images of several runs side by side"),
 }
 _CONFIG_FLAGS = ("--config", "-c")
 

@@ -105,7 +105,8 @@ def test_wrong_input_is_one_line(quick, words, expected, tmp_path):
     [
         (
             ["fitt"],
-            "unknown command 'fitt'; there are fit, validate, test, predict, params, merge, export, methods, sweep; ",
+            "unknown command 'fitt'; there are fit, validate, test, predict, params, merge, export, methods, sweep, "
+            "grid; ",
         ),
         (
             ["fit", "--config", "configs/quikstart.yaml"],

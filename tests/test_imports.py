@@ -15,9 +15,10 @@ ROOT = Path(pera_lightning.__file__).parent
 OURS = "pera_lightning"
 
 # Lower parts know nothing of higher ones. A part is a module or folder of the package.
-CORE = {"errors", "adapters", "targets", "layouts", "fingerprint", "injection"}
+CORE = {"errors", "files", "adapters", "targets", "layouts", "fingerprint", "injection"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "adapters": {"errors"},
     "layouts": {"errors"},
     "targets": {"errors", "adapters", "layouts"},
@@ -30,8 +31,8 @@ BELOW: dict[str, set[str]] = {
     "merging": CORE | {"calibration", "drift"},
     "sharding": CORE | {"state"},
     "memory": CORE | {"sharding"},
-    "data": {"errors", "evaluation"},
-    "evaluation": {"errors"},
+    "data": {"errors", "evaluation", "files"},
+    "evaluation": {"errors", "files"},
 }
 # Everything above `state` and `merging` must leave the command line alone.
 ABOVE = {"cli", "commands"}

@@ -1,4 +1,4 @@
-"""`export`: what was trained, written for others: this package's adapter folder, PEFT, or merged weights."""
+"""`export`: what was trained, written for others: this package's adapter folder, PEFT, diffusers, or merged weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pera_lightning.state import adapter_state_dict, save_adapter
 _ACTING = {
     "adapter": (),
     "peft": ("method", "batches", "rank", "max_error", "target"),
+    "diffusers": ("method", "batches", "rank", "max_error"),
     "merged": ("method", "batches"),
 }
 _CONFIG_ROOM = 1 << 20  # bytes
@@ -29,11 +30,13 @@ class ExportCLI(TrainedCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--format", type=Literal["adapter", "peft", "merged"], help="what to write")
+        formats = Literal["adapter", "peft", "diffusers", "merged"]
+        parser.add_argument("--format", type=formats, help="what to write; diffusers: a LoRA file of SDXL")
         parser.add_argument("--output", type=str, help="the folder to write; it must not exist")
         parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
         add_merging(parser, "calibrate with, and to measure on")
-        parser.add_argument("--rank", type=int, help="peft: cut updates to this rank by SVD, with the error reported")
+        cut = "cut updates to this rank by SVD, with the error reported"
+        parser.add_argument("--rank", type=int, help=f"peft, diffusers: {cut}")
         parser.add_argument("--max_error", type=float, help="with --rank: largest relative error of a layer")
         parser.add_argument("--target", type=Literal["peft", "vllm"], help="peft: vllm refuses what vLLM does not take")
 
@@ -63,6 +66,8 @@ def run(args: Sequence[str]) -> None:
         _export_adapter(trained, output, overwrite)
     elif kind == "peft":
         _export_peft(trained, output, given, overwrite)
+    elif kind == "diffusers":
+        _export_diffusers(trained, output, given, overwrite)
     else:
         options = batches_of(trained, given.get("method"), given.get("batches"))
         write_merged(trained, output, overwrite=overwrite, **options)
@@ -140,6 +145,23 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(report.max_lora_rank)]
         load = shlex.join([*words, "--lora-modules", f"{name}={output}"])
     _told(trained, report, load)
+
+
+def _export_diffusers(trained: Trained, output: str, given: dict[str, Any], overwrite: bool) -> None:
+    from pera_lightning.export.diffusers import export_diffusers, how_to_load
+
+    module = trained.module
+    if predicted := module.settings.get("prediction_type"):
+        trained.notes.append(f"trained with prediction_type={predicted}: give the pipeline's scheduler the same")
+    report = export_diffusers(
+        module.model,  # type: ignore[arg-type]
+        output,
+        forward=module.outputs_and_loss,
+        overwrite=overwrite,
+        **{name: given[name] for name in ("rank", "max_error") if name in given},
+        **batches_of(trained, given.get("method"), given.get("batches")),
+    )
+    _told(trained, report, how_to_load(output))
 
 
 def _told(trained: Trained, report: Any, load: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_lightning.data import batching, transforms
+from pera_lightning.data.dreambooth import DreamBoothDataModule
 from pera_lightning.data.glue import GLUEDataModule
 from pera_lightning.data.images import ImageDataModule
 from pera_lightning.data.text import TextDataModule
@@ -16,6 +17,7 @@ from pera_lightning.errors import ConfigurationError, closest
 from pera_lightning.memory import DeviceMemory, as_fake, device_memory, fake_like, measure_step
 from pera_lightning.modules.base import AdapterModule
 from pera_lightning.modules.causal_lm import CausalLMModule
+from pera_lightning.modules.dreambooth import DreamBoothModule
 from pera_lightning.modules.image_classification import ImageClassificationModule
 from pera_lightning.modules.sequence_classification import SequenceClassificationModule
 from pera_lightning.modules.sequence_networks import positions
@@ -91,11 +93,14 @@ def memory_table(
     elif isinstance(module, SequenceClassificationModule) and isinstance(data, GLUEDataModule):
         batch, assumed = sequence_batch(module, data, mode)
         arguments = (batch,)
+    elif isinstance(module, DreamBoothModule) and isinstance(data, DreamBoothDataModule):
+        batch, assumed = photograph_batch(module, data, mode)
+        arguments = (batch,)
     else:
         raise ConfigurationError(
             f"--memory knows no batch of {type(data).__name__} for {type(module).__name__}: it takes CausalLMModule "
-            "with a text data module, ImageClassificationModule with ImageDataModule, and "
-            "SequenceClassificationModule with GLUEDataModule"
+            "with a text data module, ImageClassificationModule with ImageDataModule, "
+            "SequenceClassificationModule with GLUEDataModule, and DreamBoothModule with DreamBoothDataModule"
         )
     step = measure_step(
         module.model,  # type: ignore[arg-type]
@@ -107,10 +112,12 @@ def memory_table(
     for count in devices:
         columns[f"FSDP2 on {count}"] = device_memory(module.model, step, strategy="fsdp2", devices=count)
     kept = "computed again" if module.settings.get("activation_checkpointing") else "kept"
+    small = module.settings.get("optimizer") == "adamw8bit"
+    optimizer = "AdamW in float32, of whose moments adamw8bit has a quarter" if small else "AdamW"
     return "\n".join(
         [
             *_lines(columns, f"base weights ({module.settings['base_dtype']})"),
-            f"Assumed: on each device {assumed}; precision {name}; activations {kept}; AdamW, not compiled.",
+            f"Assumed: on each device {assumed}; precision {name}; activations {kept}; {optimizer}, not compiled.",
             "Computed, not measured. Not in it: the device's context, workspaces of its libraries, fragmentation, "
             "buffers of the communication, evaluation.",
         ]
@@ -178,6 +185,25 @@ def sequence_batch(
     batch = batching.collate_classified([example, *[short] * (data.batch_size - 1)], pad_id=0)
     fake = {name: value if name == "labels" else fake_like(value, mode) for name, value in batch.items()}
     return fake, f"{data.batch_size} rows of {length:,} tokens"
+
+
+def photograph_batch(
+    module: DreamBoothModule, data: DreamBoothDataModule, mode: FakeTensorMode
+) -> tuple[dict[str, Any], str]:
+    """A batch of latents, class images included, and what was assumed of it, in words.
+
+    The VAE is no part of the network: where nothing is cached, it comes on top.
+    """
+    height, width = data.size
+    count = data.batch_size * (2 if data.uses_prior else 1)
+    latents = (4, height // 8, width // 8)
+    shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **module.text_shapes()}
+    fake = {name: fake_like(torch.empty(count, *shape, device="meta"), mode) for name, shape in shapes.items()}
+    fake |= {name: value.long() for name, value in fake.items() if name.startswith("input_ids")}
+    kinds = f", {data.batch_size} of them of the class" if data.uses_prior else ""
+    besides = "" if data.cache else "; the VAE, which stays where latents are not cached, comes on top"
+    batch = {**fake, "is_prior": torch.arange(count) >= data.batch_size}  # real, since it decides what is computed
+    return batch, f"{count} images of {height}x{width} pixels{kinds}{besides}"
 
 
 def _lines(columns: dict[str, DeviceMemory], base: str) -> list[str]:

@@ -112,13 +112,22 @@ class Trained:
     def training_batches(self, count: int) -> list[Any]:
         """Training rows as evaluation sees them, drawn by a fixed seed."""
         data = self._set_up()
+        if hasattr(data, "measuring_dataloader"):
+            return drawn(data.measuring_dataloader(), count)
         if isinstance(data, ImageDataModule):
             return drawn(data._loader(data._part("train")), count, data.batch_size)
         return drawn(data.train_dataloader(), count)
 
     def validation_batches(self, count: int) -> list[Any]:
-        """Validation rows, drawn by a fixed seed; of several sets those of the first."""
-        loaders = self._set_up().val_dataloader()
+        """Validation rows, drawn by a fixed seed; of several sets those of the first.
+
+        A data module whose validation is no set of rows has a `measuring_dataloader` of training rows instead.
+        """
+        data = self._set_up()
+        if hasattr(data, "measuring_dataloader"):
+            self.notes.append("measured on training images: there are no others")
+            return drawn(data.measuring_dataloader(), count)
+        loaders = data.val_dataloader()
         return drawn(loaders[0] if isinstance(loaders, (list, tuple)) else loaders, count)
 
     def _set_up(self) -> LightningDataModule:

@@ -40,12 +40,12 @@ def export(pera, tmp_path):
 WRONG = {
     "unknown format": (
         ["--format", "mergd"],
-        "one of 'adapter', 'peft', 'merged' is needed; given mergd; closest: m",
+        "one of 'adapter', 'peft', 'diffusers', 'merged' is needed; given mergd; closest: m",
     ),
     "unknown method": (["--format", "peft", "--method", "statik"], "one of 'static', 'calibrated' is needed; given st"),
     "unknown target": (["--format", "peft", "--target", "vlm"], "one of 'peft', 'vllm' is needed; given vlm"),
     "unknown option": (["--format", "peft", "--rnak", "3"], "unknown option --rnak; closest: --rank"),
-    "no format": ([], "no --format: give adapter, peft, merged"),
+    "no format": ([], "no --format: give adapter, peft, diffusers, merged"),
     "a rank for merged weights": (["--format", "merged", "--rank", "4"], "--rank does not act with --format merged"),
     "merged for vllm": (["--format", "merged", "--target", "vllm"], "--target does not act with --format merged"),
     "a method for our folder": (
