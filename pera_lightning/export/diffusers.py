@@ -185,6 +185,7 @@ def export_pipeline(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
     **options: Any,
 ) -> MergedReport:
     """Merges an SDXL network and writes a pipeline that `StableDiffusionXLPipeline.from_pretrained` loads.
@@ -192,14 +193,16 @@ def export_pipeline(
     Args:
         network: injected; merged in place, so hand over a copy to keep it.
         folder: made, whole or not at all.
-        base: see `write_pipeline`, as `revision` and `variant`.
+        base: see `write_pipeline`, as the next three.
         revision: of the base.
         variant: of the base's weights.
+        prediction_type: what the UNet was trained to predict.
         options: of `pera_lightning.export.merged.export_merged`.
     """
 
     def write(made: Path) -> list[str]:
-        return write_pipeline(network, made, base, revision=revision, variant=variant)
+        how = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
+        return write_pipeline(network, made, base, **how)
 
     return export_merged(network, folder, write, **options)
 

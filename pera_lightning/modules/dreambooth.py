@@ -26,10 +26,8 @@ from pera_lightning.modules.dreambooth_encoders import Encoders
 from pera_lightning.modules.dreambooth_networks import (
     SDXLNetwork,
     load_text_encoders,
-    load_tokenizers,
     load_unet,
     noise_alphas,
-    tokenise,
 )
 from pera_lightning.modules.dreambooth_pictures import Pictures
 from pera_lightning.modules.optim import with_own_rate
@@ -55,6 +53,9 @@ class DreamBoothModule(StepMeanModule):
 
     Validation, test and prediction make images of the data module's prompts and seeds, see `Pictures`; test measures
     them (`test/dino`, `test/clip_i`, `test/clip_t`).
+
+    Attributes:
+        trained_steps: optimizer steps that the network was trained for, those before this fit included.
 
     Args:
         model_name: hub id or folder of a pipeline of SDXL.
@@ -131,8 +132,7 @@ class DreamBoothModule(StepMeanModule):
         check_number(guidance_scale, "guidance_scale", low=-1e-300, allowed="a number of at least 0; 1 is none")
         self.save_hyperparameters()
         self._schedule: tuple[Tensor, str] | None = None
-        self._tokenizers: Any = None
-        self._steps = 0
+        self.trained_steps = 0
         self.encoders = Encoders(model_name, vae=vae, dtype=DTYPES[base_dtype], revision=revision, variant=variant)
         self._pictures = Pictures(self)
 
@@ -193,15 +193,8 @@ class DreamBoothModule(StepMeanModule):
 
     def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B, 77) of prompts for either text encoder, on the module's device."""
-        if self._tokenizers is None:
-            self._tokenizers = load_tokenizers(self.settings["model_name"], self.settings["revision"])
-        one, two = tokenise(self._tokenizers, list(prompts))
+        one, two = self.encoders.token_ids(prompts)
         return one.to(self.device), two.to(self.device)
-
-    @property
-    def trained_steps(self) -> int:
-        """Optimizer steps that the network was trained for, those before this fit included."""
-        return self._steps
 
     @property
     def data(self) -> Any:
@@ -232,7 +225,7 @@ class DreamBoothModule(StepMeanModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self._steps += 1
+        self.trained_steps += 1
 
     def know_prompts(self, *kinds: str) -> int:
         """Embeds the prompts that the data module will ask for, so that frozen text encoders leave memory.
@@ -315,11 +308,11 @@ class DreamBoothModule(StepMeanModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_STEPS] = self._steps
+        checkpoint[_STEPS] = self.trained_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._steps = int(checkpoint.get(_STEPS, checkpoint.get("global_step", 0)))
+        self.trained_steps = int(checkpoint.get(_STEPS, checkpoint.get("global_step", 0)))
 
     # --- images ---
 

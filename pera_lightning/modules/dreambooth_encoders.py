@@ -24,9 +24,6 @@ from pera_lightning.modules.dreambooth_networks import (
     tokenise,
 )
 from pera_lightning.modules.dreambooth_repository import CHANNELS, FACTOR, INDEX, check_sdxl, check_size, identity, read
-from pera_lightning.modules.dreambooth_sampling import sample
-
-__all__ = ["Encoders", "sample"]
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -170,14 +167,18 @@ class Encoders:
             embeds, pooled = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
             return embeds, pooled
 
-    def _embed(self, prompt: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, 77) of prompts for either text encoder, on the CPU; see `tokenise`."""
         if self._tokenizers is None:
             self._tokenizers = load_tokenizers(self.name, self.revision)
+        return tokenise(self._tokenizers, prompts)
+
+    def _embed(self, prompt: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
         if self._text is None:
             found = load_text_encoders(self.name, dtype=self.dtype, revision=self.revision, variant=self.variant)
             self._text = found[0].requires_grad_(False), found[1].requires_grad_(False)
         encoders = [encoder.to(device) for encoder in self._text]
-        embeds, pooled = prompt_embeddings(encoders, tokenise(self._tokenizers, [prompt]))
+        embeds, pooled = prompt_embeddings(encoders, self.token_ids([prompt]))
         return embeds.cpu(), pooled.cpu()
 
     def unconditional(self, device: torch.device | str, embed: Callable[[list[str]], Any] | None = None) -> Any:

@@ -60,11 +60,11 @@ class Pictures:
     def __init__(self, module: DreamBoothModule) -> None:
         self.module = module
         self._similarity: Any = None
-        self._acted = False
         self._begin("validate")
 
     def _begin(self, stage: str) -> None:
         self._stage = stage
+        self._acted = False
         self._root = Path()
         self._started = time.perf_counter()
         # By variant: images of an earlier one in its place, from when the first new one is made.

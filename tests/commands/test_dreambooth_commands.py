@@ -17,7 +17,7 @@ from sdxl import save_tiny
 
 sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "modules")]
 
-from dreambooth_fits import injected, subject
+from dreambooth_fits import base_fixture, injected, photos_fixture
 from trained_runs import refused
 
 from pera_lightning.adapters import PERA, LoRA
@@ -27,14 +27,8 @@ from pera_lightning.modules.generated_images import read_images
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
+base = base_fixture()
+photos = photos_fixture()
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ from lightning.pytorch.callbacks import Callback
 
 sys.path += [str(Path(__file__).resolve().parent.parent / name) for name in ("modules", "data", "evaluation")]
 
-from dreambooth_fits import CLASS, Randomise, data, fit, make_trainer, module, subject
+from dreambooth_fits import CLASS, Randomise, base_fixture, data, fit, make_trainer, module, photos_fixture
 from dreambooth_words import words
 from node_helpers import environment, run_together
 from PIL import Image
 from run_helpers import ROOT
 from safetensors.torch import load_file
-from sdxl import save_tiny
 from test_image_similarity import save_clip
 
 from pera_lightning.adapters import AuroRA
@@ -27,14 +26,8 @@ TWO = {"devices": 2, "strategy": "ddp_fork"}
 pytestmark = pytest.mark.filterwarnings("error:.*it is recommended to use .self.log.*sync_dist.*")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl")))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
+base = base_fixture()
+photos = photos_fixture()
 
 
 def contents(folder):

@@ -72,6 +72,12 @@ def test_the_merged_pipeline_makes_the_same_image(base, tmp_path, method):
             assert str(tmp_path.parent).encode() not in file.read_bytes(), file  # nor where the base lay
 
 
+def test_what_was_predicted_in_the_training_is_in_the_scheduler(base, tmp_path):
+    report = export_pipeline(adapted(base, LoRA(rank=2)), tmp_path / "out", base, prediction_type="v_prediction")
+    assert report.notes == ["the scheduler has prediction_type=v_prediction, as the training"]
+    assert pipeline(tmp_path / "out").scheduler.config.prediction_type == "v_prediction"
+
+
 def test_what_is_not_adapted_is_the_base_s_to_the_byte(base, tmp_path):
     export_pipeline(adapted(base, LoRA(rank=2)), tmp_path / "out", base)
     files = {p.relative_to(base) for p in base.rglob("*") if p.is_file()}

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 
 from dreambooth_helpers import PROMPT, fill
-from sdxl import PROJECTION, WIDTHS
+from sdxl import PROJECTION, WIDTHS, save_tiny
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
@@ -33,6 +33,33 @@ def subject(folder, count=3):
     fill(Path(folder), count, size=(40, 48))
     (Path(folder) / f"{count - 1:02d}.txt").write_text("sks dog, a photo")
     return folder
+
+
+def base_fixture(**changes):
+    """A fixture of a module's own: the folder of a tiny pipeline, see `save_tiny`."""
+
+    def base(tmp_path_factory):
+        return str(save_tiny(tmp_path_factory.mktemp("sdxl"), **changes))
+
+    return pytest.fixture(scope="module")(base)
+
+
+def photos_fixture(count=3):
+    """Likewise: the folder of a `subject`."""
+
+    def photos(tmp_path_factory):
+        return subject(tmp_path_factory.mktemp("subject"), count)
+
+    return pytest.fixture(scope="module")(photos)
+
+
+def cache_fixture():
+    """Likewise: a folder for the cache."""
+
+    def cache(tmp_path_factory):
+        return tmp_path_factory.mktemp("cache")
+
+    return pytest.fixture(scope="module")(cache)
 
 
 def module(name, **options):

@@ -9,24 +9,17 @@ import dreambooth_fits as fits
 import numpy as np
 import pytest
 import torch
-from dreambooth_fits import assert_same, data, fit, module, subject, trained
+from dreambooth_fits import assert_same, base_fixture, data, fit, module, photos_fixture, trained
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from sdxl import SHALLOW, save_tiny
+from sdxl import SHALLOW
 
 from pera_lightning.errors import DataError
 from pera_lightning.modules.dreambooth_networks import load_unet
 from pera_lightning.modules.dreambooth_sampling import sample
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl"), unet=SHALLOW))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
+base = base_fixture(unet=SHALLOW)
+photos = photos_fixture()
 
 
 class Kills(RuntimeError):

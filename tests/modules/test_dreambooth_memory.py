@@ -4,7 +4,18 @@ import dreambooth_fits as fits
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from dreambooth_fits import data, fit, injected, make_trainer, module, priors, seeded_loss, subject
+from dreambooth_fits import (
+    base_fixture,
+    cache_fixture,
+    data,
+    fit,
+    injected,
+    make_trainer,
+    module,
+    photos_fixture,
+    priors,
+    seeded_loss,
+)
 from lightning.pytorch.callbacks import Callback
 from sdxl import SHALLOW, save_tiny
 
@@ -12,20 +23,9 @@ from pera_lightning.errors import DataError
 from pera_lightning.modules import dreambooth_encoders
 from pera_lightning.modules.dreambooth_encoders import Encoders
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl")))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+base = base_fixture()
+photos = photos_fixture()
+cache = cache_fixture()
 
 
 @pytest.fixture(scope="module")

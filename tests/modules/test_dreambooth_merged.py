@@ -5,16 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from dreambooth_fits import injected, pipeline
+from dreambooth_fits import base_fixture, injected, pipeline
 from safetensors.torch import load_file
 from sdxl import SHALLOW, save_tiny
 
 PROMPT, SEED = "a photo of sks dog", 3
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl"), unet=SHALLOW))
+base = base_fixture(unet=SHALLOW)
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,16 @@ import pytest
 import torch
 from dreambooth_fits import (
     assert_same,
+    base_fixture,
+    cache_fixture,
     cached_batch,
     data,
     fit,
     gradients,
     injected,
     module,
+    photos_fixture,
     seeded_loss,
-    subject,
     trained,
 )
 from lightning.pytorch.callbacks import Callback
@@ -26,20 +28,9 @@ from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.errors import PeraError
 from pera_lightning.modules.dreambooth import DreamBoothModule
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl")))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+base = base_fixture()
+photos = photos_fixture()
+cache = cache_fixture()
 
 
 # --- the loss ---

@@ -9,12 +9,12 @@ import dreambooth_fits as fits
 import numpy as np
 import pytest
 import torch
-from dreambooth_fits import data, fit, make_trainer, module, subject
+from dreambooth_fits import base_fixture, data, fit, make_trainer, module, photos_fixture
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from sdxl import SHALLOW, save_tiny
+from sdxl import SHALLOW
 from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "evaluation"))
@@ -31,14 +31,8 @@ NAMES = [f"{stem}-seed{seed}" for stem in ("00-a-photo-of-sks-dog", "01-sks-dog-
 SAMPLING = {"height": 32, "width": 32, "steps": 2, "guidance_scale": 2.0, "prediction_type": "epsilon"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl"), unet=SHALLOW))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
+base = base_fixture(unet=SHALLOW)
+photos = photos_fixture()
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +284,10 @@ def test_what_fills_up_is_computed_once_at_most_and_never_kept(base, tmp_path, b
     trainer = make_trainer(tmp_path, callbacks=[Counts()])
     returned = trainer.predict(network, DataLoader(rows, batch_size=None))
     assert len(calls) == 2 * computed  # steps of sampling
+    # Another trainer watches anew.
+    again = make_trainer(tmp_path / "again")
+    again.predict(network, DataLoader(rows, batch_size=None), return_predictions=False)
+    assert len(calls) == 4 * computed
     wanted = [[seed for seed in seeds if seed != -1] for seeds in batches]
     assert [[one["seed"] for one in made] for made in returned] == wanted
     kept = {f"seed{seed}.png" for seeds in wanted for seed in seeds}

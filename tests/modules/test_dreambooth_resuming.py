@@ -2,24 +2,13 @@
 
 import pytest
 import torch
-from dreambooth_fits import Seen, assert_same, data, fit, module, subject, trained
+from dreambooth_fits import Seen, assert_same, base_fixture, cache_fixture, data, fit, module, photos_fixture, trained
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from sdxl import SHALLOW, save_tiny
+from sdxl import SHALLOW
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl"), unet=SHALLOW))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"), count=4)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+base = base_fixture(unet=SHALLOW)
+photos = photos_fixture(count=4)
+cache = cache_fixture()
 
 
 class Dies(Callback):

@@ -1,10 +1,11 @@
 """Stages of DreamBooth after one another, and what is refused before it takes long or replaces anything."""
 
+import sys
 import warnings
 
 import pytest
 import torch
-from dreambooth_fits import CLASS, TEXT, UNET, data, fit, make_trainer, module, subject
+from dreambooth_fits import CLASS, TEXT, UNET, base_fixture, data, fit, make_trainer, module, photos_fixture
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
@@ -16,15 +17,8 @@ from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.modules import dreambooth_encoders
 from pera_lightning.modules.generated_images import read_images
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl"), unet=SHALLOW))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
+base = base_fixture(unet=SHALLOW)
+photos = photos_fixture()
 
 
 def files(folder):
@@ -74,9 +68,12 @@ def test_lightning_s_check_before_a_fit_leaves_the_images_of_a_validation(base, 
     assert len(files(tmp_path / "validation" / "step_000003")) == 3
 
 
-def test_a_fit_is_refused_before_anything_is_computed(base, photos, tmp_path):
+def test_a_fit_is_refused_before_anything_is_computed(base, photos, tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match="1001 sampling steps"):
         fit(tmp_path, module(base, sampling_steps=1001), data(photos, tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigurationError, match="needs bitsandbytes"):
+        fit(tmp_path, module(base, optimizer="adamw8bit"), data(photos, tmp_path / "cache"))
     sampled = save_tiny(tmp_path / "base", unet=SHALLOW, scheduler={"prediction_type": "sample"})
     with pytest.raises(ConfigurationError, match="prediction_type is 'sample'"):
         fit(tmp_path, module(sampled), data(photos, tmp_path / "cache"))

@@ -1,20 +1,16 @@
 """The loss of an optimizer step of DreamBooth, over batches and processes that hold unlike much."""
 
-import pytest
 import torch
-from dreambooth_fits import cached_batch, fit, gradients, part
+from dreambooth_fits import base_fixture, cached_batch, fit, gradients, part
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from sdxl import SHALLOW, save_tiny
+from sdxl import SHALLOW
 from torch.utils.data import DataLoader
 
 from pera_lightning.modules import diffusion_loss
 from pera_lightning.modules.dreambooth import DreamBoothModule
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl"), unet=SHALLOW))
+base = base_fixture(unet=SHALLOW)
 
 
 class Still(DreamBoothModule):

@@ -3,27 +3,28 @@
 import numpy as np
 import pytest
 import torch
-from dreambooth_fits import CLASS, TEXT, UNET, Seen, data, fit, injected, module, subject, trained
+from dreambooth_fits import (
+    CLASS,
+    TEXT,
+    UNET,
+    Seen,
+    base_fixture,
+    cache_fixture,
+    data,
+    fit,
+    injected,
+    module,
+    photos_fixture,
+    trained,
+)
 from lightning.pytorch.callbacks import Callback
-from sdxl import save_tiny
 
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.modules import dreambooth, dreambooth_encoders
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("sdxl")))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return subject(tmp_path_factory.mktemp("subject"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+base = base_fixture()
+photos = photos_fixture()
+cache = cache_fixture()
 
 
 def test_adapters_in_both_text_encoders_are_trained(base, photos, tmp_path):
