@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from pera_lightning.callbacks.adapter_injection import prepare_loading
 from pera_lightning.callbacks.checkpoint_io import check_checkpoint, read_checkpoint
 from pera_lightning.errors import CheckpointError
-from pera_lightning.state import METADATA, find_injected, inject_spec
+from pera_lightning.injection.inject.state import METADATA, find_injected, inject_spec
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
 

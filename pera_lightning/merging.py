@@ -21,7 +21,7 @@ from pera_lightning.adapters.method import check_choice
 from pera_lightning.calibration import RIDGE, calibrate
 from pera_lightning.drift import Drift, Forward, Measured, drift, measure, taken
 from pera_lightning.errors import ConfigurationError, NotMergeableError, listed
-from pera_lightning.injection import forget_injection, injection_of
+from pera_lightning.injection.inject.inject import forget_injection, injection_of
 
 METHODS = ("static", "calibrated")
 _KEPT = "_pera_before_merging"

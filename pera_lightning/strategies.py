@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.injection.inject.state import frozen_names
 from pera_lightning.sharding import sharded_like, whole
-from pera_lightning.state import frozen_names
 
 
 class AdapterCheckpoints:

@@ -105,7 +105,7 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
         "def f():\n    from pera_lightning import state\n    import e\n",
         encoding="utf-8",
     )
-    assert sorted(imported(file)) == ["a.b", "c", "e", "pera_lightning.state", "typing"]
+    assert sorted(imported(file)) == ["a.b", "c", "e", "pera_lightning.injection.state", "typing"]
     assert {"errors", "adapters/base", "injection"} <= {name_of(file) for file in FILES}
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters import PERA, AdaptedLinear, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method
 from pera_lightning.errors import AlreadyInjectedError, ConfigurationError, NoTargetMatched, PeraError
-from pera_lightning.fingerprint import differing, fingerprint, weight_hash
-from pera_lightning.injection import adapter_parameter_names, inject, injection_of, trained_parameter_names
+from pera_lightning.injection.fingerprint import differing, fingerprint, weight_hash
+from pera_lightning.injection.inject import adapter_parameter_names, inject, injection_of, trained_parameter_names
 
 
 class Net(nn.Module):

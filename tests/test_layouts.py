@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pera_lightning.adapters import AuroRA, HiRA, LinearAdapter, LoRA
 from pera_lightning.adapters.base import base_weight
 from pera_lightning.errors import UnsupportedTarget
-from pera_lightning.injection import inject
-from pera_lightning.targets import resolve
+from pera_lightning.injection.inject import inject
+from pera_lightning.injection.targets import resolve
 
 METHODS = [LoRA(rank=2), HiRA(rank=2), AuroRA(rank=2)]
 

@@ -15,8 +15,8 @@ from pera_lightning import adapter_state_dict, inject, load_adapter, merge, merg
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method, MoSLoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.files import write_atomically
-from pera_lightning.injection import injection_of
-from pera_lightning.state import forgive_missing_base, remember_unfrozen
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import forgive_missing_base, remember_unfrozen
 
 METHODS = [
     LoRA(rank=2),

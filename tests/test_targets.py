@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnsupportedTarget
-from pera_lightning.targets import match_modules, parse, resolve
+from pera_lightning.injection.targets import match_modules, parse, resolve
 
 FUSED = {"qkv": {"q": 8, "k": 8, "v": 8}}
 

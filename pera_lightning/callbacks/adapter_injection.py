@@ -44,9 +44,8 @@ from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.callbacks.rank_seeds import join_generators, part_generators
 from pera_lightning.data.dealing import on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
-from pera_lightning.injection import adapter_parameter_names, inject, injection_of
-from pera_lightning.sharding import sharded_like, whole
-from pera_lightning.state import (
+from pera_lightning.injection.inject.inject import adapter_parameter_names, inject, injection_of
+from pera_lightning.injection.inject.state import (
     METADATA,
     adapter_state_dict,
     find_injected,
@@ -54,6 +53,7 @@ from pera_lightning.state import (
     remember_unfrozen,
     write_adapter,
 )
+from pera_lightning.sharding import sharded_like, whole
 from pera_lightning.strategies import adopt
 
 HOOK = "adapter_injection"
@@ -65,7 +65,7 @@ class AdapterInjection(Callback):
 
     Args:
         method: the adapter method, e.g. ``PERA(rank=16)``.
-        targets: expressions that name linear layers, see `pera_lightning.targets`.
+        targets: expressions that name linear layers, see `pera_lightning.injection.inject.targets`.
         trainable: modules trained whole (heads), by name or glob.
         fused: sizes of row blocks of fused projections whose layout is not known.
         seed: of the initial values; by default the run's.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pera_lightning import __version__
 from pera_lightning.callbacks.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
 from pera_lightning.errors import CheckpointError, listed, shorten
-from pera_lightning.injection import injection_of
-from pera_lightning.state import (
+from pera_lightning.injection.inject.inject import injection_of
+from pera_lightning.injection.inject.state import (
     CONFIG_FILE,
     METADATA,
     check_injection,

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from pera_lightning.commands.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject.inject import injection_of
 
 
 class ParamsCLI(ConfiguredCLI):

@@ -25,9 +25,8 @@ from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters
 from pera_lightning.commands.lightning_cli import ConfiguredCLI
 from pera_lightning.data.images import ImageDataModule
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
-from pera_lightning.injection import injection_of
-from pera_lightning.modules.base import AdapterModule
-from pera_lightning.state import (
+from pera_lightning.injection.inject.inject import injection_of
+from pera_lightning.injection.inject.state import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_injection,
@@ -36,6 +35,7 @@ from pera_lightning.state import (
     inject_spec,
     read_adapter,
 )
+from pera_lightning.modules.base import AdapterModule
 
 BATCHES = 8
 _CONFIGS = ("--config", "-c")

@@ -25,7 +25,7 @@ from pera_lightning.export.lora import LoraReport, check_export, exportable, lin
 from pera_lightning.export.low_rank import MAX_ERROR
 from pera_lightning.export.peft_config import lora_config, lora_tensors
 from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
-from pera_lightning.injection import Injection
+from pera_lightning.injection.inject.inject import Injection
 from pera_lightning.merging import adapted_layers
 
 TARGETS = ("peft", "vllm")

@@ -28,8 +28,8 @@ from pera_lightning.evaluation.encoding import pad_token_id, tokenizer_key
 from pera_lightning.evaluation.questions import Question, Questions
 from pera_lightning.evaluation.records import PartialRecords, Record, unique, write_records
 from pera_lightning.evaluation.statistics import answering_seconds, average_row, table
+from pera_lightning.injection.inject.state import adapter_state_dict, find_injected
 from pera_lightning.modules import results
-from pera_lightning.state import adapter_state_dict, find_injected
 
 if TYPE_CHECKING:
     from pera_lightning.modules.causal_lm import CausalLMModule

@@ -16,7 +16,7 @@ from pera_lightning.data.batching import IGNORE, label_positions
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject.inject import injection_of
 from pera_lightning.modules.answering import Answering
 from pera_lightning.modules.base import DTYPES, release_heads
 from pera_lightning.modules.language_networks import (

@@ -20,7 +20,7 @@ from pera_lightning.data.dealing import in_order, on_every_rank
 from pera_lightning.data.dreambooth_cache import together
 from pera_lightning.data.dreambooth_prompts import FILLER
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject.inject import injection_of
 from pera_lightning.modules import results
 from pera_lightning.modules.dreambooth_repository import FACTOR
 from pera_lightning.modules.dreambooth_sampling import sample, sampler

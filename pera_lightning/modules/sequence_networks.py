@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters, read_checkpoint
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.evaluation.pretrained import explained
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject.inject import injection_of
+from pera_lightning.injection.inject.state import check_injection, check_state, read_adapter
 from pera_lightning.modules.language_networks import check_extremes
 from pera_lightning.modules.step_mean import StepMeanModule
 from pera_lightning.sharding import sharded_like
-from pera_lightning.state import check_injection, check_state, read_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

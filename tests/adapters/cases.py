@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.adapters import AdaptedLayer, LinearAdapter, LinearMethod, registered_methods
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 IN, OUT = 10, 12
 

@@ -10,7 +10,7 @@ from cases import adapted, inputs, network, the_adapter
 from pera_lightning.adapters import AuroRA
 from pera_lightning.adapters.aurora import ACTIVATIONS, bspline_basis, static_inference, uniform_knots
 from pera_lightning.errors import NotMergeableError
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 @pytest.mark.parametrize(("size", "order", "ends"), [(5, 3, (-1.0, 1.0)), (4, 2, (0.0, 3.0)), (1, 1, (-2.0, -1.0))])

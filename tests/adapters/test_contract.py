@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters import AdaptedLinear, LinearMethod, method_from_spec
 from pera_lightning.errors import NotMergeableError
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 def update(layer: AdaptedLinear, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pera_lightning import inject, merge, merge_and_unload, unmerge
 from pera_lightning.adapters import AdaptedLayer, LinearMethod, LowRankUpdate
 from pera_lightning.adapters.base import base_weight
 from pera_lightning.errors import NotMergeableError
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging import linearised
 
 KINDS = ["linear", "no-bias", "conv1d", "rows"]

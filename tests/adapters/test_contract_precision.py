@@ -20,7 +20,7 @@ from cases import (
 from torch import nn
 
 from pera_lightning.adapters import LinearMethod
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 @every_method

@@ -25,7 +25,7 @@ from torch import nn
 
 from pera_lightning.adapters import AuroRA, LinearMethod, LoRA
 from pera_lightning.adapters.base import adapt_layer
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 def expected_tensors(method: LinearMethod) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 from torch import Tensor, nn
 
 from pera_lightning.adapters import HiLoRA, HiRA, LoRA
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 def stack(count: int = 3) -> nn.ModuleList:

@@ -10,7 +10,7 @@ from cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 from torch import nn
 
 from pera_lightning.adapters import LoRA
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 def large_layer(method: LoRA) -> nn.Module:

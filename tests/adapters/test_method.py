@@ -12,7 +12,7 @@ from torch import nn
 from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, InjectionReport, LinearMethod, LoRA, Method
 from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, UnknownNameError
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 METHODS = [LoRA, PERA, HiRA, HiLoRA, AuroRA]
 RANKS = [(cls, name.name) for cls in METHODS for name in dataclasses.fields(cls) if name.name.endswith("rank")]

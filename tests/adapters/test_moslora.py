@@ -11,7 +11,7 @@ from torch import nn
 
 from pera_lightning.adapters import LoRA, MoSLoRA
 from pera_lightning.errors import UnknownNameError
-from pera_lightning.injection import inject
+from pera_lightning.injection.inject import inject
 
 
 def large_adapter(**options: object) -> nn.Module:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from short_fits import callback, trainer
 
 from pera_lightning.adapters import PERA
-from pera_lightning.state import adapter_state_dict
+from pera_lightning.injection.state import adapter_state_dict
 
 BATCHES = 10
 

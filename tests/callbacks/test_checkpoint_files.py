@@ -26,7 +26,7 @@ from pera_lightning import load_adapted
 from pera_lightning.callbacks.checkpoint_files import WholeFilesIO, damage, with_whole_files
 from pera_lightning.callbacks.checkpoint_io import read_checkpoint
 from pera_lightning.errors import CheckpointError
-from pera_lightning.state import read_adapter
+from pera_lightning.injection.state import read_adapter
 
 # --- whole files ---
 

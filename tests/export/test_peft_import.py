@@ -16,7 +16,7 @@ from torch import nn
 from pera_lightning import export_peft, inject, load_adapter, load_peft, merge, save_adapter
 from pera_lightning.adapters import PERA, HiRA, LoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError, PeraError
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject import injection_of
 
 LAYERS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query"], "vit": ["qkv"]}
 HEADS = {"llama": None, "gpt2": None, "bert": ["classifier"], "vit": ["head"]}

@@ -12,7 +12,7 @@ from pera_lightning.adapters import PERA, AuroRA, HiRA, LoRA
 from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.vllm import served_updates
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject import injection_of
 
 
 def config(folder):

@@ -10,7 +10,7 @@ from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA, LoRA
 from pera_lightning.data.batching import collate_packed
 from pera_lightning.errors import CheckpointError, ConfigurationError
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject import injection_of
 from pera_lightning.modules import CausalLMModule
 from pera_lightning.modules.language_networks import check_packing
 

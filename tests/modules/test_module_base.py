@@ -8,7 +8,7 @@ from vision_helpers import Rates, fit, loader, make_trainer, module
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, FullFineTuning, LoRA
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
-from pera_lightning.injection import adapter_parameter_names
+from pera_lightning.injection.inject import adapter_parameter_names
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from pera_lightning.adapters import PERA, AuroRA, LinearProbe, LoRA
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.errors import ConfigurationError, DataError, NonFiniteLossError
 from pera_lightning.evaluation.glue_metrics import average_ranks, pearson
-from pera_lightning.injection import injection_of
+from pera_lightning.injection.inject import injection_of
 from pera_lightning.modules import SequenceClassificationModule
 
 
