@@ -24,8 +24,8 @@ from torch import nn
 from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.cli import main as command
 from pera_lightning.commands.trained import Trained, TrainedCLI
-from pera_lightning.drift import Measured, drift, evaluating
-from pera_lightning.merging import merge, unmerge
+from pera_lightning.merging.merge import merge, unmerge
+from pera_lightning.merging.merge_error import Measured, drift, evaluating
 
 ROWS = ("dynamic", "static", "calibrated", "adapter removed")
 

@@ -33,10 +33,10 @@ _NAMES = {
     "load_adapted": "pera_lightning.checkpoints",
     "load_adapter": "pera_lightning.injection.inject.state",
     "load_peft": "pera_lightning.export.peft_import",
-    "merge": "pera_lightning.merging",
-    "merge_and_unload": "pera_lightning.merging",
+    "merge": "pera_lightning.merging.merge.merge",
+    "merge_and_unload": "pera_lightning.merging.merge.merge",
     "save_adapter": "pera_lightning.injection.inject.state",
-    "unmerge": "pera_lightning.merging",
+    "unmerge": "pera_lightning.merging.merge.merge",
 }
 __all__ = [*_NAMES, "__version__"]
 

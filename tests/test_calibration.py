@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pera_lightning import merge
 from pera_lightning.adapters import AdaptedLayer, AuroRA
 from pera_lightning.adapters.aurora import AuroRALayer
-from pera_lightning.calibration import Moments
 from pera_lightning.errors import NotMergeableError
-from pera_lightning.merging import linearised
+from pera_lightning.merging.calibration import Moments
+from pera_lightning.merging.merge import linearised
 
 RIDGE, TINY = 1e-3, 1e-6  # by default; and what keeps the fit on z well-posed
 

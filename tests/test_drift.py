@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.drift import ROWS, Drift, Measured, call, drift, evaluating, measure, on_device, taken
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.merging.merge_error import ROWS, Drift, Measured, call, drift, evaluating, measure, on_device, taken
 
 
 def outputs(*shape: int, seed: int = 0) -> Tensor:

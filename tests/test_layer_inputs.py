@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.layer_inputs import inputs_in_order
+from pera_lightning.merging.activation_capture import inputs_in_order
 
 
 def doubled(layer: nn.Module) -> None:

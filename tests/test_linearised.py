@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pera_lightning import adapter_state_dict, inject, merge
 from pera_lightning.adapters import AuroRA, LoRA
-from pera_lightning.merging import linearised
+from pera_lightning.merging.merge import linearised
 
 # --- how the model is called, and what is left ---
 

@@ -20,7 +20,7 @@ from pera_lightning import inject, merge, merge_and_unload, unmerge
 from pera_lightning.adapters import PERA, AuroRA, HiRA, LinearProbe, LoRA, Method
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.merging import adapted_layers, merged_layers
+from pera_lightning.merging.merge import adapted_layers, merged_layers
 
 CAST = [torch.bfloat16, torch.float16, torch.float64]
 

@@ -14,7 +14,7 @@ from pera_lightning import inject, merge, merge_and_unload, unmerge
 from pera_lightning.adapters import AuroRA, HiRA, LinearProbe, LoRA, LowRankUpdate, Method
 from pera_lightning.adapters.lora import LoRALayer
 from pera_lightning.errors import ConfigurationError, NotMergeableError, PeraError, UnknownNameError
-from pera_lightning.merging import merged_layers
+from pera_lightning.merging.merge import merged_layers
 
 every_keep = pytest.mark.parametrize("keep_base", [True, False])
 

@@ -11,7 +11,7 @@ from pera_lightning.commands.export import add_merging, batches_of, write_merged
 from pera_lightning.commands.trained import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.folder import check_output_folder
-from pera_lightning.merging import merge
+from pera_lightning.merging.merge.merge import merge
 
 
 class MergeCLI(TrainedCLI):

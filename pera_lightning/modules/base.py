@@ -165,7 +165,7 @@ class AdapterModule(LightningModule):
         """
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs (N, C) for a training or validation batch and their mean loss; a `Forward` of `pera_lightning.drift`.
+        """Outputs (N, C) for a training or validation batch and their mean loss; a `Forward` of `pera_lightning.merging.merge.merge_error`.
 
         Args:
             network: `self.model`.

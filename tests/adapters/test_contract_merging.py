@@ -19,7 +19,7 @@ from pera_lightning.adapters import AdaptedLayer, LinearMethod, LowRankUpdate
 from pera_lightning.adapters.base import base_weight
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.merging import linearised
+from pera_lightning.merging.merge import linearised
 
 KINDS = ["linear", "no-bias", "conv1d", "rows"]
 # How far a merged layer's outputs, of about 1 to 10, may be from the adapted one's: the adapted layer rounds the two

@@ -14,7 +14,7 @@ from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.commands.methods import NONE, capabilities, example, table
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.export.low_rank import low_rank_updates
-from pera_lightning.merging import linearised, merge
+from pera_lightning.merging.merge import linearised, merge
 
 METHODS = registered_methods()
 

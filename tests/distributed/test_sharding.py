@@ -19,7 +19,7 @@ from pera_lightning import inject, merge
 from pera_lightning.adapters import PERA, HiRA
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.merging import merged_layers
+from pera_lightning.merging.merge import merged_layers
 from pera_lightning.sharding import AdapterWrapPolicy, reads_weights, shard, sharded_like, units, whole
 
 CPU = torch.device("cpu")

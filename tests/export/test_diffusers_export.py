@@ -28,7 +28,7 @@ from sdxl_models import (
 from pera_lightning import export_diffusers, inject, merge
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiLoRA, HiRA, LinearProbe, LoRA, MoSLoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
-from pera_lightning.merging import adapted_layers
+from pera_lightning.merging.merge import adapted_layers
 
 EXACT = [
     LoRA(rank=2, alpha=5.0, dropout=0.1),

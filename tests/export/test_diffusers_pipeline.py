@@ -27,7 +27,7 @@ from pera_lightning import export_pipeline, inject
 from pera_lightning.adapters import PERA, AuroRA, HiRA, LoRA
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.export import diffusers_base
-from pera_lightning.merging import adapted_layers
+from pera_lightning.merging.merge import adapted_layers
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pera_lightning.adapters import (
     registered_methods,
 )
 from pera_lightning.errors import ConfigurationError, NotMergeableError
-from pera_lightning.merging import adapted_layers
+from pera_lightning.merging.merge import adapted_layers
 
 EXACT = [
     LoRA(rank=2, alpha=5.0, dropout=0.1),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pera_lightning import export_peft, export_transformers, inject
 from pera_lightning.adapters import PERA
-from pera_lightning.merging import adapted_layers
+from pera_lightning.merging.merge import adapted_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
