@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "AdapterInjection": "pera_lightning.callbacks",
+    "AdapterInjection": "pera_lightning.training.callback",
     "CausalLMModule": "pera_lightning.modules",
     "CommonsenseDataModule": "pera_lightning.data",
     "DialogueDataModule": "pera_lightning.data",
@@ -30,7 +30,7 @@ _NAMES = {
     "export_timm": "pera_lightning.export.timm",
     "export_transformers": "pera_lightning.export.huggingface",
     "inject": "pera_lightning.injection.inject.inject",
-    "load_adapted": "pera_lightning.checkpoints",
+    "load_adapted": "pera_lightning.training.reloading",
     "load_adapter": "pera_lightning.injection.inject.state",
     "load_peft": "pera_lightning.export.peft_import",
     "merge": "pera_lightning.merging.merge.merge",

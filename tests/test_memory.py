@@ -19,7 +19,7 @@ import vision_helpers as vision
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LoRA
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.memory import (
+from pera_lightning.training.memory import (
     StepMemory,
     as_fake,
     device_memory,
@@ -28,7 +28,7 @@ from pera_lightning.memory import (
     measure_step,
     shard_bytes,
 )
-from pera_lightning.sharding import shard, units
+from pera_lightning.training.sharding import shard, units
 
 METHODS = {"LoRA": LoRA(rank=2), "PERA": PERA(rank=3), "HiRA": HiRA(rank=2), "AuroRA": AuroRA(rank=2)}
 DROPPING = {f"{n}, dropout": type(m)(rank=m.rank, dropout=0.1) for n, m in METHODS.items()}

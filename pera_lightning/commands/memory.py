@@ -1,4 +1,4 @@
-"""`params --memory`: a table of the memory per device that training by a config needs, see `pera_lightning.memory`."""
+"""`params --memory`: a table of the memory per device that training by a config needs, see `pera_lightning.training.memory`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pera_lightning.data.glue import GLUEDataModule
 from pera_lightning.data.images import ImageDataModule
 from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, closest
-from pera_lightning.memory import DeviceMemory, as_fake, device_memory, fake_like, measure_step
-from pera_lightning.modules.base import AdapterModule
 from pera_lightning.modules.causal_lm import CausalLMModule
 from pera_lightning.modules.dreambooth import DreamBoothModule
 from pera_lightning.modules.image_classification import ImageClassificationModule
 from pera_lightning.modules.sequence_classification import SequenceClassificationModule
 from pera_lightning.modules.sequence_networks import positions
+from pera_lightning.training.memory import DeviceMemory, as_fake, device_memory, fake_like, measure_step
+from pera_lightning.training.module import AdapterModule
 
 DEVICES = (8, 32)
 _UNITS = {"GiB": 2**30, "MiB": 2**20}

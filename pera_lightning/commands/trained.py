@@ -21,7 +21,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pera_lightning.callbacks.checkpoint_io import checkpoint_adapters
 from pera_lightning.commands.lightning_cli import ConfiguredCLI
 from pera_lightning.data.images import ImageDataModule
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
@@ -35,7 +34,8 @@ from pera_lightning.injection.inject.state import (
     inject_spec,
     read_adapter,
 )
-from pera_lightning.modules.base import AdapterModule
+from pera_lightning.training.checkpoint_io import checkpoint_adapters
+from pera_lightning.training.module import AdapterModule
 
 BATCHES = 8
 _CONFIGS = ("--config", "-c")

@@ -29,7 +29,7 @@ from pera_lightning.evaluation.questions import Question, Questions
 from pera_lightning.evaluation.records import PartialRecords, Record, unique, write_records
 from pera_lightning.evaluation.statistics import answering_seconds, average_row, table
 from pera_lightning.injection.inject.state import adapter_state_dict, find_injected
-from pera_lightning.modules import results
+from pera_lightning.training import results
 
 if TYPE_CHECKING:
     from pera_lightning.modules.causal_lm import CausalLMModule

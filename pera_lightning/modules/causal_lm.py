@@ -18,7 +18,6 @@ from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.injection.inject.inject import injection_of
 from pera_lightning.modules.answering import Answering
-from pera_lightning.modules.base import DTYPES, release_heads
 from pera_lightning.modules.language_networks import (
     check_causal,
     check_extremes,
@@ -26,8 +25,9 @@ from pera_lightning.modules.language_networks import (
     load_network,
     recompute_activations,
 )
-from pera_lightning.modules.step_mean import StepMeanModule
 from pera_lightning.modules.token_loss import summed_loss
+from pera_lightning.training.module import DTYPES, release_heads
+from pera_lightning.training.normalised_loss import StepMeanModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,6 @@ from pera_lightning.adapters.method import check_choice, check_number, check_ran
 from pera_lightning.data.dreambooth_encoding import VAE_ADVICE
 from pera_lightning.errors import ConfigurationError, DataError, listed, megabytes
 from pera_lightning.modules import diffusion_loss
-from pera_lightning.modules.base import DTYPES
 from pera_lightning.modules.dreambooth_encoders import Encoders
 from pera_lightning.modules.dreambooth_networks import (
     SDXLNetwork,
@@ -30,9 +29,10 @@ from pera_lightning.modules.dreambooth_networks import (
     noise_alphas,
 )
 from pera_lightning.modules.dreambooth_pictures import Pictures
-from pera_lightning.modules.optim import with_own_rate
-from pera_lightning.modules.step_mean import StepMeanModule
-from pera_lightning.strategies import data_parallel_mesh
+from pera_lightning.training.fsdp2 import data_parallel_mesh
+from pera_lightning.training.module import DTYPES
+from pera_lightning.training.normalised_loss import StepMeanModule
+from pera_lightning.training.optimizers import with_own_rate
 
 _STEPS = "trained_steps"  # in checkpoints
 _LEVELS = 4  # timesteps of each image that a merge is measured at

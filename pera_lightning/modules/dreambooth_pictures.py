@@ -21,7 +21,6 @@ from pera_lightning.data.dreambooth_cache import together
 from pera_lightning.data.dreambooth_prompts import FILLER
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.modules import results
 from pera_lightning.modules.dreambooth_repository import FACTOR
 from pera_lightning.modules.dreambooth_sampling import sample, sampler
 from pera_lightning.modules.generated_images import (
@@ -39,7 +38,8 @@ from pera_lightning.modules.generated_images import (
     unlist_images,
     write_images,
 )
-from pera_lightning.strategies import data_parallel_mesh
+from pera_lightning.training import results
+from pera_lightning.training.fsdp2 import data_parallel_mesh
 
 if TYPE_CHECKING:
     from PIL import Image

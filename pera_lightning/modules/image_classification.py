@@ -21,9 +21,9 @@ from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.dealing import in_order, on_every_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
-from pera_lightning.modules import results
-from pera_lightning.modules.base import DTYPES, AdapterModule
 from pera_lightning.modules.image_networks import create
+from pera_lightning.training import results
+from pera_lightning.training.module import DTYPES, AdapterModule
 
 
 class ImageClassificationModule(AdapterModule):

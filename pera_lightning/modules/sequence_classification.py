@@ -24,12 +24,12 @@ from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decide
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.evaluation.submission import submission
 from pera_lightning.files import write_atomically
-from pera_lightning.modules import results
-from pera_lightning.modules.base import DTYPES, release_heads
 from pera_lightning.modules.example_loss import check_weights, example_losses
 from pera_lightning.modules.language_networks import recompute_activations
 from pera_lightning.modules.sequence_networks import check_rows, check_trained, load_network, start_from, trained_labels
-from pera_lightning.modules.step_mean import StepMeanModule
+from pera_lightning.training import results
+from pera_lightning.training.module import DTYPES, release_heads
+from pera_lightning.training.normalised_loss import StepMeanModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

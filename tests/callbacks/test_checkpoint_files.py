@@ -23,17 +23,17 @@ from run_helpers import ROOT
 from short_fits import callback, fitted, trainer
 
 from pera_lightning import load_adapted
-from pera_lightning.callbacks.checkpoint_files import WholeFilesIO, damage, with_whole_files
-from pera_lightning.callbacks.checkpoint_io import read_checkpoint
 from pera_lightning.errors import CheckpointError
 from pera_lightning.injection.state import read_adapter
+from pera_lightning.training.checkpoint_files import WholeFilesIO, damage, with_whole_files
+from pera_lightning.training.checkpoint_io import read_checkpoint
 
 # --- whole files ---
 
 # Writes a small checkpoint and then, again and again, a larger one under the same name.
 WRITES = """
 import sys, torch
-from pera_lightning.callbacks.checkpoint_files import WholeFilesIO
+from pera_lightning.training.checkpoint_files import WholeFilesIO
 files = WholeFilesIO()
 files.save_checkpoint({"global_step": 0, "state_dict": {}}, sys.argv[1])
 print("ready", flush=True)

@@ -14,9 +14,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from short_fits import callback, trainer
 
-from pera_lightning.callbacks import preemption
 from pera_lightning.commands.lightning_cli import resuming_command
 from pera_lightning.errors import CheckpointError
+from pera_lightning.training import preemption
 
 
 def assert_resumes_exactly(folder: Path, *more: Callback, twin: tuple[Callback, ...] = (), **options) -> None:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA, HiRA
-from pera_lightning.callbacks.random_state import capture, from_plain, restore, to_plain
 from pera_lightning.injection.state import adapter_state_dict
+from pera_lightning.training.random_state import capture, from_plain, restore, to_plain
 
 
 class Draws(Callback):

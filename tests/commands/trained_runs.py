@@ -17,9 +17,9 @@ import vision_helpers as vision
 
 from pera_lightning import AdapterInjection, save_adapter
 from pera_lightning.adapters import PERA, AuroRA
-from pera_lightning.callbacks.checkpoint_io import trim
 from pera_lightning.data import CommonsenseDataModule, ImageDataModule
 from pera_lightning.modules import CausalLMModule, ImageClassificationModule
+from pera_lightning.training.checkpoint_io import trim
 
 # Nothing of this package can be imported there.
 ALONE = "import sys\nsys.modules['pera_lightning'] = None\n"

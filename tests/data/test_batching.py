@@ -12,13 +12,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pera_lightning.callbacks.data_order import Progress, make_resumable
 from pera_lightning.data.batching import (
     LengthGroupedSampler,
     capacity_for,
     pack,
 )
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.training.data_order import Progress, make_resumable
 
 
 def lognormal(count: int, seed: int = 0) -> list[int]:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, Sampler, SubsetRandomSampler
 
 from pera_lightning.adapters import PERA, LoRA
-from pera_lightning.callbacks.random_state import capture, to_plain
+from pera_lightning.training.random_state import capture, to_plain
 
 ROWS = 24
 

@@ -20,7 +20,7 @@ from pera_lightning.adapters import PERA, HiRA
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging.merge import merged_layers
-from pera_lightning.sharding import AdapterWrapPolicy, reads_weights, shard, sharded_like, units, whole
+from pera_lightning.training.sharding import AdapterWrapPolicy, reads_weights, shard, sharded_like, units, whole
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}

@@ -27,7 +27,7 @@ from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearPr
 from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
 from pera_lightning.export import merged
 from pera_lightning.export.huggingface import export_transformers
-from pera_lightning.modules.base import keep_heads_float32, release_heads
+from pera_lightning.training.module import keep_heads_float32, release_heads
 
 IDS = torch.randint(4, text.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(1))
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, FullFineTuning, HiRA, LinearProbe
-from pera_lightning.modules.optim import parameter_groups, with_own_rate
+from pera_lightning.training.optimizers import parameter_groups, with_own_rate
 
 RATES = {"lr": 0.1, "head_lr": 0.2, "weight_decay": 0.3}
 

@@ -7,7 +7,7 @@ from torch import nn
 from pera_lightning import __version__, inject, merge
 from pera_lightning.adapters import PERA, AuroRA
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.modules import results
+from pera_lightning.training import results
 
 
 def test_versions_name_what_is_installed():

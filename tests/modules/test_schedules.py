@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pera_lightning.modules.schedules import SCHEDULES, lr_factor, warmup_length
+from pera_lightning.training.schedules import SCHEDULES, lr_factor, warmup_length
 
 HALF = 0.5 * (1 + math.cos(math.pi / 4))
 

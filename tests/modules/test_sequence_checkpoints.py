@@ -24,7 +24,7 @@ from pera_lightning import load_adapted, save_adapter
 from pera_lightning.adapters import PERA, AuroRA, LoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.modules import SequenceClassificationModule
-from pera_lightning.modules.results import scored
+from pera_lightning.training.results import scored
 
 
 @pytest.fixture(scope="module")

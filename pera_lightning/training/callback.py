@@ -29,19 +29,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
-from pera_lightning.callbacks.checkpoint_io import AdapterCheckpointIO, read_checkpoint
-from pera_lightning.callbacks.checks import (
-    check_float32,
-    check_optimizers,
-    check_position,
-    check_precision,
-    check_unfrozen,
-)
-from pera_lightning.callbacks.coverage import LayerCoverage
-from pera_lightning.callbacks.data_order import forget_data_order, load_loader_states, resume_data_order
-from pera_lightning.callbacks.preemption import Preemption, drop_requeue_file, validate_before_going_on
-from pera_lightning.callbacks.random_state import capture, restore
-from pera_lightning.callbacks.rank_seeds import join_generators, part_generators
 from pera_lightning.data.dealing import on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection.inject.inject import adapter_parameter_names, inject, injection_of
@@ -53,8 +40,21 @@ from pera_lightning.injection.inject.state import (
     remember_unfrozen,
     write_adapter,
 )
-from pera_lightning.sharding import sharded_like, whole
-from pera_lightning.strategies import adopt
+from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, read_checkpoint
+from pera_lightning.training.checks import (
+    check_float32,
+    check_optimizers,
+    check_position,
+    check_precision,
+    check_unfrozen,
+)
+from pera_lightning.training.data_order import forget_data_order, load_loader_states, resume_data_order
+from pera_lightning.training.fsdp2 import adopt
+from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
+from pera_lightning.training.random_state import capture, restore
+from pera_lightning.training.seed_per_rank import join_generators, part_generators
+from pera_lightning.training.sharding import sharded_like, whole
+from pera_lightning.training.unused_layers import LayerCoverage
 
 HOOK = "adapter_injection"
 GRADIENTS = "pera_lightning_gradients"

@@ -23,8 +23,8 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
-from pera_lightning.callbacks.random_state import capture, restore
 from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.training.random_state import capture, restore
 
 
 def part_generators(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pera_lightning.modules.base import AdapterModule
+from pera_lightning.training.module import AdapterModule
 
 
 class StepMean:

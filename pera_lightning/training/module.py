@@ -18,16 +18,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pera_lightning.adapters.method import check_choice, check_number, check_scale
-from pera_lightning.callbacks.checkpoint_io import check_checkpoint
-from pera_lightning.checkpoints import inject_from
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
 from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.injection.inject.inject import injection_of
 from pera_lightning.injection.inject.state import METADATA
-from pera_lightning.modules.optim import parameter_groups
-from pera_lightning.modules.schedules import SCHEDULES, lr_factor, warmup_length
-from pera_lightning.sharding import reads_weights, shard
-from pera_lightning.strategies import data_parallel_mesh
+from pera_lightning.training.checkpoint_io import check_checkpoint
+from pera_lightning.training.fsdp2 import data_parallel_mesh
+from pera_lightning.training.optimizers import parameter_groups
+from pera_lightning.training.reloading import inject_from
+from pera_lightning.training.schedules import SCHEDULES, lr_factor, warmup_length
+from pera_lightning.training.sharding import reads_weights, shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.inject.state import frozen_names
-from pera_lightning.sharding import sharded_like, whole
+from pera_lightning.training.sharding import sharded_like, whole
 
 
 class AdapterCheckpoints:
@@ -74,7 +74,7 @@ class FSDP2Strategy(AdapterCheckpoints, ModelParallelStrategy):
     """FSDP2 over all devices, in the registry as "fsdp2".
 
     This package's modules shard themselves; a module of your own does it in `configure_model`, after it called the
-    hook `adapter_injection`, e.g. with `pera_lightning.sharding.shard`.
+    hook `adapter_injection`, e.g. with `pera_lightning.training.sharding.shard`.
 
     Args:
         timeout: after which a process that waits for others gives up.

@@ -13,7 +13,6 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 
 from pera_lightning import __version__
-from pera_lightning.callbacks.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
 from pera_lightning.errors import CheckpointError, listed, shorten
 from pera_lightning.injection.inject.inject import injection_of
 from pera_lightning.injection.inject.state import (
@@ -26,6 +25,7 @@ from pera_lightning.injection.inject.state import (
     metadata,
     without,
 )
+from pera_lightning.training.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
 
 # Where a checkpoint may hold a state dict: Lightning's own, and WeightAveraging's second copy.
 _STATES = ("state_dict", "current_model_state")
