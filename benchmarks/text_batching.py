@@ -24,7 +24,7 @@ from pera_lightning import inject
 from pera_lightning.adapters import LoRA
 from pera_lightning.data import batching
 from pera_lightning.data.commonsense import CommonsenseDataModule
-from pera_lightning.evaluation.encoding import pad_token_id
+from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.modules.causal_lm import CausalLMModule
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from pera_lightning.data import downloads, json_rows
+from pera_lightning.data import downloads
+from pera_lightning.data import json_files as json_rows
 from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest
 from pera_lightning.evaluation.commonsense import SETS, TASK, options

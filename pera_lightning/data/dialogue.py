@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.data import json_rows
+from pera_lightning.data import json_files as json_rows
 from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.evaluation.dialogue import render, summary

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from pera_lightning.data import dreambooth_cache as cache_files
 from pera_lightning.data import dreambooth_images as pictures
 from pera_lightning.data import dreambooth_prompts as texts
-from pera_lightning.data.dealing import dealt, on_every_rank
+from pera_lightning.data.distributed_sampler import dealt, on_every_rank
 from pera_lightning.data.dreambooth_class_images import ClassImages
 from pera_lightning.data.dreambooth_encoding import encode
 from pera_lightning.data.dreambooth_hub import local_folder

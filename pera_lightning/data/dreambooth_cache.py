@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.errors import DataError, listed, shorten
 from pera_lightning.files import write_atomically
 

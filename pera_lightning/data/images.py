@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.data import image_datasets, image_hub, splits, transforms
 from pera_lightning.data import image_sources as sources
-from pera_lightning.data.dealing import dealt
+from pera_lightning.data.distributed_sampler import dealt
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest, listed
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

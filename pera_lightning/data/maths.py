@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.data import hub, json_rows
+from pera_lightning.data import hub
+from pera_lightning.data import json_files as json_rows
 from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.evaluation.maths import gold_number

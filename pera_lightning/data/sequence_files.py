@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.data.json_rows import read_json
+from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import DataError, closest, listed
 from pera_lightning.files import read_text
 

@@ -14,11 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
-from pera_lightning.data.dealing import dealt
-from pera_lightning.data.json_rows import digest
+from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.json_files import digest
 from pera_lightning.data.token_cache import PackedRows, TokenRows, cache_folder, tokenised
+from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, closest
-from pera_lightning.evaluation.encoding import pad_token_id
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.evaluation.protocols import Protocol
 from pera_lightning.evaluation.protocols import protocol as find_protocol  # `protocol` is an argument here

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pera_lightning.data.tokenization import encode_pairs, tokenizer_key, truncate
 from pera_lightning.errors import DataError, shorten
-from pera_lightning.evaluation.encoding import encode_pairs, tokenizer_key, truncate
 from pera_lightning.evaluation.protocols import Protocol
 from pera_lightning.evaluation.rows import Row
 

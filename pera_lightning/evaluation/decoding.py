@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import DataError
-from pera_lightning.evaluation.encoding import pad_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

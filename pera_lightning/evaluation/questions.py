@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pera_lightning.evaluation.encoding import encode, encode_pairs
+from pera_lightning.data.tokenization import encode, encode_pairs
 from pera_lightning.evaluation.protocols import Protocol
 from pera_lightning.evaluation.rows import Row
 

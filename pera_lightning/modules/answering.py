@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.data.distributed_sampler import on_every_rank
+from pera_lightning.data.tokenization import pad_token_id, tokenizer_key
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.evaluation.decoding import end_ids, generate, score_options
-from pera_lightning.evaluation.encoding import pad_token_id, tokenizer_key
 from pera_lightning.evaluation.questions import Question, Questions
 from pera_lightning.evaluation.records import PartialRecords, Record, unique, write_records
 from pera_lightning.evaluation.statistics import answering_seconds, average_row, table

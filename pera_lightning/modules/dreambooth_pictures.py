@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.data.dealing import in_order, on_every_rank
+from pera_lightning.data.distributed_sampler import in_order, on_every_rank
 from pera_lightning.data.dreambooth_cache import together
 from pera_lightning.data.dreambooth_prompts import FILLER
 from pera_lightning.errors import ConfigurationError, DataError

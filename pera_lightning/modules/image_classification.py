@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.dealing import in_order, on_every_rank
+from pera_lightning.data.distributed_sampler import in_order, on_every_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
 from pera_lightning.modules.image_networks import create

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.dealing import in_order, on_every_rank
+from pera_lightning.data.distributed_sampler import in_order, on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decided, default_metrics

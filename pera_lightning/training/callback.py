@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
-from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
 from pera_lightning.injection.inject.inject import adapter_parameter_names, inject, injection_of
 from pera_lightning.injection.inject.state import (

@@ -25,7 +25,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.training.random_state import capture, from_plain, restore, to_plain
 
 

@@ -23,7 +23,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
-from pera_lightning.data.dealing import on_every_rank
+from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.training.random_state import capture, restore
 
 

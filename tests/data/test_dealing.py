@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
-from pera_lightning.data.dealing import DealtRows, dealt, in_order
+from pera_lightning.data.distributed_sampler import DealtRows, dealt, in_order
 
 
 def negative(row):

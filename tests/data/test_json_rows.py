@@ -5,7 +5,7 @@ import json
 import pytest
 from text_helpers import entry, one_line, write_json
 
-from pera_lightning.data.json_rows import digest, read_json, read_rows
+from pera_lightning.data.json_files import digest, read_json, read_rows
 from pera_lightning.errors import DataError
 
 

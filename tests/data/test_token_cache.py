@@ -8,7 +8,7 @@ import pytest
 from text_helpers import byte_tokenizer, one_line, rows_of
 
 from pera_lightning.data import token_cache
-from pera_lightning.data.json_rows import digest
+from pera_lightning.data.json_files import digest
 from pera_lightning.data.token_cache import PackedRows, TokenRows, cache_folder, tokenised
 from pera_lightning.errors import DataError
 from pera_lightning.evaluation.protocols import protocol

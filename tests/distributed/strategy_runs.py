@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
 from pera_lightning import AdapterInjection  # noqa: E402
 from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, LoRA  # noqa: E402
-from pera_lightning.data.dealing import on_every_rank  # noqa: E402
+from pera_lightning.data.distributed_sampler import on_every_rank  # noqa: E402
 from pera_lightning.training.sharding import sharded_like, whole  # noqa: E402
 
 METHODS = {

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.adapters import AuroRA
 from pera_lightning.data import ImageDataModule
-from pera_lightning.data.dealing import dealt
+from pera_lightning.data.distributed_sampler import dealt
 
 pytestmark = pytest.mark.filterwarnings("error:.*it is recommended to use .Trainer.devices=1.*")
 

@@ -7,9 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation import encoding
-from pera_lightning.evaluation.encoding import (
+from pera_lightning.data import tokenization as encoding
+from pera_lightning.data.tokenization import (
     common_prefix,
     encode,
     encode_pairs,
@@ -17,6 +16,7 @@ from pera_lightning.evaluation.encoding import (
     tokenizer_key,
     truncate,
 )
+from pera_lightning.errors import ConfigurationError, DataError
 
 PROMPT, RESPONSE = "### Response:\n", "true"
 
@@ -245,7 +245,7 @@ def test_keys_are_equal_between_processes(tmp_path):
     byte_level("<s> $A", bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
     code = (
         "import sys; from transformers import PreTrainedTokenizerFast as T; "
-        "from pera_lightning.evaluation.encoding import tokenizer_key; "
+        "from pera_lightning.data.tokenization import tokenizer_key; "
         "print(tokenizer_key(T.from_pretrained(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -272,6 +272,6 @@ def test_keys_differ_where_the_ids_may():
 
 
 def test_no_torch_needed():
-    code = "import json, sys; import pera_lightning.evaluation.encoding; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys; import pera_lightning.data.tokenization; print(json.dumps(sorted(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "transformers"} & set(json.loads(out))

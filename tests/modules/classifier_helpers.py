@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import LoRA
-from pera_lightning.data.dealing import dealt
+from pera_lightning.data.distributed_sampler import dealt
 from pera_lightning.modules import SequenceClassificationModule
 
 VOCABULARY, LONGEST = 40, 24
