@@ -12,7 +12,7 @@ import yaml
 from run_helpers import ROOT
 
 from pera_lightning.commands.lightning_cli import PeraCLI
-from pera_lightning.data.image_datasets import CATALOGUE
+from pera_lightning.tasks.image_classification.datasets import CATALOGUE
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LANGUAGE = [path for path in CONFIGS if path.stem.startswith(("commonsense_", "gsm8k_", "convai2_"))]

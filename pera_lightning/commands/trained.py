@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pera_lightning.commands.lightning_cli import ConfiguredCLI
-from pera_lightning.data.images import ImageDataModule
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
 from pera_lightning.injection.inject.inject import injection_of
 from pera_lightning.injection.inject.state import (
@@ -34,6 +33,7 @@ from pera_lightning.injection.inject.state import (
     inject_spec,
     read_adapter,
 )
+from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.module import AdapterModule
 

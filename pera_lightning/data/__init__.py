@@ -13,7 +13,7 @@ _WHERE = {
     "DialogueDataModule": "pera_lightning.data.dialogue",
     "DreamBoothDataModule": "pera_lightning.data.dreambooth",
     "GLUEDataModule": "pera_lightning.data.glue",
-    "ImageDataModule": "pera_lightning.data.images",
+    "ImageDataModule": "pera_lightning.tasks.image_classification.data",
     "MathsDataModule": "pera_lightning.data.maths",
 }
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pera_lightning.data.dreambooth_cache import write_in_one_step
 from pera_lightning.data.dreambooth_images import Photograph, read_photographs
-from pera_lightning.data.image_sources import image_files
 from pera_lightning.errors import DataError, listed
 from pera_lightning.files import png
+from pera_lightning.tasks.image_classification.sources import image_files
 
 if TYPE_CHECKING:
     from PIL import Image

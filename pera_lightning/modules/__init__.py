@@ -8,7 +8,7 @@ from typing import Any
 _NAMES = {
     "CausalLMModule": "pera_lightning.modules.causal_lm",
     "DreamBoothModule": "pera_lightning.modules.dreambooth",
-    "ImageClassificationModule": "pera_lightning.modules.image_classification",
+    "ImageClassificationModule": "pera_lightning.tasks.image_classification.module",
     "SequenceClassificationModule": "pera_lightning.modules.sequence_classification",
 }
 __all__ = list(_NAMES)

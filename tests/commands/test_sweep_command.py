@@ -13,8 +13,8 @@ from run_helpers import QUICKSTART, ROOT
 
 from pera_lightning.commands.sweep import check_alone
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.image_classification import ImageClassificationModule
 from pera_lightning.sweeps import processes, running
+from pera_lightning.tasks.image_classification.module import ImageClassificationModule
 
 # Plays fit and test: writes what they write, and does what ACTS says for "fit 1" (command and seed).
 PLAYER = """

@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from pera_lightning.data.images import ImageDataModule
+from pera_lightning.tasks.image_classification.data import ImageDataModule
 
 SMALL = {"image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
 

@@ -3,7 +3,7 @@
 import pytest
 from image_helpers import FakeHub, image_module, sizes
 
-from pera_lightning.data import image_datasets
+from pera_lightning.tasks.image_classification import datasets as image_datasets
 
 
 @pytest.fixture

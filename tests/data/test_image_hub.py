@@ -4,8 +4,8 @@ import datasets
 import pytest
 from image_helpers import FakeHub, fill, image_module, pictures, sizes
 
-from pera_lightning.data.images import ImageDataModule
 from pera_lightning.errors import DataError
+from pera_lightning.tasks.image_classification.data import ImageDataModule
 
 
 @pytest.fixture

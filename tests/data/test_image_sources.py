@@ -5,8 +5,8 @@ import pytest
 from image_helpers import class_folders, fill, image_module, sizes, split_folders
 from PIL import Image
 
-from pera_lightning.data import image_sources
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.image_classification import sources as image_sources
 
 
 @pytest.fixture

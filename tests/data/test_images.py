@@ -14,9 +14,11 @@ import pytest
 import torch
 from image_helpers import SMALL, FakeHub, class_folders, image_module, pictures, sizes
 
-from pera_lightning.data import image_hub, image_sources, images
-from pera_lightning.data.images import ImageDataModule
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
+from pera_lightning.tasks.image_classification import data as images
+from pera_lightning.tasks.image_classification import hub as image_hub
+from pera_lightning.tasks.image_classification import sources as image_sources
+from pera_lightning.tasks.image_classification.data import ImageDataModule
 
 
 @pytest.fixture
@@ -296,7 +298,11 @@ def test_the_command_line_parses_it():
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningDataModule, "data")
-    given = ["--data=pera_lightning.data.images.ImageDataModule", "--data.dataset=digits", "--data.classes=[9, 5]"]
+    given = [
+        "--data=pera_lightning.tasks.image_classification.data.ImageDataModule",
+        "--data.dataset=digits",
+        "--data.classes=[9, 5]",
+    ]
     given += ["--data.mean=[0.5, 0.5, 0.5]", "--data.validation_fraction=0.2", "--data.image_size=8"]
     data = ImageDataModule(**parser.parse_args(given).data.init_args.as_dict())
     assert data.classes == [9, 5]
@@ -306,7 +312,7 @@ def test_the_command_line_parses_it():
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
-    plain = "import pera_lightning.data, pera_lightning.data.image_datasets as a, pera_lightning.data.transforms as b"
+    plain = "import pera_lightning.data, pera_lightning.tasks.image_classification.datasets as a, pera_lightning.tasks.image_classification.transforms as b"
     code = f"import sys, pera_lightning.data.splits\n{plain}\nprint('torch' in sys.modules, 'timm' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]

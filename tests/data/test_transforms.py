@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from pera_lightning.data import transforms
 from pera_lightning.errors import ConfigurationError, UnknownNameError
+from pera_lightning.tasks.image_classification import transforms
 
 MODEL = {
     "input_size": (3, 32, 32),

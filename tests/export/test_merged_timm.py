@@ -17,9 +17,9 @@ from language_helpers import randomise
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, AuroRA, HiRA
-from pera_lightning.data import transforms
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.timm import as_data_config, export_timm
+from pera_lightning.tasks.image_classification import transforms
 
 NAMES = ["ash", "beech", "cedar", "date", "elm"]
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from vision_helpers import CLASSES, ForeignData, fit, loader, module
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.image_networks import timm_name
+from pera_lightning.tasks.image_classification.networks import timm_name
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from pera_lightning.modules.pictures import confusion_figure
+from pera_lightning.tasks.image_classification.plotting import confusion_figure
 
 
 def test_rows_are_shares_of_the_true_class():

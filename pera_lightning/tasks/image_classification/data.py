@@ -17,10 +17,12 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from pera_lightning.data import image_datasets, image_hub, splits, transforms
-from pera_lightning.data import image_sources as sources
+from pera_lightning.data import splits
 from pera_lightning.data.distributed_sampler import dealt
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest, listed
+from pera_lightning.tasks.image_classification import datasets as image_datasets
+from pera_lightning.tasks.image_classification import hub as image_hub
+from pera_lightning.tasks.image_classification import sources, transforms
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

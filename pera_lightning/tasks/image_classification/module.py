@@ -21,7 +21,7 @@ from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import in_order, on_every_rank
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
-from pera_lightning.modules.image_networks import create
+from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
 from pera_lightning.training.module import DTYPES, AdapterModule
 
@@ -235,7 +235,7 @@ class ImageClassificationModule(AdapterModule):
     def _draw(self, title: str, matrix: Tensor, names: list[str]) -> None:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        from pera_lightning.modules.pictures import confusion_figure
+        from pera_lightning.tasks.image_classification.plotting import confusion_figure
 
         boards = [lg for lg in self.loggers if isinstance(lg, TensorBoardLogger)]
         if boards and self.trainer.is_global_zero:

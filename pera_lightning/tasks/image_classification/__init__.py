@@ -1,0 +1,1 @@
+"""Image classification with networks of timm."""
