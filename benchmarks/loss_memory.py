@@ -23,7 +23,7 @@ from report import report
 from torch import Tensor, nn
 
 from pera_lightning.data.batching import IGNORE, label_positions
-from pera_lightning.modules.token_loss import CHUNK, summed_loss
+from pera_lightning.tasks.causal_lm.loss import CHUNK, summed_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 2**20

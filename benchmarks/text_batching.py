@@ -23,9 +23,9 @@ from torch import Tensor
 from pera_lightning import inject
 from pera_lightning.adapters import LoRA
 from pera_lightning.data import batching
-from pera_lightning.data.commonsense import CommonsenseDataModule
 from pera_lightning.data.tokenization import pad_token_id
-from pera_lightning.modules.causal_lm import CausalLMModule
+from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.module import CausalLMModule
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 Batch = dict[str, Tensor]

@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
-    "CommonsenseDataModule": "pera_lightning.data.commonsense",
-    "DialogueDataModule": "pera_lightning.data.dialogue",
+    "CommonsenseDataModule": "pera_lightning.tasks.causal_lm.commonsense_data",
+    "DialogueDataModule": "pera_lightning.tasks.causal_lm.dialogue_data",
     "DreamBoothDataModule": "pera_lightning.data.dreambooth",
     "GLUEDataModule": "pera_lightning.data.glue",
     "ImageDataModule": "pera_lightning.tasks.image_classification.data",
-    "MathsDataModule": "pera_lightning.data.maths",
+    "MathsDataModule": "pera_lightning.tasks.causal_lm.maths_data",
 }
 
 __all__ = sorted(_WHERE)

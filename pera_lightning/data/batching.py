@@ -22,7 +22,7 @@ from torch.utils.data import DistributedSampler
 
 from pera_lightning.data.splits import random_order
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation.decoding import pad_left
+from pera_lightning.tasks.causal_lm.decoding import pad_left
 
 Example = Mapping[str, Any]
 IGNORE = -100  # the label of a token that is not learned; cross_entropy's default

@@ -28,7 +28,7 @@ _SUFFIX = ".safetensors"
 
 def default_folder() -> Path:
     """Beside the tokenised rows."""
-    from pera_lightning.data.token_cache import cache_folder
+    from pera_lightning.tasks.causal_lm.token_cache import cache_folder
 
     return cache_folder() / "dreambooth"
 

@@ -26,10 +26,10 @@ from pera_lightning.data.glue_sources import GLUESource
 from pera_lightning.data.glue_tasks import CUSTOM, REPOSITORY, GLUETask
 from pera_lightning.data.sequence_cache import SequenceTokens, tokenised, without_label
 from pera_lightning.data.sequence_rows import SequenceRows, digest
-from pera_lightning.data.token_cache import cache_folder
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed
 from pera_lightning.evaluation.pretrained import load_tokenizer
+from pera_lightning.tasks.causal_lm.token_cache import cache_folder
 
 if TYPE_CHECKING:
     import datasets

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pera_lightning.errors import DataError, shorten
-from pera_lightning.evaluation.rows import Row
 from pera_lightning.files import read_text
+from pera_lightning.tasks.causal_lm.examples import Row
 
 
 def read_json(path: Path) -> list[Any]:

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _NAMES = {
-    "CausalLMModule": "pera_lightning.modules.causal_lm",
+    "CausalLMModule": "pera_lightning.tasks.causal_lm.module",
     "DreamBoothModule": "pera_lightning.modules.dreambooth",
     "ImageClassificationModule": "pera_lightning.tasks.image_classification.module",
     "SequenceClassificationModule": "pera_lightning.modules.sequence_classification",

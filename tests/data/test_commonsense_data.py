@@ -8,7 +8,7 @@ from text_helpers import attached, entry, one_line, write_json
 
 from pera_lightning.data import CommonsenseDataModule
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from pera_lightning.evaluation.commonsense import SETS
+from pera_lightning.tasks.causal_lm.commonsense import SETS
 
 server = test_downloads.server
 

@@ -6,9 +6,9 @@ import pytest
 from text_helpers import attached, one_line, write_json
 
 from pera_lightning.data import DialogueDataModule
-from pera_lightning.data.dialogue import read_replies
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation.dialogue import render
+from pera_lightning.tasks.causal_lm.dialogue import render
+from pera_lightning.tasks.causal_lm.dialogue_data import read_replies
 
 FIRST = {
     "id": 0,
@@ -138,7 +138,7 @@ def test_files_that_are_missing_say_where_they_come_from(tmp_path):
 
 def test_metrics_that_need_files_are_measured_where_asked_for(tmp_path, monkeypatch):
     asked = []
-    module = "pera_lightning.evaluation.dialogue"
+    module = "pera_lightning.tasks.causal_lm.dialogue"
     monkeypatch.setattr(f"{module}.meteor", lambda records: 12.0)
     monkeypatch.setattr(f"{module}.bertscore", lambda records, model: asked.append(model) or 34.0)
     records = [{"id": "a", "set": "convai2", "output": "hi", "prediction": "hi", "answer": "hi", "correct": False}]

@@ -5,8 +5,8 @@ import pytest
 from text_helpers import attached, one_line, write_json
 
 from pera_lightning.data import MathsDataModule
-from pera_lightning.data.maths import read_problems
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.causal_lm.maths_data import read_problems
 
 META = {
     "query": "How many?",

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from text_helpers import byte_tokenizer, one_line, rows_of
 
-from pera_lightning.data import token_cache
 from pera_lightning.data.json_files import digest
-from pera_lightning.data.token_cache import PackedRows, TokenRows, cache_folder, tokenised
 from pera_lightning.errors import DataError
-from pera_lightning.evaluation.protocols import protocol
+from pera_lightning.tasks.causal_lm import token_cache
+from pera_lightning.tasks.causal_lm.protocols import protocol
+from pera_lightning.tasks.causal_lm.token_cache import PackedRows, TokenRows, cache_folder, tokenised
 
 HIRA, ADAPTERS = protocol("commonsense", "hira"), protocol("commonsense", "llm_adapters")
 

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pera_lightning.data.text import TextDataModule
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.examples import Row
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 

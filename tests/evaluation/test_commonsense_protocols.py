@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from pera_lightning.evaluation import Decoding, Protocol, Row, protocol, protocols, register
-from pera_lightning.evaluation.commonsense import SETS, check_row, options
+from pera_lightning.evaluation import Decoding, Protocol, Row, protocol, register
+from pera_lightning.tasks.causal_lm import protocols
+from pera_lightning.tasks.causal_lm.commonsense import SETS, check_row, options
 
 NAMES = ["llm_adapters", "hira", "strict", "score"]
 QUESTION = "Which is it?\n\nAnswer1: a Answer2: b Answer3: c\n\nAnswer format: answer1/answer2/answer3"
@@ -338,7 +339,7 @@ def test_decoding_of_nothing(values: dict[str, int]) -> None:
 
 def test_a_protocol_costs_no_library() -> None:
     code = (
-        "import sys; from pera_lightning.evaluation.protocols import protocol; protocol('dialogue', 'self_persona'); "
+        "import sys; from pera_lightning.tasks.causal_lm.protocols import protocol; protocol('dialogue', 'self_persona'); "
         "protocol('maths', 'last_number'); protocol('commonsense', 'score'); print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()

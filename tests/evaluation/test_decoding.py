@@ -10,8 +10,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pera_lightning.errors import DataError
-from pera_lightning.evaluation.decoding import Generated, end_ids, forward_arguments, generate, pad_left, score_options
-from pera_lightning.evaluation.protocols import Decoding
+from pera_lightning.tasks.causal_lm.decoding import (
+    Generated,
+    end_ids,
+    forward_arguments,
+    generate,
+    pad_left,
+    score_options,
+)
+from pera_lightning.tasks.causal_lm.protocols import Decoding
 
 VOCABULARY, EOS, PAD = 100, 1, 2
 SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD}

@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.evaluation import Decoding, Row, protocol
-from pera_lightning.evaluation.dialogue import bertscore, meteor, render
+from pera_lightning.tasks.causal_lm.dialogue import bertscore, meteor, render
 
 SELF_PERSONA = protocol("dialogue", "self_persona")
 INSTRUCTION = (

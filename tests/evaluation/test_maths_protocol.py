@@ -8,7 +8,7 @@ import pytest
 
 from pera_lightning.errors import DataError
 from pera_lightning.evaluation import Decoding, Row, protocol
-from pera_lightning.evaluation.maths import gold_number, last_number, written
+from pera_lightning.tasks.causal_lm.maths import gold_number, last_number, written
 
 LAST_NUMBER = protocol("maths", "last_number")
 

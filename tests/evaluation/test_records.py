@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pera_lightning.evaluation.records import PartialRecords, unique, write_records
+from pera_lightning.tasks.causal_lm.predictions import PartialRecords, unique, write_records
 
 
 def record(name, **more):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation.statistics import (
+from pera_lightning.tasks.causal_lm.statistics import (
     accuracy_summary,
     answering_seconds,
     average,

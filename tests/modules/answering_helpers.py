@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
 from pera_lightning.data import CommonsenseDataModule
-from pera_lightning.evaluation.commonsense import SCORE
-from pera_lightning.modules import answering
+from pera_lightning.tasks.causal_lm import evaluator as answering
+from pera_lightning.tasks.causal_lm.commonsense import SCORE
 
 COUNTS = {"ARC-Easy": 7, "boolq": 4}
 TOTAL = sum(COUNTS.values())

@@ -22,9 +22,9 @@ from transformers import (
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
 from pera_lightning.data.batching import collate_padded
-from pera_lightning.evaluation import prompts
-from pera_lightning.evaluation.rows import Row
 from pera_lightning.modules import CausalLMModule
+from pera_lightning.tasks.causal_lm import prompts
+from pera_lightning.tasks.causal_lm.examples import Row
 
 # The words of the prompts, of the answers, and of some questions: about a hundred and thirty.
 _BLANK = Row("", "", instruction="", input="", output="", answer="")

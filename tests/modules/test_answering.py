@@ -25,8 +25,8 @@ from pera_lightning.adapters import PERA, AuroRA, LinearProbe
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.tokenization import tokenizer_key
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.evaluation.commonsense import first_match
-from pera_lightning.evaluation.statistics import average_row, wilson_interval
+from pera_lightning.tasks.causal_lm.commonsense import first_match
+from pera_lightning.tasks.causal_lm.statistics import average_row, wilson_interval
 
 # ---- results --------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from language_helpers import QV, module, randomise, save_tiny, write_sets
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA
-from pera_lightning.modules import answering
+from pera_lightning.tasks.causal_lm import evaluator as answering
 from pera_lightning.training import results
 
 # ---- interruptions --------------------------------------------------------------------------------------------------

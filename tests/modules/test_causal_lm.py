@@ -12,7 +12,7 @@ from pera_lightning.data.batching import collate_packed
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.modules import CausalLMModule
-from pera_lightning.modules.language_networks import check_packing
+from pera_lightning.tasks.causal_lm.networks import check_packing
 
 ROWS = examples([(9, 6), (40, 9), (12, 11), (15, 5), (8, 2)])
 

@@ -13,7 +13,7 @@ from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
 from pera_lightning.data import CommonsenseDataModule
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.language_networks import (
+from pera_lightning.tasks.causal_lm.networks import (
     check_causal,
     check_extremes,
     check_packing,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from pera_lightning.modules.token_loss import CHUNK, summed_loss
+from pera_lightning.tasks.causal_lm.loss import CHUNK, summed_loss
 from pera_lightning.training.normalised_loss import StepMean
 
 N, V = 11, 7

@@ -15,10 +15,10 @@ from pera_lightning import inject
 from pera_lightning.adapters import PERA, LoRA
 from pera_lightning.cli import main
 from pera_lightning.data import CommonsenseDataModule
-from pera_lightning.evaluation.decoding import generate
-from pera_lightning.evaluation.protocols import protocol
-from pera_lightning.evaluation.questions import make_questions
-from pera_lightning.modules.token_loss import summed_loss
+from pera_lightning.tasks.causal_lm.decoding import generate
+from pera_lightning.tasks.causal_lm.loss import summed_loss
+from pera_lightning.tasks.causal_lm.protocols import protocol
+from pera_lightning.tasks.causal_lm.questions import make_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.examples import Row
 
 TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 TASK_AND_INPUT = (

@@ -32,7 +32,7 @@ from pera_lightning.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pera_lightning.evaluation.protocols import Decoding
+    from pera_lightning.tasks.causal_lm.protocols import Decoding
 
 
 @dataclass(frozen=True)

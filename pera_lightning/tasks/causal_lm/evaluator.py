@@ -24,15 +24,15 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.data.tokenization import pad_token_id, tokenizer_key
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.evaluation.decoding import end_ids, generate, score_options
-from pera_lightning.evaluation.questions import Question, Questions
-from pera_lightning.evaluation.records import PartialRecords, Record, unique, write_records
-from pera_lightning.evaluation.statistics import answering_seconds, average_row, table
 from pera_lightning.injection.inject.state import adapter_state_dict, find_injected
+from pera_lightning.tasks.causal_lm.decoding import end_ids, generate, score_options
+from pera_lightning.tasks.causal_lm.predictions import PartialRecords, Record, unique, write_records
+from pera_lightning.tasks.causal_lm.questions import Question, Questions
+from pera_lightning.tasks.causal_lm.statistics import answering_seconds, average_row, table
 from pera_lightning.training import results
 
 if TYPE_CHECKING:
-    from pera_lightning.modules.causal_lm import CausalLMModule
+    from pera_lightning.tasks.causal_lm.module import CausalLMModule
 
 _SAMPLE = 1024  # about so many elements of each frozen tensor go into the key
 # How a warning of Lightning's begins.

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError, shorten
-from pera_lightning.evaluation import prompts
-from pera_lightning.evaluation.protocols import Decoding, Protocol, no_options, register
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm import prompts
+from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, no_options, register
 
 
 def render(persona: Sequence[str], history: Sequence[tuple[str, str]], partner: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pera_lightning.data.tokenization import encode, encode_pairs
-from pera_lightning.evaluation.protocols import Protocol
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.protocols import Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

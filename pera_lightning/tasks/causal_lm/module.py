@@ -14,25 +14,25 @@ from torchmetrics import MeanMetric
 
 from pera_lightning.data.batching import IGNORE, label_positions
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.evaluation.decoding import forward_arguments
 from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.modules.answering import Answering
-from pera_lightning.modules.language_networks import (
+from pera_lightning.tasks.causal_lm.decoding import forward_arguments
+from pera_lightning.tasks.causal_lm.evaluator import Answering
+from pera_lightning.tasks.causal_lm.loss import summed_loss
+from pera_lightning.tasks.causal_lm.networks import (
     check_causal,
     check_extremes,
     check_packing,
     load_network,
     recompute_activations,
 )
-from pera_lightning.modules.token_loss import summed_loss
 from pera_lightning.training.module import DTYPES, release_heads
 from pera_lightning.training.normalised_loss import StepMeanModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pera_lightning.evaluation.questions import Questions
+    from pera_lightning.tasks.causal_lm.questions import Questions
 
 
 class CausalLMModule(StepMeanModule):

@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, replace
 
 from pera_lightning.errors import DataError
-from pera_lightning.evaluation import prompts
-from pera_lightning.evaluation.protocols import Decoding, Protocol, register
-from pera_lightning.evaluation.rows import Row
-from pera_lightning.evaluation.statistics import accuracy_summary
+from pera_lightning.tasks.causal_lm import prompts
+from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, register
+from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
 
 TASK = "commonsense"
 

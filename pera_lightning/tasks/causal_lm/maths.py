@@ -10,10 +10,10 @@ import re
 from decimal import Decimal
 
 from pera_lightning.errors import DataError
-from pera_lightning.evaluation import prompts
-from pera_lightning.evaluation.protocols import Decoding, Protocol, no_options, register
-from pera_lightning.evaluation.rows import Row
-from pera_lightning.evaluation.statistics import accuracy_summary
+from pera_lightning.tasks.causal_lm import prompts
+from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, no_options, register
+from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
 
 # A sign only where nothing stands before it that makes it a minus or a range: "10-5" ends in 5.
 _SIGN = r"(?:(?<![\w).%$])(?P<before>[-−])\$?|\$(?P<after>[-−])?)?"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.examples import Row
 
 
 def same_word(prediction: str | None, row: Row) -> bool:

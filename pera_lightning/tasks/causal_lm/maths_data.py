@@ -8,10 +8,10 @@ from typing import Any
 
 from pera_lightning.data import hub
 from pera_lightning.data import json_files as json_rows
-from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError, listed
-from pera_lightning.evaluation.maths import gold_number
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.maths import gold_number
 
 _ENDINGS = (".json", ".jsonl")
 # Columns that tell a form, the first that fits: LLM-Adapters', MetaMathQA's, GSM8K's.
@@ -32,7 +32,7 @@ class MathsDataModule(TextDataModule):
         train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given
             after a colon, as in "openai/gsm8k:main".
         test: the same, with the split "test".
-        protocol: "last_number", see `pera_lightning.evaluation.maths`.
+        protocol: "last_number", see `pera_lightning.tasks.causal_lm.maths`.
         options: those of `TextDataModule`.
     """
 

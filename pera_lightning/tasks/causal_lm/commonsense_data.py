@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.data import downloads
 from pera_lightning.data import json_files as json_rows
-from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest
-from pera_lightning.evaluation.commonsense import SETS, TASK, options
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.commonsense import SETS, TASK, options
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.examples import Row
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
 # download are recorded, and the numbers of rows are held to those of the papers.
@@ -29,7 +29,7 @@ class CommonsenseDataModule(TextDataModule):
             downloaded from the repository into `cache_dir`, once, and held to their checksums ever after.
         train: "commonsense_170k", "commonsense_15k", or a list of sets, whose training rows are joined.
         test: sets to test on; by default all eight, in the order of the papers' tables.
-        protocol: "llm_adapters", "hira", "strict" or "score", see `pera_lightning.evaluation.commonsense`.
+        protocol: "llm_adapters", "hira", "strict" or "score", see `pera_lightning.tasks.causal_lm.commonsense`.
         download_from: base URL of a mirror of the repository; its files end as those of the repository do.
         options: those of `TextDataModule`.
     """

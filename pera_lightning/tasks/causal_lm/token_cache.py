@@ -18,8 +18,8 @@ import numpy as np
 
 from pera_lightning.data.tokenization import encode_pairs, tokenizer_key, truncate
 from pera_lightning.errors import DataError, shorten
-from pera_lightning.evaluation.protocols import Protocol
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.protocols import Protocol
 
 if TYPE_CHECKING:
     import datasets

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pera_lightning.data import json_files as json_rows
-from pera_lightning.data.text import TextDataModule
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation.dialogue import render, summary
-from pera_lightning.evaluation.rows import Row
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.dialogue import render, summary
+from pera_lightning.tasks.causal_lm.examples import Row
 
 # By their usual names. The test set of ConvAI2 was never given out; its validation file is what papers test on.
 TRAINING_FILES = ("train_self_original.txt", "train_self_original_no_cands.txt", "train.jsonl")
@@ -39,7 +39,7 @@ class DialogueDataModule(TextDataModule):
             valid_self_original.txt or valid.jsonl.
         train: the training file; by default that of the folder.
         test: the test file; by default the folder's validation file, since ConvAI2's test set is not public.
-        protocol: "self_persona", see `pera_lightning.evaluation.dialogue`.
+        protocol: "self_persona", see `pera_lightning.tasks.causal_lm.dialogue`.
         meteor: measures METEOR too; needs the WordNet files of nltk.
         bertscore_model: measures BERTScore too, by this encoder (folder or hub id).
         options: those of `TextDataModule`.
