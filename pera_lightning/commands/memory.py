@@ -10,16 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_lightning.data import batching
 from pera_lightning.data.dreambooth import DreamBoothDataModule
-from pera_lightning.data.glue import GLUEDataModule
 from pera_lightning.errors import ConfigurationError, closest
 from pera_lightning.modules.dreambooth import DreamBoothModule
-from pera_lightning.modules.sequence_classification import SequenceClassificationModule
-from pera_lightning.modules.sequence_networks import positions
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.module import CausalLMModule
 from pera_lightning.tasks.image_classification import transforms
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.module import ImageClassificationModule
+from pera_lightning.tasks.sequence_classification.data import GLUEDataModule
+from pera_lightning.tasks.sequence_classification.module import SequenceClassificationModule
+from pera_lightning.tasks.sequence_classification.networks import positions
 from pera_lightning.training.memory import DeviceMemory, as_fake, device_memory, fake_like, measure_step
 from pera_lightning.training.module import AdapterModule
 

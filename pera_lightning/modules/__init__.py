@@ -9,7 +9,7 @@ _NAMES = {
     "CausalLMModule": "pera_lightning.tasks.causal_lm.module",
     "DreamBoothModule": "pera_lightning.modules.dreambooth",
     "ImageClassificationModule": "pera_lightning.tasks.image_classification.module",
-    "SequenceClassificationModule": "pera_lightning.modules.sequence_classification",
+    "SequenceClassificationModule": "pera_lightning.tasks.sequence_classification.module",
 }
 __all__ = list(_NAMES)
 

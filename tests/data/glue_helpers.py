@@ -6,7 +6,7 @@ import json
 from text_helpers import CountingTokenizer, attached
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pera_lightning.data.glue import GLUEDataModule
+from pera_lightning.tasks.sequence_classification.data import GLUEDataModule
 
 SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 PAD, CLS, SEP = 0, 1, 2

@@ -9,9 +9,9 @@ from text_helpers import one_line
 
 from pera_lightning import GLUEDataModule
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.glue_sources import GLUESource
-from pera_lightning.data.glue_tasks import TASKS, custom_task
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
+from pera_lightning.tasks.sequence_classification.sources import GLUESource
+from pera_lightning.tasks.sequence_classification.tasks import TASKS, custom_task
 
 
 def source(folder=None, name="custom", files=None, **options):

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from pera_lightning.errors import ConfigurationError, UnknownNameError
-from pera_lightning.evaluation.glue_metrics import Scores, average_ranks, check_metrics, default_metrics, matthews
+from pera_lightning.tasks.sequence_classification.metrics import (
+    Scores,
+    average_ranks,
+    check_metrics,
+    default_metrics,
+    matthews,
+)
 
 
 def counted(predictions, labels):

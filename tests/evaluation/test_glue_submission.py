@@ -1,6 +1,6 @@
 """The files that GLUE's leaderboard takes."""
 
-from pera_lightning.evaluation.submission import submission
+from pera_lightning.tasks.sequence_classification.submission import submission
 
 
 def test_the_form_is_that_of_the_leaderboard():

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from pera_lightning.adapters import PERA, AuroRA, LinearProbe, LoRA
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.errors import ConfigurationError, DataError, NonFiniteLossError
-from pera_lightning.evaluation.glue_metrics import average_ranks, pearson
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.modules import SequenceClassificationModule
+from pera_lightning.tasks.sequence_classification.metrics import average_ranks, pearson
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from classifier_helpers import KINDS, LONGEST, VOCABULARY, built, collate, modul
 from safetensors.torch import load_file, save_file
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.sequence_networks import check_rows, load_network, trained_labels
+from pera_lightning.tasks.sequence_classification.networks import check_rows, load_network, trained_labels
 
 
 def load(folder, num_labels=2, **options):

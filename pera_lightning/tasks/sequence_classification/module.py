@@ -19,14 +19,20 @@ from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import in_order, on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
-from pera_lightning.evaluation.glue_metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.evaluation.submission import submission
 from pera_lightning.files import write_atomically
-from pera_lightning.modules.example_loss import check_weights, example_losses
-from pera_lightning.modules.sequence_networks import check_rows, check_trained, load_network, start_from, trained_labels
 from pera_lightning.tasks.causal_lm.decoding import forward_arguments
 from pera_lightning.tasks.causal_lm.networks import recompute_activations
+from pera_lightning.tasks.sequence_classification.loss import check_weights, example_losses
+from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
+from pera_lightning.tasks.sequence_classification.networks import (
+    check_rows,
+    check_trained,
+    load_network,
+    start_from,
+    trained_labels,
+)
+from pera_lightning.tasks.sequence_classification.submission import submission
 from pera_lightning.training import results
 from pera_lightning.training.module import DTYPES, release_heads
 from pera_lightning.training.normalised_loss import StepMeanModule

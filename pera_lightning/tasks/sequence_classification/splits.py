@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pera_lightning.data import splits
-from pera_lightning.data.glue_tasks import GLUETask
-from pera_lightning.data.sequence_rows import SequenceRows
 from pera_lightning.errors import DataError
+from pera_lightning.tasks.sequence_classification.examples import SequenceRows
+from pera_lightning.tasks.sequence_classification.tasks import GLUETask
 
 # What a stage has loaders for; that it knows more is for the record of the split.
 LOADED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.glue_tasks import CUSTOM, GLUETask
-from pera_lightning.data.sequence_files import Columns
 from pera_lightning.errors import ConfigurationError, DataError, listed, shorten
+from pera_lightning.tasks.sequence_classification.files import Columns
+from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, GLUETask
 
 _INDEX = "idx"  # what GLUE calls its row numbers
 _NUMBER = re.compile(r"[-+]?\d{1,300}(\.\d*)?")  # Python refuses to read many more digits

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pera_lightning.data import hub
-from pera_lightning.data.glue_tasks import CUSTOM, REPOSITORY, GLUETask, custom_task, find_task
-from pera_lightning.data.sequence_files import Columns, read_columns, split_file
-from pera_lightning.data.sequence_rows import SequenceRows, check_text_columns, class_names_of, to_rows
 from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.tasks.sequence_classification.examples import (
+    SequenceRows,
+    check_text_columns,
+    class_names_of,
+    to_rows,
+)
+from pera_lightning.tasks.sequence_classification.files import Columns, read_columns, split_file
+from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, REPOSITORY, GLUETask, custom_task, find_task
 
 if TYPE_CHECKING:
     import datasets
