@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed, megabytes, shorten
-from pera_lightning.modules.generated_images import (
+from pera_lightning.tasks.dreambooth.image_grid import (
     FILE,
     FOLDER,
     MOST_PIXELS,

@@ -9,11 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_lightning.data import batching
-from pera_lightning.data.dreambooth import DreamBoothDataModule
 from pera_lightning.errors import ConfigurationError, closest
-from pera_lightning.modules.dreambooth import DreamBoothModule
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.module import CausalLMModule
+from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
+from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 from pera_lightning.tasks.image_classification import transforms
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.module import ImageClassificationModule

@@ -11,7 +11,7 @@ from typing import Any
 _WHERE = {
     "CommonsenseDataModule": "pera_lightning.tasks.causal_lm.commonsense_data",
     "DialogueDataModule": "pera_lightning.tasks.causal_lm.dialogue_data",
-    "DreamBoothDataModule": "pera_lightning.data.dreambooth",
+    "DreamBoothDataModule": "pera_lightning.tasks.dreambooth.data",
     "GLUEDataModule": "pera_lightning.tasks.sequence_classification.data",
     "ImageDataModule": "pera_lightning.tasks.image_classification.data",
     "MathsDataModule": "pera_lightning.tasks.causal_lm.maths_data",

@@ -7,7 +7,7 @@ from typing import Any
 
 _NAMES = {
     "CausalLMModule": "pera_lightning.tasks.causal_lm.module",
-    "DreamBoothModule": "pera_lightning.modules.dreambooth",
+    "DreamBoothModule": "pera_lightning.tasks.dreambooth.module",
     "ImageClassificationModule": "pera_lightning.tasks.image_classification.module",
     "SequenceClassificationModule": "pera_lightning.tasks.sequence_classification.module",
 }

@@ -21,8 +21,8 @@ from dreambooth_fits import base_fixture, injected, photos_fixture
 from trained_runs import refused
 
 from pera_lightning.adapters import PERA, LoRA
-from pera_lightning.modules.dreambooth import DreamBoothModule
-from pera_lightning.modules.generated_images import read_images
+from pera_lightning.tasks.dreambooth.image_grid import read_images
+from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 
 MIB = 2**20
 

@@ -10,7 +10,7 @@ from PIL import Image
 from run_helpers import ROOT
 
 from pera_lightning.commands import grid as command
-from pera_lightning.modules.generated_images import (
+from pera_lightning.tasks.dreambooth.image_grid import (
     GeneratedImage,
     GeneratedImages,
     read_images,

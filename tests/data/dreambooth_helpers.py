@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pera_lightning.data.dreambooth import DreamBoothDataModule
+from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
 
 PROMPT = "a photo of sks dog"
 CPU = torch.device("cpu")

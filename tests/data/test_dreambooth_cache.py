@@ -7,10 +7,10 @@ import pytest
 import torch
 from dreambooth_helpers import CPU, PROMPT, StandIn, data_module, drawn, fill, picture
 
-from pera_lightning.data import dreambooth_cache
-from pera_lightning.data.dreambooth_cache import cached, image_key, prompt_key
-from pera_lightning.data.dreambooth_class_images import ClassImages, class_image_name
 from pera_lightning.errors import DataError
+from pera_lightning.tasks.dreambooth import latent_cache as dreambooth_cache
+from pera_lightning.tasks.dreambooth.class_images import ClassImages, class_image_name
+from pera_lightning.tasks.dreambooth.latent_cache import cached, image_key, prompt_key
 
 MADE_BY = {"model_name": "tiny", "steps": 4, "size": (16, 16)}
 

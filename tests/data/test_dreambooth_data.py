@@ -10,11 +10,12 @@ import pytest
 import torch
 from dreambooth_helpers import CPU, PROMPT, StandIn, data_module, drawn, fill, picture
 
-from pera_lightning.data import dreambooth, dreambooth_cache
-from pera_lightning.data.dreambooth import DreamBoothDataModule
-from pera_lightning.data.dreambooth_images import seen, to_pixels
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from pera_lightning.evaluation import subject_prompts
+from pera_lightning.tasks.dreambooth import data as dreambooth
+from pera_lightning.tasks.dreambooth import latent_cache as dreambooth_cache
+from pera_lightning.tasks.dreambooth import subject_prompts
+from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
+from pera_lightning.tasks.dreambooth.photographs import seen, to_pixels
 from pera_lightning.training.data_order import Progress, make_resumable
 
 CLASS = {"class_prompt": "a photo of dog"}

@@ -9,7 +9,8 @@ import torch
 from dreambooth_helpers import fill, picture
 from PIL import Image, ImageOps
 
-from pera_lightning.data.dreambooth_images import (
+from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.dreambooth.photographs import (
     Photograph,
     cover,
     note_unusual,
@@ -19,7 +20,6 @@ from pera_lightning.data.dreambooth_images import (
     sides,
     to_pixels,
 )
-from pera_lightning.errors import ConfigurationError, DataError
 
 
 def read(folder):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from dreambooth_helpers import PROMPT, data_module, fill
 
-from pera_lightning.data.dreambooth_prompts import fill as filled
-from pera_lightning.data.dreambooth_prompts import generation_rows, subject_of
 from pera_lightning.errors import DataError
-from pera_lightning.evaluation import subject_prompts
+from pera_lightning.tasks.dreambooth import subject_prompts
+from pera_lightning.tasks.dreambooth.prompts import fill as filled
+from pera_lightning.tasks.dreambooth.prompts import generation_rows, subject_of
 
 CLASS = {"class_prompt": "a photo of dog"}
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from sdxl import LENGTH, save_tokenizer, vocabulary
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation import image_similarity
-from pera_lightning.evaluation.image_similarity import Similarity
+from pera_lightning.tasks.dreambooth import similarity as image_similarity
+from pera_lightning.tasks.dreambooth.similarity import Similarity
 
 # Large weights: a freshly initialised network is nearly indifferent, and mistakes would not show.
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -3,7 +3,7 @@
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.evaluation.subject_prompts import PROMPTS, read_prompts
+from pera_lightning.tasks.dreambooth.subject_prompts import PROMPTS, read_prompts
 
 CALL = ".format(unique_token, class_token)"
 MINIATURE = f"""Classes

@@ -16,10 +16,10 @@ from sdxl import PROJECTION, WIDTHS, save_tiny
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
-from pera_lightning.data.dreambooth import DreamBoothDataModule
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.dreambooth import DreamBoothModule
-from pera_lightning.modules.dreambooth_encoders import Encoders
+from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
+from pera_lightning.tasks.dreambooth.encoders import Encoders
+from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 
 UNET = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -191,7 +191,7 @@ def assert_same(one, other):
 
 def picture_pixels(path, side=SIDE):
     """What the network sees of a photograph."""
-    from pera_lightning.data.dreambooth_images import open_image, seen, to_pixels
+    from pera_lightning.tasks.dreambooth.photographs import open_image, seen, to_pixels
 
     return to_pixels(seen(open_image(path), (side, side))[0])
 

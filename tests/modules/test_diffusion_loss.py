@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_lightning.errors import ConfigurationError, UnknownNameError
-from pera_lightning.modules.diffusion_loss import (
+from pera_lightning.tasks.dreambooth.loss import (
     add_noise,
     dreambooth_loss,
     min_snr_weights,

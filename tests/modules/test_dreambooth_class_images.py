@@ -15,8 +15,8 @@ from PIL import Image
 from sdxl import SHALLOW
 
 from pera_lightning.errors import DataError
-from pera_lightning.modules.dreambooth_networks import load_unet
-from pera_lightning.modules.dreambooth_sampling import sample
+from pera_lightning.tasks.dreambooth.networks import load_unet
+from pera_lightning.tasks.dreambooth.sampling import sample
 
 base = base_fixture(unet=SHALLOW)
 photos = photos_fixture()

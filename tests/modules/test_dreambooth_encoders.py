@@ -12,8 +12,8 @@ from torch import nn
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA
-from pera_lightning.modules.dreambooth_networks import SDXLNetwork, load_unet
-from pera_lightning.modules.dreambooth_sampling import sample
+from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_unet
+from pera_lightning.tasks.dreambooth.sampling import sample
 
 PROMPTS = ["a photo of sks dog", "a cat", "a photo of sks dog"]
 HOW = {"height": 32, "width": 24, "steps": 2, "guidance_scale": 5.0, "device": "cpu"}

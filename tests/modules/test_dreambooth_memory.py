@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import Callback
 from sdxl import SHALLOW, save_tiny
 
 from pera_lightning.errors import DataError
-from pera_lightning.modules import dreambooth_encoders
-from pera_lightning.modules.dreambooth_encoders import Encoders
+from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
+from pera_lightning.tasks.dreambooth.encoders import Encoders
 
 base = base_fixture()
 photos = photos_fixture()

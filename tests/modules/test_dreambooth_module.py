@@ -26,7 +26,7 @@ from sdxl import save_tiny
 from pera_lightning.adapters import PERA
 from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.errors import PeraError
-from pera_lightning.modules.dreambooth import DreamBoothModule
+from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 
 base = base_fixture()
 photos = photos_fixture()

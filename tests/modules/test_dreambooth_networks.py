@@ -12,8 +12,8 @@ from sdxl import LENGTH, PROJECTION, WIDTHS, save_tiny
 from pera_lightning import inject
 from pera_lightning.adapters import PERA
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules import dreambooth_networks
-from pera_lightning.modules.dreambooth_networks import (
+from pera_lightning.tasks.dreambooth import networks as dreambooth_networks
+from pera_lightning.tasks.dreambooth.networks import (
     SDXLNetwork,
     load_text_encoders,
     load_tokenizers,

@@ -22,9 +22,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "evaluation"))
 from test_image_similarity import save_clip, save_dino
 
 from pera_lightning.adapters import PERA, AuroRA
-from pera_lightning.evaluation.image_similarity import Similarity
-from pera_lightning.modules.dreambooth_pictures import grid_of
-from pera_lightning.modules.generated_images import GeneratedImage, read_images
+from pera_lightning.tasks.dreambooth.generate import grid_of
+from pera_lightning.tasks.dreambooth.image_grid import GeneratedImage, read_images
+from pera_lightning.tasks.dreambooth.similarity import Similarity
 
 PROMPTS = ["a photo of {}", "{} on a beach"]
 NAMES = [f"{stem}-seed{seed}" for stem in ("00-a-photo-of-sks-dog", "01-sks-dog-on-a-beach") for seed in (0, 3)]
@@ -109,7 +109,7 @@ def test_validation_writes_each_image_and_their_grid(validated):
 
 
 def test_the_grid_is_labelled_by_step_prompts_and_seeds(base, photos, tmp_path, monkeypatch):
-    from pera_lightning.modules import dreambooth_pictures
+    from pera_lightning.tasks.dreambooth import generate as dreambooth_pictures
 
     drawn = []
     original = dreambooth_pictures.labelled_grid

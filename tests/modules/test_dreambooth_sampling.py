@@ -7,8 +7,8 @@ from sdxl import LENGTH, PROJECTION, WIDTHS, save_tiny
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA
-from pera_lightning.modules.dreambooth_networks import SDXLNetwork, load_text_encoders, load_unet
-from pera_lightning.modules.dreambooth_sampling import sample
+from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_text_encoders, load_unet
+from pera_lightning.tasks.dreambooth.sampling import sample
 
 PROMPTS, SEEDS = ["a photo of sks dog", "a cat", "a photo of sks dog"], [3, 4, 5]
 HOW = {"height": 32, "width": 24, "steps": 2, "guidance_scale": 5.0, "device": "cpu"}

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.adapters import PERA, AuroRA
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.modules import dreambooth_encoders
-from pera_lightning.modules.generated_images import read_images
+from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
+from pera_lightning.tasks.dreambooth.image_grid import read_images
 
 base = base_fixture(unet=SHALLOW)
 photos = photos_fixture()

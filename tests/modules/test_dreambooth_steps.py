@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from sdxl import SHALLOW
 from torch.utils.data import DataLoader
 
-from pera_lightning.modules import diffusion_loss
-from pera_lightning.modules.dreambooth import DreamBoothModule
+from pera_lightning.tasks.dreambooth import loss as diffusion_loss
+from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 
 base = base_fixture(unet=SHALLOW)
 

@@ -20,7 +20,8 @@ from dreambooth_fits import (
 from lightning.pytorch.callbacks import Callback
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules import dreambooth, dreambooth_encoders
+from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
+from pera_lightning.tasks.dreambooth import module as dreambooth
 
 base = base_fixture()
 photos = photos_fixture()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.modules.generated_images import (
+from pera_lightning.tasks.dreambooth.image_grid import (
     FILE,
     MOST_PIXELS,
     GeneratedImage,
@@ -250,6 +250,6 @@ def test_a_damaged_list_is_one_line(tmp_path, content, expected):
 
 
 def test_the_folder_is_read_without_torch():
-    code = "import sys, pera_lightning.modules.generated_images; print(*sys.modules)"
+    code = "import sys, pera_lightning.tasks.dreambooth.image_grid; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "lightning", "diffusers", "matplotlib"} & set(loaded)

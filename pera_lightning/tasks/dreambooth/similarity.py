@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from pera_lightning.evaluation.pretrained import explained
 from safetensors import SafetensorError
 from torch import Tensor
 
 from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.evaluation.pretrained import explained
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.dreambooth_networks import SDXLNetwork, load_scheduler
-from pera_lightning.modules.dreambooth_repository import check_size
+from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_scheduler
+from pera_lightning.tasks.dreambooth.pipeline_files import check_size
 
 if TYPE_CHECKING:
-    from pera_lightning.modules.dreambooth_encoders import Encoders
+    from pera_lightning.tasks.dreambooth.encoders import Encoders
 
 
 class _Denoiser(nn.Module):

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.adapters.method import check_choice, check_number, check_rank, check_scale
-from pera_lightning.data.dreambooth_encoding import VAE_ADVICE
 from pera_lightning.errors import ConfigurationError, DataError, listed, megabytes
-from pera_lightning.modules import diffusion_loss
-from pera_lightning.modules.dreambooth_encoders import Encoders
-from pera_lightning.modules.dreambooth_networks import (
+from pera_lightning.tasks.dreambooth import loss as diffusion_loss
+from pera_lightning.tasks.dreambooth.encoders import Encoders
+from pera_lightning.tasks.dreambooth.encoding import VAE_ADVICE
+from pera_lightning.tasks.dreambooth.generate import Pictures
+from pera_lightning.tasks.dreambooth.networks import (
     SDXLNetwork,
     load_text_encoders,
     load_unet,
     noise_alphas,
 )
-from pera_lightning.modules.dreambooth_pictures import Pictures
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.module import DTYPES
 from pera_lightning.training.normalised_loss import StepMeanModule

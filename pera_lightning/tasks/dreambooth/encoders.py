@@ -16,14 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.modules.dreambooth_networks import (
+from pera_lightning.tasks.dreambooth.networks import (
     load_text_encoders,
     load_tokenizers,
     loaded,
     prompt_embeddings,
     tokenise,
 )
-from pera_lightning.modules.dreambooth_repository import CHANNELS, FACTOR, INDEX, check_sdxl, check_size, identity, read
+from pera_lightning.tasks.dreambooth.pipeline_files import (
+    CHANNELS,
+    FACTOR,
+    INDEX,
+    check_sdxl,
+    check_size,
+    identity,
+    read,
+)
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from pera_lightning.data import dreambooth_cache as cache
-from pera_lightning.data.dreambooth_images import Photograph, file_sha256, open_image, seen, to_pixels
-from pera_lightning.data.dreambooth_rows import TrainingRows
 from pera_lightning.errors import megabytes
+from pera_lightning.tasks.dreambooth import latent_cache as cache
+from pera_lightning.tasks.dreambooth.photographs import Photograph, file_sha256, open_image, seen, to_pixels
+from pera_lightning.tasks.dreambooth.training_examples import TrainingRows
 
 VAE_ADVICE = (
     "SDXL's VAE overflows in float16: leave vae out to run it in float32, or take madebyollin/sdxl-vae-fp16-fix; if it "

@@ -17,13 +17,9 @@ import numpy as np
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.distributed_sampler import in_order, on_every_rank
-from pera_lightning.data.dreambooth_cache import together
-from pera_lightning.data.dreambooth_prompts import FILLER
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.modules.dreambooth_repository import FACTOR
-from pera_lightning.modules.dreambooth_sampling import sample, sampler
-from pera_lightning.modules.generated_images import (
+from pera_lightning.tasks.dreambooth.image_grid import (
     FOLDER,
     GRID,
     MOST_PIXELS,
@@ -38,13 +34,17 @@ from pera_lightning.modules.generated_images import (
     unlist_images,
     write_images,
 )
+from pera_lightning.tasks.dreambooth.latent_cache import together
+from pera_lightning.tasks.dreambooth.pipeline_files import FACTOR
+from pera_lightning.tasks.dreambooth.prompts import FILLER
+from pera_lightning.tasks.dreambooth.sampling import sample, sampler
 from pera_lightning.training import results
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pera_lightning.modules.dreambooth import DreamBoothModule
+    from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 
 FOLDERS = {"validate": "validation", "test": "test_images", "predict": FOLDER}
 _STATIC = "_static"  # of a dynamic AuroRA, which is tested twice
@@ -85,7 +85,7 @@ class Pictures:
         if measured and not hasattr(self.module.data, "reference_images"):
             raise ConfigurationError("the data module has no reference_images to compare with: set dino and clip null")
         if measured and self._similarity is None:  # before the images, which take long
-            from pera_lightning.evaluation.image_similarity import Similarity
+            from pera_lightning.tasks.dreambooth.similarity import Similarity
 
             self._similarity = Similarity(**chosen, device=self.module.device)
         self.module.know_prompts("validation" if stage == "validate" else "test")

@@ -17,17 +17,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from pera_lightning.data import dreambooth_cache as cache_files
-from pera_lightning.data import dreambooth_images as pictures
-from pera_lightning.data import dreambooth_prompts as texts
 from pera_lightning.data.distributed_sampler import dealt, on_every_rank
-from pera_lightning.data.dreambooth_class_images import ClassImages
-from pera_lightning.data.dreambooth_encoding import encode
-from pera_lightning.data.dreambooth_hub import local_folder
-from pera_lightning.data.dreambooth_images import Photograph
-from pera_lightning.data.dreambooth_rows import TrainingRows, collate
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
-from pera_lightning.evaluation import subject_prompts
+from pera_lightning.tasks.dreambooth import latent_cache as cache_files
+from pera_lightning.tasks.dreambooth import photographs as pictures
+from pera_lightning.tasks.dreambooth import prompts as texts
+from pera_lightning.tasks.dreambooth import subject_prompts
+from pera_lightning.tasks.dreambooth.class_images import ClassImages
+from pera_lightning.tasks.dreambooth.encoding import encode
+from pera_lightning.tasks.dreambooth.hub import local_folder
+from pera_lightning.tasks.dreambooth.photographs import Photograph
+from pera_lightning.tasks.dreambooth.training_examples import TrainingRows, collate
 
 if TYPE_CHECKING:
     from PIL import Image

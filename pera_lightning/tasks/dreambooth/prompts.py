@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.evaluation.subject_prompts import SUBJECT, has_other_braces
+from pera_lightning.tasks.dreambooth.subject_prompts import SUBJECT, has_other_braces
 
 FILLER = -1  # the seed of a row that fills up
 _PICTURE = "photo|photograph|picture|image|painting|drawing|rendering|portrait|close-?up|selfie|depiction"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pera_lightning.data.dreambooth_images import Photograph, open_image, seen, to_pixels
+from pera_lightning.tasks.dreambooth.photographs import Photograph, open_image, seen, to_pixels
 
 Example = dict[str, Any]
 

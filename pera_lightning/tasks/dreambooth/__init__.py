@@ -1,0 +1,1 @@
+"""DreamBooth on SDXL: a subject taught from a few photographs."""
