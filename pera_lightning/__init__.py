@@ -28,7 +28,7 @@ _NAMES = {
     "export_peft": "pera_lightning.export.peft",
     "export_pipeline": "pera_lightning.export.diffusers",
     "export_timm": "pera_lightning.export.timm",
-    "export_transformers": "pera_lightning.export.huggingface",
+    "export_transformers": "pera_lightning.export.transformers",
     "inject": "pera_lightning.injection.inject.inject",
     "load_adapted": "pera_lightning.training.reloading",
     "load_adapter": "pera_lightning.injection.inject.state",

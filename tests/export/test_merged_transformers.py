@@ -26,7 +26,7 @@ from pera_lightning import inject
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
 from pera_lightning.export import merged
-from pera_lightning.export.huggingface import export_transformers
+from pera_lightning.export.transformers import export_transformers
 from pera_lightning.training.module import keep_heads_float32, release_heads
 
 IDS = torch.randint(4, text.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(1))

@@ -196,7 +196,7 @@ class CausalLMModule(StepMeanModule):
         return logits[labelled], summed / labelled.sum()
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
-        from pera_lightning.export.huggingface import write_transformers
+        from pera_lightning.export.transformers import write_transformers
 
         notes = []
         if heads := release_heads(self.model, DTYPES[self.settings["base_dtype"]]):  # type: ignore[arg-type]

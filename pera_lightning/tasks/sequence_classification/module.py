@@ -350,7 +350,7 @@ class SequenceClassificationModule(StepMeanModule):
         return outputs[known], losses[known].mean()
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
-        from pera_lightning.export.huggingface import write_transformers
+        from pera_lightning.export.transformers import write_transformers
 
         notes = []
         if heads := release_heads(self.model, DTYPES[self.settings["base_dtype"]]):  # type: ignore[arg-type]
