@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from pera_lightning.adapters.aurora import AuroRALayer
-from pera_lightning.cli import main as command
-from pera_lightning.commands.trained import Trained, TrainedCLI
+from pera_lightning.cli.main import main as command
+from pera_lightning.cli.trained_run import Trained, TrainedCLI
 from pera_lightning.merging.merge import merge, unmerge
 from pera_lightning.merging.merge_error import Measured, drift, evaluating
 

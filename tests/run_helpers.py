@@ -15,7 +15,7 @@ QUICK = {
 
 def run_pera(*words):
     """Runs the command line in process; returns its exit code, 0 where it simply ends."""
-    from pera_lightning.cli import main
+    from pera_lightning.cli.main import main
 
     try:
         main([str(word) for word in words])

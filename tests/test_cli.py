@@ -31,7 +31,7 @@ def options(*words, code=0):
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], ["fitt"], ["fit", "--config", "no.yaml"]])
 def test_the_quick_answers_import_nothing_heavy(words):
     code = (
-        "import sys\nfrom pera_lightning.cli import main\n"
+        "import sys\nfrom pera_lightning.cli.main import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
         "print('heavy:', sorted({'torch', 'lightning', 'timm', 'jsonargparse', 'transformers'} & set(sys.modules)))"
     )
@@ -43,7 +43,7 @@ def test_the_quick_answers_import_nothing_heavy(words):
 def test_importing_the_commands_imports_no_other_task():
     """timm and diffusers are imported when a network is built, not to parse a command line."""
     code = (
-        "import sys\nimport pera_lightning.commands.lightning_cli\n"
+        "import sys\nimport pera_lightning.cli.lightning_cli\n"
         "print(sorted({'timm', 'diffusers', 'peft', 'datasets', 'sklearn'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -306,7 +306,7 @@ def test_a_learning_rate_given_at_resume_is_in_the_new_checkpoint(quick, fitted,
 
 def configured(*words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pera"])  # Lightning warns where both are given
-    from pera_lightning.commands.lightning_cli import PeraCLI
+    from pera_lightning.cli.lightning_cli import PeraCLI
 
     return PeraCLI(args=["--config", QUICKSTART, *words], run=False, save_config_callback=None)
 

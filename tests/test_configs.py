@@ -11,7 +11,7 @@ import torch
 import yaml
 from run_helpers import ROOT
 
-from pera_lightning.commands.lightning_cli import PeraCLI
+from pera_lightning.cli.lightning_cli import PeraCLI
 from pera_lightning.tasks.image_classification.datasets import CATALOGUE
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -8,7 +8,7 @@ import sdxl
 import yaml
 from run_helpers import ROOT
 
-from pera_lightning.commands.lightning_cli import PeraCLI
+from pera_lightning.cli.lightning_cli import PeraCLI
 
 PATHS = sorted((ROOT / "configs").glob("dreambooth_sdxl_*.yaml"))
 # What the repository's files say of SDXL 1.0; the rest are the defaults of diffusers and transformers.

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from run_helpers import ROOT
 
-from pera_lightning.commands.lightning_cli import PeraCLI
+from pera_lightning.cli.lightning_cli import PeraCLI
 
 FLAGSHIPS = {"glue_rte_pera": "pera/roberta_base_rte", "glue_cola_aurora": "aurora/roberta_base_cola"}
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -9,11 +9,11 @@ import os
 import re
 
 import pytest
+from pera_lightning.cli.main.sweeps import choice, plan, summary
+from pera_lightning.cli.main.sweeps import folder as sweep_folder
 
+from pera_lightning.cli.sweeps.running import placed
 from pera_lightning.errors import PeraError
-from pera_lightning.sweeps import choice, plan, summary
-from pera_lightning.sweeps import folder as sweep_folder
-from pera_lightning.sweeps.running import placed
 
 # ---- words ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from short_fits import callback, trainer
 
-from pera_lightning.commands.lightning_cli import resuming_command
+from pera_lightning.cli.lightning_cli import resuming_command
 from pera_lightning.errors import CheckpointError
 from pera_lightning.training import preemption
 

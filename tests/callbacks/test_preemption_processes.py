@@ -61,7 +61,7 @@ def on_train_batch_start(self, trainer, module, batch, batch_idx):
         os.kill(os.getpid(), signal.SIGTERM)
 
 LearningRateMonitor.on_train_batch_start = on_train_batch_start
-from pera_lightning.cli import main
+from pera_lightning.cli.main import main
 main()
 """
 

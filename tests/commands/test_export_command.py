@@ -19,7 +19,7 @@ from trained_runs import refused, text
 
 from pera_lightning import load_adapter
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA
-from pera_lightning.commands.trained import configured
+from pera_lightning.cli.trained_run import configured
 from pera_lightning.data import ImageDataModule
 
 

@@ -16,7 +16,7 @@ sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in 
 from classifier_helpers import save_tiny
 from glue_helpers import SPECIAL, pair_tokenizer, pairs, write
 
-from pera_lightning.commands.trained import Trained, TrainedCLI
+from pera_lightning.cli.trained_run import Trained, TrainedCLI
 
 CONFIG = str(ROOT / "configs" / "glue_minilm.yaml")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pera_lightning.cli.main.commands import grid as command
 from PIL import Image
 from run_helpers import ROOT
 
-from pera_lightning.commands import grid as command
 from pera_lightning.tasks.dreambooth.image_grid import (
     GeneratedImage,
     GeneratedImages,
@@ -210,7 +210,7 @@ def test_more_images_than_a_grid_holds_are_refused_before_they_are_read(pera, ru
 def test_it_answers_without_loading_torch(runs, tmp_path):
     runs("lora")
     code = (
-        "import sys; from pera_lightning.cli import main; main(sys.argv[1:]); "
+        "import sys; from pera_lightning.cli.main import main; main(sys.argv[1:]); "
         "print('loaded', *{'torch', 'lightning', 'diffusers', 'numpy', 'yaml'} & set(sys.modules))"
     )
     words = ["grid", "--runs", "lora", "--output", "grid.png"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pera_lightning.commands.lost_process import lost_process
+from pera_lightning.cli.lost_process import lost_process
 
 
 def _partner(store, rank, how, answer):

@@ -17,7 +17,7 @@ from trained_runs import refused
 
 from pera_lightning.adapters import PERA, AuroRA, LinearProbe
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.commands.trained import attach, drawn
+from pera_lightning.cli.trained_run import attach, drawn
 from pera_lightning.data import ImageDataModule
 from pera_lightning.errors import ConfigurationError, DataError
 

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from pera_lightning.commands.messages import explain
+from pera_lightning.cli.messages import explain
 
 CASES = {
     "a literal": (
@@ -125,7 +125,7 @@ def test_one_line(message, expected):
 
 
 def test_options_that_are_handed_on_are_listed_too():
-    from pera_lightning.commands.messages import _parameters
+    from pera_lightning.cli.messages import _parameters
 
     names = _parameters("pera_lightning.data", "CommonsenseDataModule")
     assert {"folder", "train", "protocol", "batch_size", "max_length"} <= set(names)

@@ -11,7 +11,7 @@ from torch import nn
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, LinearMethod, LoRA, registered_methods
 from pera_lightning.adapters.base import AdaptedLayer
-from pera_lightning.commands.methods import NONE, capabilities, example, table
+from pera_lightning.cli.commands.methods import NONE, capabilities, example, table
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.export.low_rank import low_rank_updates
 from pera_lightning.merging.merge import linearised, merge
@@ -109,7 +109,7 @@ def test_the_words_for_ranks(rows, rank):
 
 def test_it_is_answered_without_lightning():
     code = (
-        "import sys\nfrom pera_lightning.cli import main\nmain(['methods'])\n"
+        "import sys\nfrom pera_lightning.cli.main import main\nmain(['methods'])\n"
         "print('heavy:', sorted({'lightning', 'timm', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pera_lightning.cli.main.sweeps import processes, running
 from run_helpers import QUICKSTART, ROOT
 
-from pera_lightning.commands.sweep import check_alone
+from pera_lightning.cli.commands.sweep import check_alone
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.sweeps import processes, running
 from pera_lightning.tasks.image_classification.module import ImageClassificationModule
 
 # Plays fit and test: writes what they write, and does what ACTS says for "fit 1" (command and seed).
@@ -80,7 +80,7 @@ def play(pera, tmp_path, monkeypatch, interruptible):
         torch.save(checkpoint, tmp_path / f"{lr}.ckpt")
     for module in (processes, running):
         monkeypatch.setattr(module, "program", lambda: [sys.executable, str(script)])
-    monkeypatch.setattr("pera_lightning.commands.sweep.program", lambda: [sys.executable, str(script)])
+    monkeypatch.setattr("pera_lightning.cli.commands.sweep.program", lambda: [sys.executable, str(script)])
     out = tmp_path / "out"
 
     def run(*words, acts=None, config=QUICKSTART):
@@ -231,7 +231,7 @@ def test_other_settings_in_a_folder_are_refused(play, tmp_path):
 
 
 def test_one_sweep_at_a_time(play, tmp_path):
-    from pera_lightning.sweeps.folder import locked
+    from pera_lightning.cli.sweeps.folder import locked
 
     with locked(tmp_path / "out"):
         done = play("--seeds", "1")
@@ -361,14 +361,14 @@ def test_a_full_disk_is_one_line(play, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pera_lightning.sweeps.folder.write_atomically", full)
+    monkeypatch.setattr("pera_lightning.cli.sweeps.folder.write_atomically", full)
     done = play("--seeds", "1")
     assert (done.code, done.calls) == (2, [])
     assert "sweep.json cannot be written (No space left on device): make room" in done.err
 
 
 def test_the_best_file_is_found_by_any_name(tmp_path):
-    from pera_lightning.sweeps.outcome import tested_checkpoint
+    from pera_lightning.cli.sweeps.outcome import tested_checkpoint
 
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, LoRA
-from pera_lightning.cli import main
+from pera_lightning.cli.main import main
 from pera_lightning.data import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.decoding import generate
 from pera_lightning.tasks.causal_lm.loss import summed_loss

@@ -19,9 +19,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from pera_lightning.commands.lightning_cli import ConfiguredCLI, check_strategy
-from pera_lightning.errors import ConfigurationError, PeraError
-from pera_lightning.sweeps.folder import (
+from pera_lightning.cli.main.lightning_cli import ConfiguredCLI, check_strategy
+from pera_lightning.cli.main.sweeps.folder import (
     check_keys,
     check_same,
     fit_finished,
@@ -29,7 +28,7 @@ from pera_lightning.sweeps.folder import (
     locked,
     read_sweep,
 )
-from pera_lightning.sweeps.plan import (
+from pera_lightning.cli.main.sweeps.plan import (
     SEED,
     Request,
     Run,
@@ -41,9 +40,10 @@ from pera_lightning.sweeps.plan import (
     value_words,
     with_seed,
 )
-from pera_lightning.sweeps.processes import Processes, program
-from pera_lightning.sweeps.running import Sweep, going_on, run_words
-from pera_lightning.sweeps.summary import COMPLETE
+from pera_lightning.cli.main.sweeps.processes import Processes, program
+from pera_lightning.cli.main.sweeps.running import Sweep, going_on, run_words
+from pera_lightning.cli.main.sweeps.summary import COMPLETE
+from pera_lightning.errors import ConfigurationError, PeraError
 
 _CONFIGS = ("--config", "-c")
 _ANY_SEED = 271828  # where a config is read for no run in particular

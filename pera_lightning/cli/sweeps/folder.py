@@ -12,11 +12,11 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
+from pera_lightning.cli.main.sweeps.choice import best_settings
+from pera_lightning.cli.main.sweeps.plan import Run, differences
+from pera_lightning.cli.main.sweeps.summary import COMPLETE, as_csv, summarise
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.files import write_atomically
-from pera_lightning.sweeps.choice import best_settings
-from pera_lightning.sweeps.plan import Run, differences
-from pera_lightning.sweeps.summary import COMPLETE, as_csv, summarise
 
 FILE, TABLE, LOG, LOCK = "sweep.json", "sweep.csv", "sweep.log", ".sweep.lock"
 RESULTS = "results.json"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pera_lightning.cli.main.sweeps.plan import setting_name
 from pera_lightning.errors import listed
-from pera_lightning.sweeps.plan import setting_name
 
 # What of a run's protocol tells what its scores are scores of: the task, its metric, and the contents of its data. Not
 # the split seed, which may follow the run's. One monitor, val/metric, is Pearson's r in one task and accuracy in

@@ -9,9 +9,9 @@ from math import isfinite
 from statistics import fmean, median, stdev
 from typing import Any
 
+from pera_lightning.cli.main.sweeps.choice import data_of
+from pera_lightning.cli.main.sweeps.plan import setting_name, short_keys
 from pera_lightning.errors import listed
-from pera_lightning.sweeps.choice import data_of
-from pera_lightning.sweeps.plan import setting_name, short_keys
 
 COMPLETE = "complete"
 

@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pera_lightning import data, modules
 from pera_lightning.adapters.registry import registered_methods
-from pera_lightning.commands.lost_process import lost_process
-from pera_lightning.commands.messages import explain
+from pera_lightning.cli.main.lost_process import lost_process
+from pera_lightning.cli.main.messages import explain
 from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
 from pera_lightning.training.callback import AdapterInjection
 

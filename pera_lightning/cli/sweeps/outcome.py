@@ -10,8 +10,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from pera_lightning.cli.main.sweeps.plan import flattened
 from pera_lightning.errors import CheckpointError
-from pera_lightning.sweeps.plan import flattened
 from pera_lightning.training.checkpoint_io import read_checkpoint
 
 _KEEPER = re.compile(r"\w+(\{.*\})")  # a ModelCheckpoint's key in a checkpoint

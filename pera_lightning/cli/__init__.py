@@ -1,0 +1,1 @@
+"""The command line: LightningCLI with adapters, and this package's own commands."""

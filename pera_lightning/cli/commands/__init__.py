@@ -1,0 +1,1 @@
+"""The commands beside the Trainer's, one a file."""
