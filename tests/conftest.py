@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_helpers import quick_words, run_pera
+
+from tests.run_helpers import quick_words, run_pera
 
 torch.set_num_threads(1)
 # torch counts the devices at a process's first backward. After DTensor or fake tensors were used it finds one more, and
@@ -77,7 +78,7 @@ def fitted(tmp_path_factory):
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory):
     """A timm folder with a very small ViT."""
-    from vision_helpers import save_tiny_vit
+    from tests.tasks.image_classification.vision_helpers import save_tiny_vit
 
     folder = tmp_path_factory.mktemp("timm") / "tiny_vit"
     save_tiny_vit(folder)
@@ -87,7 +88,7 @@ def vit(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """A folder with a very small Llama and its tokenizer."""
-    from language_helpers import save_tiny
+    from tests.tasks.causal_lm.language_helpers import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("transformers") / "tiny_llama")
 
@@ -95,8 +96,8 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory):
     """A folder of small commonsense sets, `COUNTS` test rows each; for tests in the folder of the helpers."""
-    from answering_helpers import COUNTS
-    from language_helpers import write_sets
+    from tests.tasks.causal_lm.evaluator_helpers import COUNTS
+    from tests.tasks.causal_lm.language_helpers import write_sets
 
     return write_sets(tmp_path_factory.mktemp("commonsense"), COUNTS)
 
@@ -104,6 +105,6 @@ def sets(tmp_path_factory):
 @pytest.fixture
 def asked(monkeypatch):
     """What a language model is asked from here on."""
-    from answering_helpers import Asked
+    from tests.tasks.causal_lm.evaluator_helpers import Asked
 
     return Asked(monkeypatch)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from run_helpers import QUICKSTART, ROOT
+
+from tests.run_helpers import QUICKSTART, ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 import yaml
-from run_helpers import ROOT
 
 from pera_lightning.cli.lightning_cli import PeraCLI
 from pera_lightning.tasks.image_classification.datasets import CATALOGUE
+from tests.run_helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LANGUAGE = [path for path in CONFIGS if path.stem.startswith(("commonsense_", "gsm8k_", "convai2_"))]

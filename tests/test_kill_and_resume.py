@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_helpers import ROOT
+
+from tests.run_helpers import ROOT
 
 SCRIPT = ROOT / "scripts" / "kill_and_resume.py"
 

@@ -11,9 +11,9 @@ import zipfile
 
 import pytest
 import torch
-from run_helpers import QUICK, ROOT
 
 import pera_lightning
+from tests.run_helpers import QUICK, ROOT
 
 ASSET = ROOT / "pera_lightning" / "assets" / "vit_digits"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -26,9 +26,9 @@ def test_one_version():
 
 def test_the_console_script_exists():
     module, _, function = PROJECT["scripts"]["pera"].partition(":")
-    from pera_lightning import cli
+    from pera_lightning.cli import main
 
-    assert (module, function) == (cli.__name__, cli.main.__name__)
+    assert (module, function) == (main.__name__, main.main.__name__)
 
 
 def test_the_asset_is_small():

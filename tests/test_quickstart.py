@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from run_helpers import ROOT, run_pera
+
+from tests.run_helpers import ROOT, run_pera
 
 
 def accuracies(folder, method):

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from run_helpers import ROOT
 
 from pera_lightning.cli.main import OWN_COMMANDS, TRAINER_COMMANDS
+from tests.run_helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)

@@ -8,8 +8,8 @@ maps it back to r. `fixed=False` leaves out the first term and `learnable=False`
 
 Two modes, for training and for inference: "dynamic" is B σ(A x); "static" is B σ(A) x, σ on each column of A, a matrix
 that can be merged. The paper trains dynamic and merges static, which can lose what was learnt; inference here is
-dynamic unless asked otherwise. `pera_lightning.merging.merge.calibration` fits a linear map to the dynamic update instead, and has it
-in the mode "calibrated".
+dynamic unless asked otherwise. `pera_lightning.merging.calibration` fits a linear map to the dynamic update instead,
+and has it in the mode "calibrated".
 
 Initial values: A and H xavier-normal, B zero, w uniform ±0.1 (A, H, w and the grid, 5 intervals on [-1, 1] of order 3,
 are not in the paper; they are those of its public re-implementations). σ runs in the parameters' precision, since

@@ -171,7 +171,7 @@ class AdaptedLayer(nn.Module):
     adapters: nn.ModuleDict
     blocks: dict[str, tuple[int, int]]
     plain_class: type[nn.Module]
-    merged: str | None = None  # how the updates got into the weight; set by `pera_lightning.merging.merge.merge`
+    merged: str | None = None  # how the updates got into the weight; set by `pera_lightning.merging.merge`
 
     def base_weight(self) -> Tensor:
         """The frozen weight as (out, in), a view."""

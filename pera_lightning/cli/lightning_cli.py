@@ -19,17 +19,18 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pera_lightning import data, modules
+import pera_lightning
 from pera_lightning.adapters.registry import registered_methods
-from pera_lightning.cli.main.lost_process import lost_process
-from pera_lightning.cli.main.messages import explain
+from pera_lightning.cli.lost_process import lost_process
+from pera_lightning.cli.messages import explain
 from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
 from pera_lightning.training.callback import AdapterInjection
 
 # Short class names (AuroRA, ImageDataModule) are found where the classes are loaded.
+_PUBLIC = [name for name in pera_lightning.__all__ if name.endswith("Module")]
 _CLASSES = {
-    "model": [getattr(modules, name) for name in modules.__all__],
-    "data": [getattr(data, name) for name in data.__all__],
+    "model": [getattr(pera_lightning, name) for name in _PUBLIC if not name.endswith("DataModule")],
+    "data": [getattr(pera_lightning, name) for name in _PUBLIC if name.endswith("DataModule")],
 }
 
 

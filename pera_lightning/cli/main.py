@@ -20,17 +20,17 @@ TRAINER_COMMANDS = {
 }
 OWN_COMMANDS = {
     "params": (
-        "pera_lightning.cli.main.commands.params:run",
+        "pera_lightning.cli.commands.params:run",
         "print what a config adapts; with --memory what it needs",
     ),
-    "merge": ("pera_lightning.cli.main.commands.merge:run", "merge a checkpoint and measure what that changes"),
+    "merge": ("pera_lightning.cli.commands.merge:run", "merge a checkpoint and measure what that changes"),
     "export": (
-        "pera_lightning.cli.main.commands.export:run",
+        "pera_lightning.cli.commands.export:run",
         "write a checkpoint for PEFT, vLLM, transformers, timm or diffusers",
     ),
-    "methods": ("pera_lightning.cli.main.commands.methods:run", "print what each method can do: merge, export as LoRA"),
-    "sweep": ("pera_lightning.cli.main.commands.sweep:run", "fit and test over seeds and config values, with a table"),
-    "grid": ("pera_lightning.cli.main.commands.grid:run", "draw the images of several runs side by side"),
+    "methods": ("pera_lightning.cli.commands.methods:run", "print what each method can do: merge, export as LoRA"),
+    "sweep": ("pera_lightning.cli.commands.sweep:run", "fit and test over seeds and config values, with a table"),
+    "grid": ("pera_lightning.cli.commands.grid:run", "draw the images of several runs side by side"),
 }
 _CONFIG_FLAGS = ("--config", "-c")
 
@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
             module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
             getattr(importlib.import_module(module), function)(words[1:])
         elif words[0] in TRAINER_COMMANDS:
-            from pera_lightning.cli.main.lightning_cli import run
+            from pera_lightning.cli.lightning_cli import run
 
             run(words)
         else:

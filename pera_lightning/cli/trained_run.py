@@ -21,10 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pera_lightning.cli.main.lightning_cli import ConfiguredCLI
+from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
-from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.injection.inject.state import (
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_injection,

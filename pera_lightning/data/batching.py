@@ -22,7 +22,6 @@ from torch.utils.data import DistributedSampler
 
 from pera_lightning.data.splits import random_order
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.tasks.causal_lm.decoding import pad_left
 
 Example = Mapping[str, Any]
 IGNORE = -100  # the label of a token that is not learned; cross_entropy's default
@@ -179,6 +178,24 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
         by_space.setdefault(space - length, []).append(index)
         spaces |= 1 << (space - length)
     return [sequences[index] for index in random_order(random, len(sequences))]
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None, width: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads rows on the left: (input_ids, attention_mask, position_ids), each (B, T) int64.
+
+    Args:
+        rows: B lists of token ids.
+        pad_id: what to fill with.
+        device: where the tensors go.
+        width: T, no less than the tokens of the longest row; None for just those.
+    """
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    ids = torch.tensor([[pad_id] * (width - len(row)) + [*row] for row in rows], dtype=torch.int64)  # (B, T)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the padding gets 0, a position every model has
+    return ids.to(device), mask.to(device), positions.to(device)
 
 
 def collate_padded(examples: Sequence[Example], *, pad_id: int, length: int | None = None) -> dict[str, Tensor]:

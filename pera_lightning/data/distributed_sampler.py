@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
 Row = TypeVar("Row", bound=tuple)
@@ -61,12 +60,3 @@ def in_order(ranks: Sequence[Sequence[Row]]) -> list[Row]:
             of a row that is there already.
     """
     return list({made[0]: made for dealt in zip_longest(*ranks) for made in dealt if made is not None}.values())
-
-
-def on_every_rank(value: Any) -> list[Any]:
-    """What each process has, by rank; waits for all, so every process must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, value)
-    return ranks

@@ -25,8 +25,8 @@ from pera_lightning.export.folder import output_folder
 from pera_lightning.export.lora import LoraReport, check_export, exportable, linear_updates
 from pera_lightning.export.low_rank import MAX_ERROR, padded
 from pera_lightning.export.merged import MergedReport, export_merged
-from pera_lightning.merging.merge.merge import adapted_layers
-from pera_lightning.merging.merge.merge_error import Forward
+from pera_lightning.merging.merge import adapted_layers
+from pera_lightning.merging.merge_error import Forward
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 _ROOM = 1 << 20  # bytes of names
@@ -57,7 +57,7 @@ def export_diffusers(
         method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
         batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
         measure_on: other inputs to measure the drift on.
-        forward: how the model is called, see `pera_lightning.merging.merge.merge_error.call` for the default.
+        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         overwrite: replaces an earlier export.
 
     Returns:

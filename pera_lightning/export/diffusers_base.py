@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pera_lightning.errors import ConfigurationError, listed, shorten
-from pera_lightning.evaluation.pretrained import explained
+from pera_lightning.pretrained import explained
 
 INDEX = "model_index.json"
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # of tokenizers, schedulers and configurations

@@ -15,10 +15,10 @@ from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.errors import ConfigurationError, listed, megabytes
 from pera_lightning.export.folder import check_output_folder
 from pera_lightning.export.low_rank import ExportedUpdate, low_rank_updates
-from pera_lightning.injection.inject.inject import Injection, adapter_parameter_names, injection_of
-from pera_lightning.injection.inject.state import find_injected, frozen_names
-from pera_lightning.merging.merge.merge import adapted_layers, linearised, merged_layers
-from pera_lightning.merging.merge.merge_error import Drift, Forward, drift, measure, taken
+from pera_lightning.injection.inject import Injection, adapter_parameter_names, injection_of
+from pera_lightning.injection.state import find_injected, frozen_names
+from pera_lightning.merging.merge import adapted_layers, linearised, merged_layers
+from pera_lightning.merging.merge_error import Drift, Forward, drift, measure, taken
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
 from pera_lightning.errors import NotMergeableError, listed
-from pera_lightning.merging.merge.merge import adapted_layers
+from pera_lightning.merging.merge import adapted_layers
 
 # What is cut away is then at most a hundredth of the update's squared norm.
 MAX_ERROR = 0.1

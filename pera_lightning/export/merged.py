@@ -15,8 +15,8 @@ from torch import nn
 
 from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
-from pera_lightning.merging.merge.merge import MergeReport, adapted_layers, merge, merge_and_unload
-from pera_lightning.merging.merge.merge_error import Forward
+from pera_lightning.merging.merge import MergeReport, adapted_layers, merge, merge_and_unload
+from pera_lightning.merging.merge_error import Forward
 
 _BESIDES = 32 << 20  # bytes of configuration and tokenizer, at most
 # Called with the folder to write into; gives notes, one line each.
@@ -65,7 +65,7 @@ def export_merged(
         method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
         batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
         measure_on: other inputs to measure the drift on.
-        forward: how the model is called, see `pera_lightning.merging.merge.merge_error.call` for the default.
+        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
 
     Returns:
         What was done, to print.

@@ -24,9 +24,9 @@ from pera_lightning.export.lora import LoraReport, check_export, exportable, lin
 from pera_lightning.export.low_rank import MAX_ERROR
 from pera_lightning.export.peft_config import lora_config, lora_tensors
 from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
-from pera_lightning.injection.inject.inject import Injection
-from pera_lightning.merging.merge.merge import adapted_layers
-from pera_lightning.merging.merge.merge_error import Forward
+from pera_lightning.injection.inject import Injection
+from pera_lightning.merging.merge import adapted_layers
+from pera_lightning.merging.merge_error import Forward
 
 TARGETS = ("peft", "vllm")
 _CONFIG_ROOM = 1 << 20  # bytes
@@ -59,7 +59,7 @@ def export_peft(
         method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
         batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
         measure_on: other inputs to measure the drift on.
-        forward: how the model is called, see `pera_lightning.merging.merge.merge_error.call` for the default.
+        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         target: "peft", or "vllm", which refuses what vLLM does not take.
         overwrite: replaces an earlier export.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pera_lightning.adapters.base import AdaptedConv1D, LowRankUpdate
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.export.peft_names import PREFIX, alpha_of, exact_patterns, heads, plain_modules, shortest_targets
-from pera_lightning.injection.inject.inject import Injection
-from pera_lightning.merging.merge.merge import adapted_layers
+from pera_lightning.injection.inject import Injection
+from pera_lightning.merging.merge import adapted_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig

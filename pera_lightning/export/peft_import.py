@@ -43,8 +43,8 @@ from pera_lightning.export.peft_names import (
     plain_modules,
     shortest_targets,
 )
-from pera_lightning.injection.inject.inject import inject
-from pera_lightning.injection.inject.state import find_injected
+from pera_lightning.injection.inject import inject
+from pera_lightning.injection.state import find_injected
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:

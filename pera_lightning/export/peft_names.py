@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from pera_lightning.adapters.base import LowRankUpdate
-from pera_lightning.merging.merge.merge import adapted_layers
+from pera_lightning.merging.merge import adapted_layers
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor's name

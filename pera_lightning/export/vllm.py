@@ -13,7 +13,7 @@ from torch import nn
 from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.export.low_rank import padded
-from pera_lightning.injection.inject.inject import Injection
+from pera_lightning.injection.inject import Injection
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 _INSTEAD = "export merged weights and serve those"

@@ -16,9 +16,9 @@ from torch import nn
 from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter, base_weight
 from pera_lightning.adapters.method import InjectionReport, Method
 from pera_lightning.errors import AlreadyInjectedError, ConfigurationError
-from pera_lightning.injection.inject.fingerprint import fingerprint
-from pera_lightning.injection.inject.fused_projections import call_the_layer
-from pera_lightning.injection.inject.targets import match_modules, resolve
+from pera_lightning.injection.fingerprint import fingerprint
+from pera_lightning.injection.fused_projections import call_the_layer
+from pera_lightning.injection.targets import match_modules, resolve
 
 _MARK = "_pera_injection"
 
@@ -85,7 +85,7 @@ def inject(
     Args:
         model: any module; layers are adapted where they are, no key of its state dict changes.
         method: a method, e.g. ``PERA(rank=16)``.
-        targets: expressions that name linear layers, see `pera_lightning.injection.inject.targets`.
+        targets: expressions that name linear layers, see `pera_lightning.injection.targets`.
         trainable: modules that are trained whole (heads), by name or glob.
         fused: sizes of row blocks where the layout of a fused projection is not known, e.g.
             ``{"qkv_proj": {"q": 4096, "k": 1024, "v": 1024}}``.

@@ -22,8 +22,8 @@ from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, closest, listed, shorten
 from pera_lightning.files import write_atomically
-from pera_lightning.injection.inject.fingerprint import differing, fingerprint_of
-from pera_lightning.injection.inject.inject import Injection, inject, injection_of, trained_parameter_names
+from pera_lightning.injection.fingerprint import differing, fingerprint_of
+from pera_lightning.injection.inject import Injection, inject, injection_of, trained_parameter_names
 
 METADATA = "pera_lightning"
 FORMAT = 1

@@ -21,7 +21,7 @@ from torch import nn
 from pera_lightning.adapters.base import WHOLE, base_weight, check_blocks, is_linear
 from pera_lightning.adapters.method import Target
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnsupportedTarget, closest, listed
-from pera_lightning.injection.inject.fused_projections import interleaved_reason, known_layout, unsupported_reason
+from pera_lightning.injection.fused_projections import interleaved_reason, known_layout, unsupported_reason
 
 Fused = Mapping[str, Mapping[str, int]]
 UNUSED = "output_unused"  # attribute of a part of a network that runs, and whose output the network does not use

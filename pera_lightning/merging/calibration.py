@@ -27,8 +27,8 @@ from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
 from pera_lightning.adapters.method import check_number
 from pera_lightning.errors import NotMergeableError, listed
-from pera_lightning.merging.merge.activation_capture import inputs_in_order
-from pera_lightning.merging.merge.merge_error import Forward, call, device_of, evaluating, on_device, unpadded
+from pera_lightning.merging.activation_capture import inputs_in_order
+from pera_lightning.merging.merge_error import Forward, call, device_of, evaluating, on_device, unpadded
 
 RIDGE = 1e-3
 _TINY = 1e-6
@@ -103,14 +103,14 @@ def calibrate(
 ) -> list[str]:
     """Fits a linear map to every AuroRA layer with dynamic inference and puts it in its place in eval mode.
 
-    All batches go through the model together, see `pera_lightning.merging.merge.activation_capture`: their activations have to fit, and the
-    second moments of a layer's inputs, in x in x 8 bytes. Padding is left out where a batch is a mapping with an
+    All batches go through the model together, see `activation_capture`: their activations have to fit, and the second
+    moments of a layer's inputs, in x in x 8 bytes. Padding is left out where a batch is a mapping with an
     ``attention_mask``.
 
     Args:
         model: injected.
         batches: inputs of the model, without labels; better more tokens than a layer has input features.
-        forward: see `pera_lightning.merging.merge.merge_error.Forward`.
+        forward: see `pera_lightning.merging.merge_error.Forward`.
         ridge: see `Moments.fit`.
 
     Returns:

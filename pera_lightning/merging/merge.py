@@ -19,9 +19,9 @@ from pera_lightning.adapters.aurora import AuroRALayer, acting_layers
 from pera_lightning.adapters.base import AdaptedLayer, release_layer
 from pera_lightning.adapters.method import check_choice
 from pera_lightning.errors import ConfigurationError, NotMergeableError, listed
-from pera_lightning.injection.inject.inject import forget_injection, injection_of
-from pera_lightning.merging.merge.calibration import RIDGE, calibrate
-from pera_lightning.merging.merge.merge_error import Drift, Forward, Measured, drift, measure, taken
+from pera_lightning.injection.inject import forget_injection, injection_of
+from pera_lightning.merging.calibration import RIDGE, calibrate
+from pera_lightning.merging.merge_error import Drift, Forward, Measured, drift, measure, taken
 
 METHODS = ("static", "calibrated")
 _KEPT = "_pera_before_merging"
@@ -84,12 +84,12 @@ def merge(
     Args:
         model: injected, or a model that contains an injected one.
         method: for AuroRA with dynamic inference, which no matrix equals: "static" (what the paper merges; it can lose
-            what was learnt) or "calibrated" (a fit on `batches`, see `pera_lightning.merging.merge.calibration`).
+            what was learnt) or "calibrated" (a fit on `batches`, see `pera_lightning.merging.calibration`).
         batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
         measure_on: other inputs to measure the drift on, better those that were not calibrated with.
-        forward: how the model is called, see `pera_lightning.merging.merge.merge_error.call` for the default.
+        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         keep_base: keeps a copy of the changed rows on the CPU, which `unmerge` needs.
-        ridge: of the calibration, see `pera_lightning.merging.merge.calibration.Moments.fit`.
+        ridge: of the calibration, see `pera_lightning.merging.calibration.Moments.fit`.
 
     Returns:
         What was done. Where nothing is left to merge, a report of 0 layers.
@@ -142,7 +142,7 @@ def linearised(
         method: None where there are no such layers, else "static" or "calibrated".
         batches: for "calibrated".
         forward: likewise.
-        ridge: likewise, see `pera_lightning.merging.merge.calibration.Moments.fit`.
+        ridge: likewise, see `pera_lightning.merging.calibration.Moments.fit`.
 
     Yields:
         Notes of the calibration, one line each.

@@ -29,10 +29,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
-from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
-from pera_lightning.injection.inject.inject import adapter_parameter_names, inject, injection_of
-from pera_lightning.injection.inject.state import (
+from pera_lightning.injection.inject import adapter_parameter_names, inject, injection_of
+from pera_lightning.injection.state import (
     METADATA,
     adapter_state_dict,
     find_injected,
@@ -49,6 +48,7 @@ from pera_lightning.training.checks import (
     check_unfrozen,
 )
 from pera_lightning.training.data_order import forget_data_order, load_loader_states, resume_data_order
+from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.fsdp2 import adopt
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
@@ -65,7 +65,7 @@ class AdapterInjection(Callback):
 
     Args:
         method: the adapter method, e.g. ``PERA(rank=16)``.
-        targets: expressions that name linear layers, see `pera_lightning.injection.inject.targets`.
+        targets: expressions that name linear layers, see `pera_lightning.injection.targets`.
         trainable: modules trained whole (heads), by name or glob.
         fused: sizes of row blocks of fused projections whose layout is not known.
         seed: of the initial values; by default the run's.
@@ -227,7 +227,7 @@ class AdapterInjection(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
-            checkpoint[GRADIENTS] = on_every_rank(trained_gradients(pl_module))
+            checkpoint[GRADIENTS] = all_gather_object(trained_gradients(pl_module))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         validate_before_going_on(trainer, checkpoint)

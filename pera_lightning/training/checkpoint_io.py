@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.errors import CheckpointError, listed, shorten
-from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.injection.inject.state import (
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import (
     CONFIG_FILE,
     METADATA,
     check_injection,

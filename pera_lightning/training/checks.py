@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import float32, float64, nn
 
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.injection.inject.inject import adapter_parameter_names
-from pera_lightning.injection.inject.state import remember_unfrozen
+from pera_lightning.injection.inject import adapter_parameter_names
+from pera_lightning.injection.state import remember_unfrozen
 
 _TRUE_PRECISIONS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 

@@ -25,7 +25,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from pera_lightning.data.distributed_sampler import on_every_rank
+from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.random_state import capture, from_plain, restore, to_plain
 
 
@@ -108,7 +108,7 @@ def _resumable_class(cls: type) -> type:
                 "now": to_plain(now),
                 "loader": inner() if inner is not None and not progress.complete else None,
             }
-            return {"ranks": on_every_rank(state)}
+            return {"ranks": all_gather_object(state)}
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
             """Takes this rank's part; used by the next iterator."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.injection.inject.state import frozen_names
+from pera_lightning.injection.state import frozen_names
 from pera_lightning.training.sharding import sharded_like, whole
 
 

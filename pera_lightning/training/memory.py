@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pera_lightning.errors import ConfigurationError, shorten
-from pera_lightning.injection.inject.inject import adapter_parameter_names, injection_of
+from pera_lightning.injection.inject import adapter_parameter_names, injection_of
 from pera_lightning.training.sharding import replace_tensors, units
 
 _MOMENTS = 2  # of AdamW, each like the trained tensor

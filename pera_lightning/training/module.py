@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pera_lightning.adapters.method import check_choice, check_number, check_scale
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
 from pera_lightning.export.merged import MergedReport, export_merged
-from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.injection.inject.state import METADATA
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import METADATA
 from pera_lightning.training.checkpoint_io import check_checkpoint
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import parameter_groups
@@ -165,7 +165,7 @@ class AdapterModule(LightningModule):
         """
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs (N, C) for a training or validation batch and their mean loss; a `Forward` of `pera_lightning.merging.merge.merge_error`.
+        """Outputs (N, C) for a training or validation batch and their mean loss; a `merge_error.Forward`.
 
         Args:
             network: `self.model`.

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from pera_lightning.injection.inject.inject import adapter_parameter_names, injection_of
-from pera_lightning.injection.inject.state import find_injected
+from pera_lightning.injection.inject import adapter_parameter_names, injection_of
+from pera_lightning.injection.state import find_injected
 
 
 def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:

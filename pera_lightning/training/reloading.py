@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 
 from pera_lightning.errors import CheckpointError
-from pera_lightning.injection.inject.state import METADATA, find_injected, inject_spec
+from pera_lightning.injection.state import METADATA, find_injected, inject_spec
 from pera_lightning.training.callback import prepare_loading
 from pera_lightning.training.checkpoint_io import check_checkpoint, read_checkpoint
 

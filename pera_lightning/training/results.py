@@ -21,8 +21,8 @@ from pera_lightning import __version__
 from pera_lightning.adapters.aurora import acting_layers
 from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.files import write_atomically
-from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.injection.inject.state import find_injected
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import find_injected
 
 FILE = "results.json"
 _PACKAGES = ("torch", "lightning", "timm", "transformers", "datasets", "diffusers", "torchmetrics")

@@ -23,7 +23,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
-from pera_lightning.data.distributed_sampler import on_every_rank
+from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.random_state import capture, restore
 
 
@@ -51,7 +51,7 @@ def part_generators(trainer: Trainer) -> None:
 
 def join_generators() -> None:
     """Gives every process the generators of the first: what is built after a fit is alike on all of them."""
-    ranks = on_every_rank(capture())
+    ranks = all_gather_object(capture())
     if len(ranks) > 1:
         restore(ranks[0])
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.injection.inject.inject import injection_of, set_fingerprint
-from pera_lightning.injection.inject.state import find_injected
+from pera_lightning.injection.inject import injection_of, set_fingerprint
+from pera_lightning.injection.state import find_injected
 
 
 def units(network: nn.Module) -> list[nn.Module]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import adapted, inputs, network, the_adapter
 
 from pera_lightning.adapters import AuroRA
 from pera_lightning.adapters.aurora import ACTIVATIONS, bspline_basis, static_inference, uniform_knots
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.injection.inject import inject
+from tests.adapters.cases import adapted, inputs, network, the_adapter
 
 
 @pytest.mark.parametrize(("size", "order", "ends"), [(5, 3, (-1.0, 1.0)), (4, 2, (0.0, 3.0)), (1, 1, (-2.0, -1.0))])

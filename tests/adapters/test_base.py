@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from cases import adapted, inputs
 from torch import nn
 
 from pera_lightning.adapters import AdaptedLinear, HiRA, LinearAdapter, LoRA, LoRALayer
 from pera_lightning.adapters.base import adapt_layer, base_weight, check_blocks, is_linear
 from pera_lightning.errors import ConfigurationError, NotMergeableError, UnsupportedTarget
+from tests.adapters.cases import adapted, inputs
 
 
 def lora(out: int = 4) -> LoRALayer:

@@ -7,11 +7,16 @@ import dataclasses
 import json
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 import yaml
-from cases import (
+from torch import Tensor, nn
+
+from pera_lightning.adapters import AdaptedLinear, LinearMethod, method_from_spec
+from pera_lightning.errors import NotMergeableError
+from pera_lightning.injection.inject import inject
+from tests.adapters import reference
+from tests.adapters.cases import (
     IN,
     OTHER_VALUES,
     OUT,
@@ -25,11 +30,6 @@ from cases import (
     starts_from_the_weight,
     the_adapter,
 )
-from torch import Tensor, nn
-
-from pera_lightning.adapters import AdaptedLinear, LinearMethod, method_from_spec
-from pera_lightning.errors import NotMergeableError
-from pera_lightning.injection.inject import inject
 
 
 def update(layer: AdaptedLinear, x: Tensor) -> Tensor:

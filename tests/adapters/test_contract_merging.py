@@ -8,10 +8,8 @@ import pickle
 from collections import OrderedDict
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from cases import IN, OUT, adapted, adapters_of, case_id, cases, every_method, inputs, network, randomise, the_adapter
 from torch import Tensor, nn
 
 from pera_lightning import inject, merge, merge_and_unload, unmerge
@@ -20,6 +18,20 @@ from pera_lightning.adapters.base import base_weight
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging.merge import linearised
+from tests.adapters import reference
+from tests.adapters.cases import (
+    IN,
+    OUT,
+    adapted,
+    adapters_of,
+    case_id,
+    cases,
+    every_method,
+    inputs,
+    network,
+    randomise,
+    the_adapter,
+)
 
 KINDS = ["linear", "no-bias", "conv1d", "rows"]
 # How far a merged layer's outputs, of about 1 to 10, may be from the adapted one's: the adapted layer rounds the two

@@ -7,7 +7,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from cases import (
+from torch import nn
+
+from pera_lightning.adapters import LinearMethod
+from pera_lightning.injection.inject import inject
+from tests.adapters.cases import (
     IN,
     OUT,
     adapted,
@@ -17,10 +21,6 @@ from cases import (
     network,
     the_adapter,
 )
-from torch import nn
-
-from pera_lightning.adapters import LinearMethod
-from pera_lightning.injection.inject import inject
 
 
 @every_method

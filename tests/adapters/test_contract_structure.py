@@ -9,7 +9,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from cases import (
+from torch import nn
+
+from pera_lightning.adapters import AuroRA, LinearMethod, LoRA
+from pera_lightning.adapters.base import adapt_layer
+from pera_lightning.injection.inject import inject
+from tests.adapters.cases import (
     IN,
     OUT,
     adapted,
@@ -21,11 +26,6 @@ from cases import (
     randomise,
     starts_from_the_weight,
 )
-from torch import nn
-
-from pera_lightning.adapters import AuroRA, LinearMethod, LoRA
-from pera_lightning.adapters.base import adapt_layer
-from pera_lightning.injection.inject import inject
 
 
 def expected_tensors(method: LinearMethod) -> dict[str, tuple[int, ...]]:

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 from torch import Tensor, nn
 
 from pera_lightning.adapters import HiLoRA, HiRA, LoRA
 from pera_lightning.injection.inject import inject
+from tests.adapters.cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 
 
 def stack(count: int = 3) -> nn.ModuleList:

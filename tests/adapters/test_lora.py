@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 from torch import nn
 
 from pera_lightning.adapters import LoRA
 from pera_lightning.injection.inject import inject
+from tests.adapters.cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 
 
 def large_layer(method: LoRA) -> nn.Module:

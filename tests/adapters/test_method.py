@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 import pytest
-from cases import case_id, cases, network
 from torch import nn
 
 from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, InjectionReport, LinearMethod, LoRA, Method
 from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, UnknownNameError
 from pera_lightning.injection.inject import inject
+from tests.adapters.cases import case_id, cases, network
 
 METHODS = [LoRA, PERA, HiRA, HiLoRA, AuroRA]
 RANKS = [(cls, name.name) for cls in METHODS for name in dataclasses.fields(cls) if name.name.endswith("rank")]

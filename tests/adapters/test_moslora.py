@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import adapted, inputs, the_adapter
 from torch import nn
 
 from pera_lightning.adapters import LoRA, MoSLoRA
 from pera_lightning.errors import UnknownNameError
 from pera_lightning.injection.inject import inject
+from tests.adapters.cases import adapted, inputs, the_adapter
 
 
 def large_adapter(**options: object) -> nn.Module:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import IN, OUT, adapted, inputs, the_adapter
 
 from pera_lightning.adapters import PERA, LoRA
 from pera_lightning.adapters.lora import lora_output
 from pera_lightning.adapters.pera import TERMS, expand, number_of_pairs, pairs
+from tests.adapters.cases import IN, OUT, adapted, inputs, the_adapter
 
 
 @pytest.mark.parametrize(

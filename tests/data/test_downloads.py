@@ -10,11 +10,11 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from text_helpers import one_line
 
 from pera_lightning.data import downloads
 from pera_lightning.data.downloads import fetch, record_path, verified
 from pera_lightning.errors import ConfigurationError, DataError
+from tests.tasks.causal_lm.text_helpers import one_line
 
 
 class Handler(BaseHTTPRequestHandler):

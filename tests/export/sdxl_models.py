@@ -3,13 +3,13 @@
 import copy
 import functools
 
-import sdxl
 import torch
 from diffusers import StableDiffusionXLPipeline
-from peft_models import stir
 from torch import nn
 
 from pera_lightning import inject
+from tests.export.peft_models import stir
+from tests.tasks.dreambooth import sdxl
 
 ATTENTION = ["unet.**.to_q", "unet.**.to_k", "unet.**.to_v", "unet.**.to_out.0"]
 TEXT = ["text_encoder.**.q_proj", "text_encoder.**.out_proj", "text_encoder_2.**.v_proj", "text_encoder_2.**.fc1"]

@@ -4,12 +4,16 @@ import copy
 import shutil
 
 import pytest
-import sdxl
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sdxl_models import (
+
+from pera_lightning import export_diffusers, inject, merge
+from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiLoRA, HiRA, LinearProbe, LoRA, MoSLoRA
+from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
+from pera_lightning.merging.merge import adapted_layers
+from tests.export.sdxl_models import (
     ATTENTION,
     FILE,
     TEXT,
@@ -24,11 +28,7 @@ from sdxl_models import (
     predicted,
     with_lora,
 )
-
-from pera_lightning import export_diffusers, inject, merge
-from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiLoRA, HiRA, LinearProbe, LoRA, MoSLoRA
-from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
-from pera_lightning.merging.merge import adapted_layers
+from tests.tasks.dreambooth import sdxl
 
 EXACT = [
     LoRA(rank=2, alpha=5.0, dropout=0.1),

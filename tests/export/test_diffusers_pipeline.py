@@ -5,11 +5,16 @@ import json
 import shutil
 
 import pytest
-import sdxl
 import torch
-from peft_models import stir
 from safetensors.torch import load_file
-from sdxl_models import (
+
+from pera_lightning import export_pipeline, inject
+from pera_lightning.adapters import PERA, AuroRA, HiRA, LoRA
+from pera_lightning.errors import ConfigurationError, NotMergeableError
+from pera_lightning.export import diffusers_base
+from pera_lightning.merging.merge import adapted_layers
+from tests.export.peft_models import stir
+from tests.export.sdxl_models import (
     ATTENTION,
     PROMPTS,
     TEXT,
@@ -22,12 +27,7 @@ from sdxl_models import (
     pipeline,
     predicted,
 )
-
-from pera_lightning import export_pipeline, inject
-from pera_lightning.adapters import PERA, AuroRA, HiRA, LoRA
-from pera_lightning.errors import ConfigurationError, NotMergeableError
-from pera_lightning.export import diffusers_base
-from pera_lightning.merging.merge import adapted_layers
+from tests.tasks.dreambooth import sdxl
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """Merged weights for timm: what `create_model` gives back, and how it says images are to be seen."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
@@ -10,16 +7,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "modules"))
-
-import vision_helpers as vision
-from language_helpers import randomise
-
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, AuroRA, HiRA
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.timm import as_data_config, export_timm
 from pera_lightning.tasks.image_classification import transforms
+from tests.tasks.causal_lm.language_helpers import randomise
+from tests.tasks.image_classification import vision_helpers as vision
 
 NAMES = ["ash", "beech", "cedar", "date", "elm"]
 

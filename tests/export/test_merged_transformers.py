@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,16 +17,13 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "modules"))
-
-import language_helpers as text
-
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
 from pera_lightning.export import merged
 from pera_lightning.export.transformers import export_transformers
 from pera_lightning.training.module import keep_heads_float32, release_heads
+from tests.tasks.causal_lm import language_helpers as text
 
 IDS = torch.randint(4, text.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(1))
 

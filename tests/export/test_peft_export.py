@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft_models import BASES, HEADS, adapted, apart, bert, gpt2, in_peft, inputs, llama, outputs, stir, vit
 from safetensors.torch import load_file
 from torch import nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -23,6 +22,20 @@ from pera_lightning.adapters import (
 )
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.merging.merge import adapted_layers
+from tests.export.peft_models import (
+    BASES,
+    HEADS,
+    adapted,
+    apart,
+    bert,
+    gpt2,
+    in_peft,
+    inputs,
+    llama,
+    outputs,
+    stir,
+    vit,
+)
 
 EXACT = [
     LoRA(rank=2, alpha=5.0, dropout=0.1),

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_models import BASES, adapted, apart, bert, gpt2, in_peft, inputs, llama, outputs, vit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +16,7 @@ from pera_lightning import export_peft, inject, load_adapter, load_peft, merge, 
 from pera_lightning.adapters import PERA, HiRA, LoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError, PeraError
 from pera_lightning.injection.inject import injection_of
+from tests.export.peft_models import BASES, adapted, apart, bert, gpt2, in_peft, inputs, llama, outputs, vit
 
 LAYERS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query"], "vit": ["qkv"]}
 HEADS = {"llama": None, "gpt2": None, "bert": ["classifier"], "vit": ["head"]}

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft_models import adapted, apart, gpt2, in_peft, inputs, outputs
 from safetensors.torch import load_file
 
 from pera_lightning import export_peft
@@ -13,6 +12,7 @@ from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.vllm import served_updates
 from pera_lightning.injection.inject import injection_of
+from tests.export.peft_models import adapted, apart, gpt2, in_peft, inputs, outputs
 
 
 def config(folder):

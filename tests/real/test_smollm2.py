@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from smollm2 import build_smollm2, write_questions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, LoRA
 from pera_lightning.cli.main import main
-from pera_lightning.data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.decoding import generate
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.protocols import protocol
 from pera_lightning.tasks.causal_lm.questions import make_questions
+from tests.real.smollm2 import build_smollm2, write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -7,13 +7,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from smollm2 import build_smollm2
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pera_lightning import export_peft, export_transformers, inject
 from pera_lightning.adapters import PERA
 from pera_lightning.merging.merge import adapted_layers
+from tests.real.smollm2 import build_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

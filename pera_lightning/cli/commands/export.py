@@ -10,10 +10,10 @@ from typing import Any, Literal
 from lightning.pytorch.cli import LightningArgumentParser
 
 from pera_lightning.adapters.method import check_rank
-from pera_lightning.cli.main.trained_run import BATCHES, Trained, TrainedCLI
+from pera_lightning.cli.trained_run import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
-from pera_lightning.injection.inject.state import adapter_state_dict, save_adapter
+from pera_lightning.injection.state import adapter_state_dict, save_adapter
 
 # Options that act with each format only.
 _ACTING = {

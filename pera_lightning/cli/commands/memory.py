@@ -1,4 +1,4 @@
-"""`params --memory`: a table of the memory per device that training by a config needs, see `pera_lightning.training.memory`."""
+"""`params --memory`: a table of the memory per device that training by a config needs."""
 
 from __future__ import annotations
 

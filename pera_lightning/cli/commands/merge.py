@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LightningArgumentParser
 
 from pera_lightning.adapters.method import check_rank
-from pera_lightning.cli.main.commands.export import add_merging, batches_of, write_merged
-from pera_lightning.cli.main.trained_run import BATCHES, Trained, TrainedCLI
+from pera_lightning.cli.commands.export import add_merging, batches_of, write_merged
+from pera_lightning.cli.trained_run import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.folder import check_output_folder
-from pera_lightning.merging.merge.merge import merge
+from pera_lightning.merging.merge import merge
 
 
 class MergeCLI(TrainedCLI):

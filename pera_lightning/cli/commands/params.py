@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from pera_lightning.cli.main.lightning_cli import ConfiguredCLI
+from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.injection.inject.inject import injection_of
+from pera_lightning.injection.inject import injection_of
 
 
 class ParamsCLI(ConfiguredCLI):
@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> None:
         print(module.dry_run(injector))
         return
     # Imported here since the plain report needs none of it.
-    from pera_lightning.cli.main.commands.memory import device_counts, memory_table
+    from pera_lightning.cli.commands.memory import device_counts, memory_table
 
     if given.get("answer_length", 1) < 1:
         raise ConfigurationError(f"answer_length={given['answer_length']}: at least 1 token is needed")

@@ -19,8 +19,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from pera_lightning.cli.main.lightning_cli import ConfiguredCLI, check_strategy
-from pera_lightning.cli.main.sweeps.folder import (
+from pera_lightning.cli.lightning_cli import ConfiguredCLI, check_strategy
+from pera_lightning.cli.sweeps.folder import (
     check_keys,
     check_same,
     fit_finished,
@@ -28,7 +28,7 @@ from pera_lightning.cli.main.sweeps.folder import (
     locked,
     read_sweep,
 )
-from pera_lightning.cli.main.sweeps.plan import (
+from pera_lightning.cli.sweeps.plan import (
     SEED,
     Request,
     Run,
@@ -40,9 +40,9 @@ from pera_lightning.cli.main.sweeps.plan import (
     value_words,
     with_seed,
 )
-from pera_lightning.cli.main.sweeps.processes import Processes, program
-from pera_lightning.cli.main.sweeps.running import Sweep, going_on, run_words
-from pera_lightning.cli.main.sweeps.summary import COMPLETE
+from pera_lightning.cli.sweeps.processes import Processes, program
+from pera_lightning.cli.sweeps.running import Sweep, going_on, run_words
+from pera_lightning.cli.sweeps.summary import COMPLETE
 from pera_lightning.errors import ConfigurationError, PeraError
 
 _CONFIGS = ("--config", "-c")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pera_lightning.cli.main.sweeps.plan import setting_name
+from pera_lightning.cli.sweeps.plan import setting_name
 from pera_lightning.errors import listed
 
 # What of a run's protocol tells what its scores are scores of: the task, its metric, and the contents of its data. Not

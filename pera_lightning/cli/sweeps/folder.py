@@ -12,9 +12,9 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.cli.main.sweeps.choice import best_settings
-from pera_lightning.cli.main.sweeps.plan import Run, differences
-from pera_lightning.cli.main.sweeps.summary import COMPLETE, as_csv, summarise
+from pera_lightning.cli.sweeps.choice import best_settings
+from pera_lightning.cli.sweeps.plan import Run, differences
+from pera_lightning.cli.sweeps.summary import COMPLETE, as_csv, summarise
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.files import write_atomically
 

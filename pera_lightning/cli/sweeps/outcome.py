@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.cli.main.sweeps.plan import flattened
+from pera_lightning.cli.sweeps.plan import flattened
 from pera_lightning.errors import CheckpointError
 from pera_lightning.training.checkpoint_io import read_checkpoint
 

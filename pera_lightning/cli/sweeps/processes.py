@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pera_lightning.cli.main.sweeps.folder import note_owner
+from pera_lightning.cli.sweeps.folder import note_owner
 from pera_lightning.errors import DataError, shorten
 
 STOPPED = "stopped by a signal"  # so begins the line of a fit that a signal stopped, see callbacks/preemption.py

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.cli.main.sweeps.folder import (
+from pera_lightning.cli.sweeps.folder import (
     FILE,
     LOG,
     TABLE,
@@ -20,10 +20,10 @@ from pera_lightning.cli.main.sweeps.folder import (
     new_record,
     write_sweep,
 )
-from pera_lightning.cli.main.sweeps.outcome import tested_checkpoint, told_by
-from pera_lightning.cli.main.sweeps.plan import Run, setting_name, value_words, with_seed
-from pera_lightning.cli.main.sweeps.processes import STOPPED, Processes, ended_by, program
-from pera_lightning.cli.main.sweeps.summary import COMPLETE, scores, table, without_number
+from pera_lightning.cli.sweeps.outcome import tested_checkpoint, told_by
+from pera_lightning.cli.sweeps.plan import Run, setting_name, value_words, with_seed
+from pera_lightning.cli.sweeps.processes import STOPPED, Processes, ended_by, program
+from pera_lightning.cli.sweeps.summary import COMPLETE, scores, table, without_number
 from pera_lightning.errors import CheckpointError
 
 

@@ -9,8 +9,8 @@ from math import isfinite
 from statistics import fmean, median, stdev
 from typing import Any
 
-from pera_lightning.cli.main.sweeps.choice import data_of
-from pera_lightning.cli.main.sweeps.plan import setting_name, short_keys
+from pera_lightning.cli.sweeps.choice import data_of
+from pera_lightning.cli.sweeps.plan import setting_name, short_keys
 from pera_lightning.errors import listed
 
 COMPLETE = "complete"

@@ -8,11 +8,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.data import downloads
-from pera_lightning.data import json_files as json_rows
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest
 from pera_lightning.tasks.causal_lm.commonsense import SETS, TASK, options
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Row, read_rows
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
 # download are recorded, and the numbers of rows are held to those of the papers.
@@ -72,7 +71,7 @@ class CommonsenseDataModule(TextDataModule):
         rows: list[Row] = []
         for name in self.train:
             path = self._find(_training_place(name))
-            own = json_rows.read_rows(path, set_name=name, split="train")
+            own = read_rows(path, set_name=name, split="train")
             rows += self._counted(path, own, TRAINING_ROWS.get(name))
         _warn_of_answers(rows)
         return rows
@@ -81,7 +80,7 @@ class CommonsenseDataModule(TextDataModule):
         tests = {}
         for name in self.test:
             path = self._find(_test_place(name))
-            rows = json_rows.read_rows(path, set_name=name, split="test", needed=("instruction", "answer"))
+            rows = read_rows(path, set_name=name, split="test", needed=("instruction", "answer"))
             tests[name] = self._counted(path, rows, SETS[name].test_rows)
         return tests
 

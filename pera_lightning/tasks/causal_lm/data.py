@@ -14,16 +14,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
+from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import dealt
-from pera_lightning.data.json_files import digest
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, closest
-from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.pretrained import load_tokenizer
+from pera_lightning.tasks.causal_lm.examples import Row, digest
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 from pera_lightning.tasks.causal_lm.protocols import protocol as find_protocol  # `protocol` is an argument here
 from pera_lightning.tasks.causal_lm.questions import Question, Questions, make_questions
-from pera_lightning.tasks.causal_lm.token_cache import PackedRows, TokenRows, cache_folder, tokenised
+from pera_lightning.tasks.causal_lm.token_cache import PackedRows, TokenRows, tokenised
 
 if TYPE_CHECKING:
     import datasets

@@ -15,8 +15,6 @@ Legend: B rows, T tokens of the longest row, R different inputs, K last position
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,8 +24,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pera_lightning.data.batching import pad_left
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import DataError
+from pera_lightning.training.transformers_models import forward_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,37 +48,6 @@ class Generated:
     ids: list[int]
     text: str
     score: float | None
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None, width: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads rows on the left: (input_ids, attention_mask, position_ids), each (B, T) int64.
-
-    Args:
-        rows: B lists of token ids.
-        pad_id: what to fill with.
-        device: where the tensors go.
-        width: T, no less than the tokens of the longest row; None for just those.
-    """
-    width = max((len(row) for row in rows), default=0) if width is None else width
-    ids = torch.tensor([[pad_id] * (width - len(row)) + [*row] for row in rows], dtype=torch.int64)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the padding gets 0, a position every model has
-    return ids.to(device), mask.to(device), positions.to(device)
-
-
-def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """The names of the arguments that a model's forward spells out; looked up once a class."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps all models in one class
-    if hasattr(model, "get_base_model"):  # PEFT names few arguments and passes all of them on
-        model = model.get_base_model()
-    return _arguments_of(type(model))
-
-
-@functools.lru_cache(maxsize=64)
-def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 @torch.no_grad()

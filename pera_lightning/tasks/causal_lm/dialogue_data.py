@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pera_lightning.data import json_files as json_rows
+from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.files import read_text
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.dialogue import render, summary
 from pera_lightning.tasks.causal_lm.examples import Row
@@ -127,7 +128,7 @@ def read_replies(path: Path) -> list[Row]:
 
 
 def _of_json(path: Path) -> list[Dialogue]:
-    return [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(json_rows.read_json(path))]
+    return [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(read_json(path))]
 
 
 def _of_entry(entry: Any, where: str) -> Dialogue:
@@ -148,7 +149,7 @@ def _of_entry(entry: Any, where: str) -> Dialogue:
 def _of_text(path: Path) -> list[Dialogue]:
     dialogues: list[Dialogue] = []
     last = 0
-    for number, line in enumerate(json_rows.read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         line = line.rstrip("\r")
         if not line.strip():
             continue

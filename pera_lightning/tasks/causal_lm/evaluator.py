@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.data.tokenization import pad_token_id, tokenizer_key
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.injection.inject.state import adapter_state_dict, find_injected
+from pera_lightning.injection.state import adapter_state_dict, find_injected
 from pera_lightning.tasks.causal_lm.decoding import end_ids, generate, score_options
 from pera_lightning.tasks.causal_lm.predictions import PartialRecords, Record, unique, write_records
 from pera_lightning.tasks.causal_lm.questions import Question, Questions
 from pera_lightning.tasks.causal_lm.statistics import answering_seconds, average_row, table
 from pera_lightning.training import results
+from pera_lightning.training.distributed import all_gather_object
 
 if TYPE_CHECKING:
     from pera_lightning.tasks.causal_lm.module import CausalLMModule
@@ -65,7 +65,7 @@ class Answering:
         # The first that a test does: made anew whatever became of the last test.
         self._opened = partial = self._open("predict" if self.module.trainer.predicting else "test")
         own = {(record["stage"], record["id"]) for record in (partial.read() if partial else [])}
-        pairs = set().union(*on_every_rank(own))
+        pairs = set().union(*all_gather_object(own))
         stages = self._stages()
         done = frozenset.intersection(*(frozenset(i for stage, i in pairs if stage == wanted) for wanted in stages))
         if done and self.module.trainer.is_global_zero:
@@ -229,7 +229,7 @@ class Answering:
         """Gathers the records of all processes, writes them and the results, and prints the table."""
         trainer, data = self.module.trainer, self._data()
         own = self._records if self._partial is None else self._partial.read()
-        records = [record for found in on_every_rank(own) for record in found]
+        records = [record for found in all_gather_object(own) for record in found]
         by_stage = {
             stage: unique([r for r in records if r["stage"] == stage], data.test_order) for stage in self._stages()
         }

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pera_lightning.data import hub
-from pera_lightning.data import json_files as json_rows
+from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Row, to_row
 from pera_lightning.tasks.causal_lm.maths import gold_number
 
 _ENDINGS = (".json", ".jsonl")
@@ -77,7 +77,7 @@ def read_problems(source: str, split: str) -> list[Row]:
         DataError: where there are none, or a row cannot be used.
     """
     if _is_file(source):
-        entries = json_rows.read_json(Path(source).expanduser())
+        entries = read_json(Path(source).expanduser())
         where = source
         form = _form(list(entries[0]) if isinstance(entries[0], Mapping) else [], where)
     else:
@@ -92,7 +92,7 @@ def read_problems(source: str, split: str) -> list[Row]:
     own, rows = _name(source), []
     for k, entry in enumerate(entries):
         fields = _unified(entry, form, f"row {k} of {where}")
-        rows.append(json_rows.to_row(fields, number=k, set_name=own, split=split, source=where, needed=needed))
+        rows.append(to_row(fields, number=k, set_name=own, split=split, source=where, needed=needed))
         if split == "test":
             try:
                 gold_number(rows[-1].answer)

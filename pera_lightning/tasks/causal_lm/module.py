@@ -14,20 +14,14 @@ from torchmetrics import MeanMetric
 
 from pera_lightning.data.batching import IGNORE, label_positions
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.tasks.causal_lm.decoding import forward_arguments
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.causal_lm.evaluator import Answering
 from pera_lightning.tasks.causal_lm.loss import summed_loss
-from pera_lightning.tasks.causal_lm.networks import (
-    check_causal,
-    check_extremes,
-    check_packing,
-    load_network,
-    recompute_activations,
-)
+from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
 from pera_lightning.training.module import DTYPES, release_heads
 from pera_lightning.training.normalised_loss import StepMeanModule
+from pera_lightning.training.transformers_models import check_extremes, forward_arguments, recompute_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.evaluation.pretrained import explained
+from pera_lightning.pretrained import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,40 +99,6 @@ def check_packing(model: PreTrainedModel) -> None:
         raise ConfigurationError(
             f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed rows see each "
             "other; use batching=grouped, or another attn_implementation"
-        )
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Has the activations of each block computed again in the backward.
-
-    Raises:
-        ConfigurationError: where the model's class cannot.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigurationError(f"{type(model).__name__} cannot checkpoint activations; leave it out")
-    old = getattr(model, "gradient_checkpointing_enable", None)  # its name before transformers 5
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-
-
-def check_extremes(model: PreTrainedModel, longest: int, highest: int) -> None:
-    """Raises `ConfigurationError` where rows are longer than the context or have ids that the model has not.
-
-    Args:
-        model: the network.
-        longest: tokens of the longest training or validation row.
-        highest: the highest token id among them, padding included.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise ConfigurationError(
-            f"training rows have up to {longest} tokens, and the model's context is {context}; set the data's "
-            f"max_length to {context} or less"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if highest >= vocabulary:
-        raise ConfigurationError(
-            f"the rows have token id {highest}, and the model has embeddings for ids up to {vocabulary - 1}; give the "
-            "tokenizer of this model"
         )
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pera_lightning.data.cached_tables import kept
 from pera_lightning.data.tokenization import encode_pairs, tokenizer_key, truncate
-from pera_lightning.errors import DataError, shorten
 from pera_lightning.tasks.causal_lm.examples import Row
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 
@@ -28,13 +26,6 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _CHUNK = 8192  # rows tokenised and written at once
-
-
-def cache_folder() -> Path:
-    """Where tokenised rows are kept: beside what the library datasets keeps, so ``HF_HOME`` moves both."""
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "pera_lightning"
 
 
 def tokenised(
@@ -56,43 +47,6 @@ def tokenised(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{protocol.task}-{protocol.name}-{key}.arrow"
     return kept(path, lambda temporary: _write(rows, protocol, tokenizer, temporary))
-
-
-def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
-    """The table in an Arrow file, which is made first where it is not there.
-
-    Args:
-        path: of the file.
-        write: called with another path beside it, which becomes the file in one step.
-
-    Raises:
-        DataError: where the folder cannot be written, or the file is damaged.
-    """
-    import datasets
-    import pyarrow as pa
-
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                write(temporary)
-                os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
-            finally:
-                temporary.unlink(missing_ok=True)
-        return datasets.Dataset.from_file(str(path))
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(folder for folder in path.parents if folder.exists())
-        raise DataError(
-            f"tokenised rows cannot be kept in {path.parent}: {file} is a file and no folder; choose another cache_dir"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"tokenised rows cannot be kept in {path.parent}: {error.strerror or error}; make room, or choose another "
-            "cache_dir"
-        ) from error
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error
 
 
 def _write(rows: Sequence[Row], protocol: Protocol, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

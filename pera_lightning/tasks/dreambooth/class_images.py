@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pera_lightning.data.image_files import image_files
 from pera_lightning.errors import DataError, listed
 from pera_lightning.files import png
 from pera_lightning.tasks.dreambooth.latent_cache import write_in_one_step
 from pera_lightning.tasks.dreambooth.photographs import Photograph, read_photographs
-from pera_lightning.tasks.image_classification.sources import image_files
 
 if TYPE_CHECKING:
     from PIL import Image

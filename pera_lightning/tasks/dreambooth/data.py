@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from pera_lightning.data.distributed_sampler import dealt, on_every_rank
+from pera_lightning.data.distributed_sampler import dealt
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
 from pera_lightning.tasks.dreambooth import latent_cache as cache_files
 from pera_lightning.tasks.dreambooth import photographs as pictures
@@ -28,6 +28,7 @@ from pera_lightning.tasks.dreambooth.encoding import encode
 from pera_lightning.tasks.dreambooth.hub import local_folder
 from pera_lightning.tasks.dreambooth.photographs import Photograph
 from pera_lightning.tasks.dreambooth.training_examples import TrainingRows, collate
+from pera_lightning.training.distributed import all_gather_object
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -317,7 +318,7 @@ class DreamBoothDataModule(L.LightningDataModule):
                 classes.claim(made_by)
             return missing
 
-        return on_every_rank(cache_files.together(look))[0]
+        return all_gather_object(cache_files.together(look))[0]
 
     def add_class_image(self, number: int, image: Image.Image) -> None:
         """Keeps a class image that was made, in one step, so that a run that is killed goes on from there."""

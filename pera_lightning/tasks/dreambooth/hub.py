@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from pera_lightning.data.image_files import SUFFIXES
 from pera_lightning.errors import DataError, shorten
 from pera_lightning.tasks.dreambooth.photographs import METADATA
-from pera_lightning.tasks.image_classification.sources import SUFFIXES
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

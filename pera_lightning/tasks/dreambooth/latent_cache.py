@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera_lightning.data.distributed_sampler import on_every_rank
 from pera_lightning.errors import DataError, listed, shorten
 from pera_lightning.files import write_atomically
+from pera_lightning.training.distributed import all_gather_object
 
 Tensors = dict[str, Tensor]
 
@@ -28,7 +28,7 @@ _SUFFIX = ".safetensors"
 
 def default_folder() -> Path:
     """Beside the tokenised rows."""
-    from pera_lightning.tasks.causal_lm.token_cache import cache_folder
+    from pera_lightning.data.cached_tables import cache_folder
 
     return cache_folder() / "dreambooth"
 
@@ -130,7 +130,7 @@ def together(work: Callable[[], Any]) -> Any:
         result = work()
     except Exception as error:  # the others would wait for this process forever
         failure = error
-    reasons = on_every_rank(None if failure is None else shorten(str(failure)) or type(failure).__name__)
+    reasons = all_gather_object(None if failure is None else shorten(str(failure)) or type(failure).__name__)
     if failure is not None:
         raise failure
     if failed := [f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]:

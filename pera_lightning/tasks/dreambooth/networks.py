@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, listed, shorten
-from pera_lightning.injection.inject.targets import UNUSED
-from pera_lightning.tasks.causal_lm.networks import recompute_activations
+from pera_lightning.injection.targets import UNUSED
 from pera_lightning.tasks.dreambooth.pipeline_files import check_sdxl, failed, find, read
+from pera_lightning.training.transformers_models import recompute_activations
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DConditionModel

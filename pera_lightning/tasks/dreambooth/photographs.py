@@ -17,16 +17,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from pera_lightning.data.image_files import SUFFIXES, check_headers, image_files, require_folder, to_rgb
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed, shorten
 from pera_lightning.files import read_text
-from pera_lightning.tasks.image_classification.sources import (
-    SUFFIXES,
-    check_headers,
-    image_files,
-    require_folder,
-    to_rgb,
-)
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.evaluation.pretrained import explained
+from pera_lightning.pretrained import explained
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")

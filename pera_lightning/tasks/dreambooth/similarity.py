@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pera_lightning.errors import ConfigurationError, DataError, listed
-from pera_lightning.evaluation.pretrained import explained
+from pera_lightning.pretrained import explained
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pera_lightning.data import hub
+from pera_lightning.data.image_files import to_rgb
 from pera_lightning.errors import DataError, listed
-from pera_lightning.tasks.image_classification.sources import same_classes, to_rgb
+from pera_lightning.tasks.image_classification.sources import same_classes
 
 if TYPE_CHECKING:
     import datasets

@@ -18,11 +18,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import in_order, on_every_rank
+from pera_lightning.data.distributed_sampler import in_order
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
 from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
+from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.module import DTYPES, AdapterModule
 
 
@@ -288,7 +289,7 @@ class ImageClassificationModule(AdapterModule):
 
     def on_predict_end(self) -> None:
         """Writes `predictions/predictions.csv`, each image once, in the order of the data."""
-        ranks = on_every_rank(self._rows)
+        ranks = all_gather_object(self._rows)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return

@@ -7,7 +7,6 @@ so that DataLoader workers of any start method take them.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset, default_collate
 
 from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.image_files import SUFFIXES, check_headers, image_files, require_folder, to_rgb
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed, shorten
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from pera_lightning.tasks.image_classification.transforms import Transform
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 
 
@@ -41,27 +40,6 @@ class ImageSource(Protocol):
     def identifier(self, row: int) -> str:
         """What a row is called."""
         ...
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns a picture of any mode upright (EXIF) and into RGB.
-
-    Transparency is dropped, as torchvision, timm and datasets do; 16-bit grey is scaled down to 8 (Pillow would clip
-    it to white).
-
-    Raises:
-        ValueError: for pixels without a known range (32-bit integers, floats).
-    """
-    from PIL import Image, ImageOps
-
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no known range of values; save it with 8 or 16 bits a channel")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns on the direct way
-    return image.convert("RGB")
 
 
 @dataclass
@@ -195,61 +173,6 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
-
-
-def image_files(folder: Path) -> list[str]:
-    """Picture files under a folder at any depth: sorted relative paths; hidden files and other types are left out."""
-    found = []
-    for top in sorted(folder.iterdir()):
-        if top.is_dir():  # walked one by one, so that links to folders at the top are followed and loops are not
-            found += [Path(at, name) for at, _, names in os.walk(top) for name in names]
-        else:
-            found.append(top)
-    relative = [path.relative_to(folder) for path in found]
-    keep = [path.as_posix() for path in relative if path.suffix.lower() in SUFFIXES and not _hidden(path)]
-    return sorted(keep)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def check_headers(root: Path, files: list[str]) -> None:
-    """Opens every picture's header (a tenth of a millisecond each) and names those that are broken.
-
-    Raises:
-        DataError: where one is not a picture. Damage further in shows when it is decoded, and is named there.
-    """
-    from PIL import Image
-
-    broken = []
-    for name in files:
-        try:
-            with Image.open(root / name) as image:
-                image.verify()
-        except Exception:  # as many kinds as there are formats
-            broken.append(name)
-    if broken:
-        raise DataError(f"{len(broken)} broken image(s) under {root}: {listed(broken)}; replace or remove them")
-
-
-def require_folder(folder: str) -> Path:
-    """The folder as a path.
-
-    Raises:
-        DataError: where there is none, with the closest names beside it; where it is a file.
-    """
-    path = Path(folder).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise DataError(f"{folder} is a file, not a folder of images; unpack it and give the folder")
-    parent = path.absolute().parent
-    missing = path.name
-    while not parent.is_dir():
-        parent, missing = parent.parent, parent.name
-    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    raise DataError(f"folder {folder} does not exist: no {missing!r} in {parent}{closest(missing, beside)}")
 
 
 def _folders(folder: Path) -> list[Path]:

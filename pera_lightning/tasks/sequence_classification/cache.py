@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.cached_tables import kept
 from pera_lightning.data.tokenization import tokenizer_key
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.causal_lm.token_cache import kept
 from pera_lightning.tasks.sequence_classification.examples import SequenceRows
 
 if TYPE_CHECKING:

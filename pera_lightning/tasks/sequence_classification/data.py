@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
+from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import dealt
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed
-from pera_lightning.evaluation.pretrained import load_tokenizer
-from pera_lightning.tasks.causal_lm.token_cache import cache_folder
+from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.sequence_classification.cache import SequenceTokens, tokenised, without_label
 from pera_lightning.tasks.sequence_classification.examples import SequenceRows, digest
 from pera_lightning.tasks.sequence_classification.sources import GLUESource

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import in_order, on_every_rank
+from pera_lightning.data.distributed_sampler import in_order
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
-from pera_lightning.evaluation.pretrained import load_tokenizer
 from pera_lightning.files import write_atomically
-from pera_lightning.tasks.causal_lm.decoding import forward_arguments
-from pera_lightning.tasks.causal_lm.networks import recompute_activations
+from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.sequence_classification.loss import check_weights, example_losses
 from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.tasks.sequence_classification.networks import (
@@ -34,8 +32,10 @@ from pera_lightning.tasks.sequence_classification.networks import (
 )
 from pera_lightning.tasks.sequence_classification.submission import submission
 from pera_lightning.training import results
+from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.module import DTYPES, release_heads
 from pera_lightning.training.normalised_loss import StepMeanModule
+from pera_lightning.training.transformers_models import forward_arguments, recompute_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -318,7 +318,7 @@ class SequenceClassificationModule(StepMeanModule):
 
     def on_predict_end(self) -> None:
         """Writes a file a set as GLUE's leaderboard takes it, each row once, in the order of the data."""
-        ranks = on_every_rank(self._rows)
+        ranks = all_gather_object(self._rows)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.evaluation.pretrained import explained
-from pera_lightning.injection.inject.inject import injection_of
-from pera_lightning.injection.inject.state import check_injection, check_state, read_adapter
-from pera_lightning.tasks.causal_lm.networks import check_extremes
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import check_injection, check_state, read_adapter
+from pera_lightning.pretrained import explained
 from pera_lightning.training.checkpoint_io import checkpoint_adapters, read_checkpoint
 from pera_lightning.training.normalised_loss import StepMeanModule
 from pera_lightning.training.sharding import sharded_like
+from pera_lightning.training.transformers_models import check_extremes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

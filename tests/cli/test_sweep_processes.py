@@ -1,0 +1,72 @@
+"""A sweep of real runs: stopped in the middle of a fit, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.run_helpers import QUICKSTART, ROOT
+
+pytestmark = pytest.mark.usefixtures("interruptible")
+WORDS = [sys.executable, str(ROOT / "cli.py"), "sweep", "--config", QUICKSTART, "--seeds", "3"]
+SMALL = ["--trainer.max_epochs", "30", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    more = ["--trainer.enable_progress_bar", "false", "--output", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*WORDS, *SMALL, *more],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(sweep: subprocess.Popen) -> None:
+    """Ends a sweep that still runs; its second signal kills the run, which has a session of its own."""
+    for _ in range(2):
+        if sweep.poll() is None:
+            sweep.terminate()
+            time.sleep(0.5)
+    sweep.wait(60)
+
+
+@pytest.mark.slow
+def test_a_sweep_stopped_in_the_middle_of_a_fit_goes_on_there(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    last = folder / "seed3" / "checkpoints" / "last.ckpt"
+    sweep = start(folder)
+    try:
+        limit = time.monotonic() + 120
+        while not last.is_file() and sweep.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        sweep.send_signal(signal.SIGINT)
+        out, _ = sweep.communicate(timeout=60)
+        assert sweep.returncode == 130, out
+        assert "stopped by SIGINT with 0 of 1 runs complete; seed3: stopped by a signal after optimizer step" in out
+        assert json.loads((folder / "sweep.json").read_text())["runs"][0]["status"] == "interrupted"
+        assert not (folder / "seed3" / "results.json").exists()
+        sweep = start(folder)
+        out, _ = sweep.communicate(timeout=240)
+        assert sweep.returncode == 0, out
+    finally:
+        end(sweep)
+    log = (folder / "seed3" / "sweep.log").read_text()
+    begun = [line.endswith(" --ckpt_path last") for line in log.splitlines() if line.startswith("$ ")]
+    assert begun == [False, True, False]  # fit, the fit again, test
+    found = json.loads((folder / "sweep.json").read_text())["runs"][0]
+    assert found["status"] == "complete"
+    results = json.loads((folder / "seed3" / "results.json").read_text())
+    assert found["metrics"] == results["metrics"]
+    assert (found["selection"]["name"], found["selection"]["mode"]) == ("val/accuracy", "max")
+    assert found["protocol"]["data.split_seed"] == 0

@@ -1,0 +1,132 @@
+"""Word problems: three forms of row, from files and the hub."""
+
+import datasets
+import pytest
+
+from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.causal_lm.maths_data import MathsDataModule, read_problems
+from tests.tasks.causal_lm.text_helpers import attached, one_line, write_json
+
+META = {
+    "query": "How many?",
+    "response": "2 and 3. The answer is: 5",
+    "type": "GSM_Rephrased",
+    "original_question": "?",
+}
+GSM = {"question": "How much?", "answer": "It is <<7*10=70>>70 and 2.\n#### 72"}
+OURS = {"instruction": "How far?", "input": "", "output": "\nA: 12. The answer is 12.", "answer": 12.0}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Answers `datasets.load_dataset` from memory; keeps what was asked for."""
+    tables, asked = {}, []
+
+    def load(repository, config_name=None, *, split):
+        asked.append((repository, config_name, split))
+        if repository == "org/several":
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
+        if repository not in tables:
+            raise datasets.exceptions.DatasetNotFoundError("it doesn't exist")
+        return datasets.Dataset.from_list(tables[repository])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tables["asked"] = asked
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("form", "question", "output", "answer"),
+    [
+        (META, "How many?", META["response"], "5"),
+        (GSM, "How much?", GSM["answer"], "72"),
+        (OURS, "How far?", OURS["output"], "12.0"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_three_forms(tmp_path, form, question, output, answer, split):
+    path = write_json(tmp_path / "gsm" / f"{split}.json", [form, form], lines=form is GSM)
+    rows = read_problems(str(path), split)
+    assert [row.id for row in rows] == [f"gsm/{split}/0", f"gsm/{split}/1"]
+    assert (rows[0].instruction, rows[0].input, rows[0].output, rows[0].answer) == (question, "", output, answer)
+    assert rows[0].set == "gsm"
+
+
+def test_the_hub_by_default(hub):
+    hub["meta-math/MetaMathQA"] = [{**META, "query": f"{k}?"} for k in range(5)]
+    hub["openai/gsm8k"] = [GSM] * 3
+    data = attached(MathsDataModule())
+    data.prepare_data()
+    assert hub["asked"] == [("meta-math/MetaMathQA", None, "train")]
+    assert [row.instruction for row in data.training_rows()] == [f"{k}?" for k in range(5)]
+    assert {name: len(rows) for name, rows in data.test_rows().items()} == {"gsm8k": 3}
+    assert hub["asked"][-1] == ("openai/gsm8k", "main", "test")
+    assert data.test_rows()["gsm8k"][2].id == "gsm8k/test/2"
+    hub["asked"].clear()
+    data.trainer.state.fn = "test"
+    data.prepare_data()
+    assert hub["asked"] == [("openai/gsm8k", "main", "test")]
+
+
+def test_a_run_on_files_asks_nobody(hub, tmp_path):
+    train = write_json(tmp_path / "train.jsonl", [{**META, "query": f"{k}?"} for k in range(9)], lines=True)
+    test = write_json(tmp_path / "gsm8k.json", [GSM, OURS | {"instruction": "Ours"}][:1])
+    data = MathsDataModule(train=str(train), test=str(test), validation_size=2, batch_size=7, cache_dir=str(tmp_path))
+    attached(data)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    assert hub["asked"] == []
+    (batch,) = data.train_dataloader()
+    learned = batch["labels"][0][batch["labels"][0] != -100]
+    assert data.tokenizer.decode(learned) == META["response"] + "</s>"
+    assert data.test_order == ["gsm8k/test/0"]
+    assert data.evaluation.name == "last_number"
+
+
+@pytest.mark.parametrize(
+    ("entries", "split", "words"),
+    [
+        ([GSM, {"question": "x", "answer": "no number"}], "test", ["row 1 of", "answer 'no number' is no number"]),
+        ([GSM, {"question": "x"}], "test", ["row 1 of", "'answer' is missing"]),
+        ([{"query": "x", "response": "so \\frac{1}{2}"}], "test", ["row 0 of", "is no number"]),
+        ([META, {"query": "x", "response": ""}], "train", ["row 1 of", "'response' is missing or no text"]),
+        ([OURS, {"instruction": "x", "output": "y"}], "test", ["row 1 of", "no 'answer'"]),
+        ([OURS, {"instruction": "x", "answer": "3"}], "train", ["row 1 of", "no 'output'"]),
+        ([{"problem": "x", "solution": "y"}], "train", ["has the columns problem, solution", "MetaMathQA"]),
+        (["text"], "train", ["of no object"]),
+        ([META, "text"], "train", ["row 1 of", "no object but str"]),
+    ],
+)
+def test_rows_that_do_not_serve(tmp_path, entries, split, words):
+    path = write_json(tmp_path / "rows.json", entries)
+    with pytest.raises(DataError) as error:
+        read_problems(str(path), split)
+    one_line(error, str(path), *words)
+
+
+def test_a_long_answer_is_not_repeated_whole(tmp_path):
+    path = write_json(tmp_path / "rows.json", [{"question": "x", "answer": "word " * 500}])
+    with pytest.raises(DataError) as error:
+        read_problems(str(path), "test")
+    assert len(str(error.value)) < 400
+
+
+def test_sources_that_are_none(hub, tmp_path):
+    for argument in ("train", "test"):
+        with pytest.raises(ConfigurationError) as error:
+            MathsDataModule(**{argument: "gsm8k"})
+        one_line(error, f"{argument}='gsm8k' is no hub id such as org/name")
+    with pytest.raises(DataError) as error:
+        MathsDataModule(train="meta/MetaMath").prepare_data()
+    one_line(error, "no data set meta/MetaMath on https://", "or give a file of JSON or JSON lines")
+    with pytest.raises(DataError) as error:
+        MathsDataModule(test=str(tmp_path / "none.json")).test_rows()
+    one_line(error, "none.json cannot be read: No such file")
+    with pytest.raises(DataError) as error:
+        read_problems("org/several", "test")
+    one_line(error, "available configs: ['a', 'b']", "after a colon: org/several:NAME")
+    hub["org/odd"] = [{"text": "x"}]
+    with pytest.raises(DataError) as error:
+        read_problems("org/odd", "train")
+    one_line(error, "data set org/odd, split 'train' has the columns", "known are")

@@ -1,0 +1,157 @@
+"""Folders of pictures: layouts, splits, modes of pictures, and everything that can be wrong with them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.image_classification import sources as image_sources
+from tests.tasks.image_classification.image_helpers import class_folders, fill, image_module, sizes, split_folders
+
+
+@pytest.fixture
+def flat(tmp_path):
+    return class_folders(tmp_path / "pets")
+
+
+def test_class_folders_are_split_by_seed(flat):
+    data = image_module(flat)
+    assert data.class_names == ["cat", "dog", "eel"]
+    assert sizes(data) == (17, 2, 5)
+    images, labels, ids = next(iter(data.predict_dataloader()))
+    assert images.shape == (5, 3, 8, 8)
+    assert [data.class_names[label] for label in labels] == [one.split("/")[0] for one in ids]
+    files = [file for split in data.split_record()["indices"].values() for file in split["rows"]]
+    assert len(files) == len(set(files)) == 24
+    assert "cat/more/00.png" in files
+    assert "dog/00.JPG" in files
+    other = image_module(flat, split_seed=1)
+    assert other.split_record()["indices"] != data.split_record()["indices"]
+    assert image_module(flat).split_record() == data.split_record()
+
+
+def test_fractions(flat):
+    assert sizes(image_module(flat, validation_fraction=0.5)) == (9, 10, 5)
+    assert sizes(image_module(flat, test_fraction=0.5)) == (10, 2, 12)
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation"])
+def test_split_folders(tmp_path, validation):
+    data = image_module(split_folders(tmp_path, validation))
+    assert sizes(data) == (8, 2, 4)
+    assert data.split_record()["indices"]["validation"] == {"of": "validation", "rows": "all"}
+    _, labels, ids = next(iter(data.predict_dataloader()))
+    assert ids == ["test/cat/00.png", "test/cat/01.png", "test/dog/00.png", "test/dog/01.png"]
+    assert labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_missing_split_folder_is_cut_from_training(tmp_path):
+    for name in ("cat", "dog"):
+        fill(tmp_path / "train" / name, 10)
+        fill(tmp_path / "test" / name, 1)
+    data = image_module(tmp_path)
+    assert sizes(data) == (18, 2, 2)
+    with pytest.raises(ConfigurationError, match=r"test_fraction=0.3 would do nothing: .* its own test split"):
+        image_module(tmp_path, test_fraction=0.3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "at least two classes; it holds none"),
+        (lambda root: fill(root / "cat"), "it holds only cat/"),
+        (lambda root: (fill(root / "cat"), (root / "dog").mkdir()), "dog has no images"),
+        (lambda root: (split_folders(root), fill(root / "vall" / "cat")), "also vall"),
+        (lambda root: (split_folders(root), fill(root / "valid" / "cat")), "more than one validation folder"),
+        (lambda root: (fill(root / "test" / "cat"), fill(root / "val" / "cat")), "no train/"),
+        (lambda root: (split_folders(root), fill(root / "test" / "emu")), "test has emu that training lacks"),
+        (lambda root: (split_folders(root), fill(root / "train" / "emu")), "validation lacks emu that training has"),
+        (lambda root: (fill(root / "cat", 3), fill(root / "dog", 1)), None),
+        (lambda root: (fill(root / "cat", 1), fill(root / "dog", 1)), "too few"),
+    ],
+)
+def test_folders_that_do_not_serve(tmp_path, make, message):
+    make(tmp_path)
+    if message is None:
+        assert sizes(image_module(tmp_path)) == (2, 1, 1)
+    else:
+        with pytest.raises(DataError, match=message):
+            image_module(tmp_path)
+
+
+def test_missing_folder_names_what_is_close(flat):
+    with pytest.raises(DataError, match=r"no 'pest' in .*; closest: pets"):
+        image_module(flat.parent / "pest")
+    with pytest.raises(DataError, match=r"no 'pest' in .*; closest: pets"):
+        image_module(flat.parent / "pest" / "deeper")
+    with pytest.raises(DataError, match="is a file"):
+        image_module(flat / "cat" / "00.png")
+
+
+def test_broken_pictures_are_named_at_setup(flat):
+    (flat / "dog" / "03.JPG").write_bytes(b"not a picture")
+    (flat / "eel" / "05.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 broken image\(s\) under .*: dog/03.JPG, eel/05.png"):
+        image_module(flat)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_truncated_pictures_are_named_when_read(flat, num_workers):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in sorted((flat / "dog").iterdir()):
+        Image.fromarray(noise).save(name)
+        name.write_bytes(name.read_bytes()[:-2000])
+    data = image_module(flat, num_workers=num_workers)
+    with pytest.raises(DataError, match=r"image dog/\d\d.JPG of .*pets cannot be read .*truncated"):
+        list(data.train_dataloader())
+
+
+def _saved(path, image, **options):
+    image.save(path, **options)
+    return Image.open(path)
+
+
+def test_every_mode_becomes_upright_rgb(tmp_path):
+    red = Image.new("RGB", (4, 2), (255, 0, 0))
+    palette = red.quantize(4)
+    palette.info["transparency"] = bytes([255, 0, 0, 0])
+    for index, (image, suffix) in enumerate(
+        [(red, "png"), (red.convert("RGBA"), "png"), (red.quantize(4), "gif"), (palette, "png")]
+    ):
+        turned = image_sources.to_rgb(_saved(tmp_path / f"{index}.{suffix}", image))
+        assert turned.mode == "RGB"
+        assert turned.getpixel((0, 0)) == (255, 0, 0)
+    cyan = image_sources.to_rgb(_saved(tmp_path / "c.jpg", Image.new("CMYK", (8, 8), (255, 0, 0, 0))))
+    assert cyan.getpixel((4, 4))[0] < 30
+    assert cyan.getpixel((4, 4))[1] > 200
+    for mode in ("L", "LA", "1"):
+        assert image_sources.to_rgb(Image.new(mode, (2, 2), 0)).getpixel((0, 0)) == (0, 0, 0)
+    deep = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
+    deep = image_sources.to_rgb(_saved(tmp_path / "deep.png", deep))
+    assert [deep.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+    with pytest.raises(ValueError, match="mode F has no known range"):
+        image_sources.to_rgb(Image.new("F", (2, 2)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    upright = image_sources.to_rgb(_saved(tmp_path / "turned.jpg", red, exif=exif))
+    assert upright.size == (2, 4)
+
+
+def test_predict_folder(flat, tmp_path):
+    more = tmp_path / "new"
+    fill(more, 2)
+    fill(more / "some" / "dog", 1)
+    fill(more / "emu", 1)
+    data = image_module(flat, "predict", predict_folder=str(more))
+    _, labels, ids = next(iter(data.predict_dataloader()))
+    assert ids == ["00.png", "01.png", "emu/00.png", "some/dog/00.png"]
+    assert labels.tolist() == [-1, -1, -1, 1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no images"):
+        image_module(flat, "predict", predict_folder=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="closest: new"):
+        image_module(flat, "predict", predict_folder=str(tmp_path / "mew"))
+    (more / "01.png").write_text("broken")
+    with pytest.raises(DataError, match=r"01\.png"):
+        image_module(flat, "predict", predict_folder=str(more))
+    image_module(flat, "fit", predict_folder=str(more))  # other stages do not read it

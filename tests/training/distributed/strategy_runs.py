@@ -1,0 +1,149 @@
+"""A script of several fits and tests after each other in the same processes: ``strategy_runs.py PLAN.json``.
+
+Started by `torchrun`, or alone for one process. Lightning's launcher would start the script again for each trainer, and
+importing takes longer than the fits do.
+"""
+
+import json
+import os
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything  # noqa: E402
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
+from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
+
+from pera_lightning import AdapterInjection  # noqa: E402
+from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, LoRA  # noqa: E402
+from pera_lightning.training.distributed import all_gather_object  # noqa: E402
+from pera_lightning.training.sharding import sharded_like, whole  # noqa: E402
+from tests.tasks.causal_lm.evaluator_helpers import data  # noqa: E402
+from tests.tasks.causal_lm.language_helpers import QV, module  # noqa: E402
+
+METHODS = {
+    "LoRA": LoRA(rank=2),
+    "PERA": PERA(rank=2),
+    "HiRA": HiRA(rank=2),
+    "HiRA svd": HiRA(rank=2, reference="svd", reference_rank=2),  # taken from the weights at the injection
+    "HiLoRA": HiLoRA(hira_rank=2, lora_rank=2),
+    "PiSSA": LoRA(rank=2, init="pissa"),  # changes the frozen weights at the injection
+    "AuroRA": AuroRA(rank=2),
+}
+torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # inductor takes minutes
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Watch(Callback):
+    """Starts from random adapters; keeps the loss of every batch over all processes, and what there is at the end."""
+
+    def __init__(self, folder):
+        self.folder, self.losses = Path(folder), []
+
+    def on_fit_start(self, trainer, pl_module):
+        if trainer.ckpt_path is None:
+            generator = torch.Generator().manual_seed(3)
+            for _, parameter in sorted(pl_module.named_parameters()):
+                if parameter.requires_grad:
+                    values = 0.2 * torch.randn(parameter.shape, generator=generator)
+                    with torch.no_grad():
+                        parameter.copy_(sharded_like(values, parameter))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        ranks = all_gather_object(outputs["loss"].item())
+        self.losses.append(sum(ranks) / len(ranks))
+
+    def on_fit_end(self, trainer, pl_module):
+        trained, frozen = (
+            whole({n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad is wanted})
+            for wanted in (True, False)
+        )
+        sharded = [type(p).__name__ == "DTensor" for p in pl_module.parameters()]
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            kept = {"losses": self.losses, "trained": trained, "frozen": frozen, "sharded": sharded, "logged": logged}
+            torch.save(kept, self.folder / "end.pt")
+
+
+class Dies(Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            raise InterruptedError
+
+
+class Dealt(LightningDataModule):
+    """Sixteen images, the same ones in a step on any number of processes."""
+
+    num_classes = 3
+
+    def train_dataloader(self):
+        from tests.tasks.image_classification.vision_helpers import Images
+
+        images = Images(16)
+        sampler = DistributedSampler(images, num_replicas=WORLD, rank=RANK, seed=5)
+        return DataLoader(images, batch_size=4 // WORLD, sampler=sampler)
+
+
+def build(case):
+    """Network and data of a case."""
+    options = {"weight_decay": 0.01, **case.get("module", {})}
+    if case["kind"] == "vit":
+        from tests.tasks.image_classification.vision_helpers import module as image_module
+
+        return image_module(case["network"], **options), Dealt(), ["attn.qkv[q,v]"], ["head"]
+    protocol = case.get("protocol", "llm_adapters")
+    rows = data(
+        Path(case["sets"]), protocol, batch_size=case.get("batch", 4) // WORLD, eval_batch_size=2, validation_size=3
+    )
+    return module(case["network"], **options), rows, QV, []
+
+
+def run(case):
+    """Fits or tests as a case says."""
+    folder = Path(case["folder"])
+    seed_everything(0, verbose=False)
+    network, rows, targets, trainable = build(case)
+    strategy = case["strategy"]
+    if strategy == "model_parallel":
+        strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    often = case.get("keep", {"every_n_train_steps": 1})
+    keep = ModelCheckpoint(folder, filename="last", enable_version_counter=False, **often)
+    dies = [Dies(case["dies"])] if "dies" in case else []
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy=strategy,
+        callbacks=[AdapterInjection(METHODS[case["method"]], targets, trainable), Watch(folder), *dies, keep],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        **{"max_steps": 3, **case.get("trainer", {})},
+    )
+    command = case.get("command", "fit")
+    try:
+        getattr(trainer, command)(network, datamodule=rows, ckpt_path=case.get("ckpt"))
+    except InterruptedError:
+        return
+    if command != "fit" and trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps({k: v.item() for k, v in trainer.callback_metrics.items()}))
+
+
+if __name__ == "__main__":
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run(case)
+        if RANK == 0:
+            print("done", case["folder"], flush=True)

@@ -1,0 +1,175 @@
+"""One process, DDP and FSDP2 train alike, and a checkpoint of each goes on under every other."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.distributed.ddp_helpers import assert_close, assert_equal
+from tests.training.distributed.node_helpers import environment, run_together
+
+SCRIPT = Path(__file__).resolve().parent / "strategy_runs.py"
+WORLDS = {"single": 1, "ddp": 2, "fsdp2": 2}
+METHODS = ["LoRA", "PERA", "HiRA", "HiRA svd", "HiLoRA", "PiSSA", "AuroRA"]
+# name: base, precision; 16-mixed needs a CUDA device
+PRECISIONS = {
+    "float32": ("float32", "32-true"),
+    "bf16-mixed": ("float32", "bf16-mixed"),
+    "bf16 base": ("bfloat16", "32-true"),
+    "bf16 base, bf16-mixed": ("bfloat16", "bf16-mixed"),
+}
+
+pytestmark = pytest.mark.slow
+
+
+def launch(cases, world, folder, timeout=280):
+    """Runs cases after each other in one start of `world` processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(cases))
+    words = [sys.executable, str(SCRIPT), str(plan)]
+    if world > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        words = [*start, *words[1:]]
+    (done,) = run_together([(words, environment())], folder, timeout)
+    assert done.code == 0, done.text[-3000:]
+    return done.text
+
+
+def end(folder):
+    return torch.load(folder / "end.pt", weights_only=True)
+
+
+def case(folder, strategy, network, sets, **more):
+    kind = more.pop("kind", "llama")
+    shared = {"kind": kind, "network": str(network), "sets": str(sets), "method": "PERA"}
+    return {**shared, "strategy": "auto" if strategy == "single" else strategy, "folder": str(folder), **more}
+
+
+IN_A_WINDOW = {"accumulate_grad_batches": 2, "val_check_interval": 1, "max_epochs": 1, "max_steps": -1}
+AT_VALIDATION = {"save_on_train_epoch_end": False}
+MORE = {
+    "clipped": {"trainer": {"gradient_clip_val": 0.05}},
+    "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
+    "checkpointed": {"module": {"activation_checkpointing": True}},
+    "compiled": {"module": {"compile": True}},
+    "images": {"kind": "vit", "method": "AuroRA"},
+    "longer": {"trainer": {"max_steps": 5}},
+    "cut": {"trainer": {"max_steps": 5}, "dies": 2},
+    "window": {"trainer": IN_A_WINDOW, "keep": AT_VALIDATION, "batch": 2},
+    "stopped": {"trainer": IN_A_WINDOW, "keep": AT_VALIDATION, "batch": 2, "dies": 3},
+}
+TRAINED = [
+    *(f"{p}/{m}" for p in PRECISIONS for m in METHODS),
+    *(name for name in MORE if name not in ("stopped", "cut")),
+]
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory, llama, vit, sets):
+    """Every strategy x precision x method on a tiny Llama, and some more cases; each strategy started once."""
+    root = tmp_path_factory.mktemp("matrix")
+    for strategy, world in WORLDS.items():
+        cases = []
+        for precision, (base, trainer) in PRECISIONS.items():
+            for method in METHODS:
+                options = {"module": {"base_dtype": base}, "trainer": {"precision": trainer}, "method": method}
+                cases.append(case(root / strategy / precision / method, strategy, llama, sets, **options))
+        for name, options in MORE.items():
+            network = vit if options.get("kind") == "vit" else llama
+            cases.append(case(root / strategy / name, strategy, network, sets, **options))
+        launch(cases, world, root / strategy)
+    launch([case(root / "model_parallel", "model_parallel", llama, sets)], 2, root / "mp")
+    return root
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_strategies_train_alike(matrix, name):
+    one, ddp, fsdp = (end(matrix / strategy / name) for strategy in WORLDS)
+    assert all(fsdp["sharded"])
+    assert not any(one["sharded"] + ddp["sharded"])
+    assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-5)
+    (assert_close if "accumulated" in name or "window" in name else assert_equal)(ddp["trained"], fsdp["trained"])
+    for other in (ddp, fsdp):
+        assert_equal(one["frozen"], other["frozen"])
+    if "bf16" not in name:
+        assert ddp["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert_close(one["trained"], ddp["trained"])
+    else:  # Adam makes whole steps of gradients that are nothing but rounding, so single elements say little
+        assert ddp["losses"] == pytest.approx(one["losses"], rel=0.01)
+        for key, value in one["trained"].items():
+            assert (ddp["trained"][key] - value).norm() < 0.1 * value.norm(), key
+
+
+def test_a_plain_model_parallel_strategy_is_the_same(matrix):
+    assert_equal(end(matrix / "model_parallel")["trained"], end(matrix / "fsdp2" / "float32" / "PERA")["trained"])
+    assert (matrix / "model_parallel" / "last.ckpt").is_file()
+
+
+def test_checkpoints_are_alike(matrix):
+    """The same keys, in the same form, without the base."""
+    files = [torch.load(matrix / strategy / "float32" / "PERA" / "last.ckpt", weights_only=True) for strategy in WORLDS]
+    for one, other in itertools.pairwise(files):
+        assert one.keys() == other.keys()
+        assert_close(
+            {k: v for k, v in one["state_dict"].items() if ".adapters." in k},
+            {k: v for k, v in other["state_dict"].items() if ".adapters." in k},
+        )
+        assert one["pera_lightning"] == other["pera_lightning"]
+        assert not [k for k in one["state_dict"] if "adapters" not in k and "metrics" not in k]
+        first, second = (file["optimizer_states"][0] for file in (one, other))
+        assert first["param_groups"] == second["param_groups"]
+        assert first["state"].keys() == second["state"].keys()
+        for k, state in first["state"].items():
+            assert state["step"] == second["state"][k]["step"]
+            moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            assert_close(moments, {name: second["state"][k][name] for name in moments})
+
+
+@pytest.fixture(scope="module")
+def carried(matrix, llama, sets):
+    """Every strategy goes on from every strategy's checkpoint: of an optimizer step, and between two batches of one."""
+    for strategy, world in WORLDS.items():
+        cases = []
+        for source in WORLDS:
+            step, window = (matrix / source / name / "last.ckpt" for name in ("cut", "stopped"))
+            folder = matrix / f"{source} to {strategy}"
+            step_options = {"ckpt": str(step), "trainer": {"max_steps": 5}}
+            window_options = {"ckpt": str(window), "trainer": IN_A_WINDOW, "keep": AT_VALIDATION, "batch": 2}
+            cases.append(case(folder / "step", strategy, llama, sets, **step_options))
+            cases.append(case(folder / "window", strategy, llama, sets, **window_options))
+            asked = {"ckpt": str(step), "command": "test", "protocol": "strict"}
+            cases.append(case(folder / "test", strategy, llama, sets, **asked))
+        launch(cases, world, matrix / f"to {strategy}")
+    return matrix
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", WORLDS)
+@pytest.mark.parametrize("source", WORLDS)
+def test_a_checkpoint_goes_on_under_another_strategy(carried, source, strategy):
+    """As the run that never stopped where there are as many processes; else as the other strategy of as many."""
+    folder = carried / f"{source} to {strategy}"
+    if WORLDS[source] == WORLDS[strategy]:
+        steps, window = carried / source / "longer", carried / source / "window"
+    else:
+        same = next(s for s in WORLDS if WORLDS[s] == WORLDS[source])
+        steps, window = (carried / f"{same} to {strategy}" / name for name in ("step", "window"))
+    assert_close(end(steps)["trained"], end(folder / "step")["trained"])
+    assert_close(end(window)["trained"], end(folder / "window")["trained"])
+    assert end(folder / "step")["losses"] == pytest.approx(end(steps)["losses"][-3:], rel=1e-5)
+
+
+@pytest.mark.timeout(900)
+def test_answers_are_the_same_under_every_strategy(carried):
+    found = {
+        (source, strategy): json.loads((carried / f"{source} to {strategy}" / "test" / "metrics.json").read_text())
+        for source in WORLDS
+        for strategy in WORLDS
+    }
+    assert found["single", "single"]
+    assert all(metrics == found["single", "single"] for metrics in found.values())

@@ -1,0 +1,248 @@
+"""What checkpoints of adapted modules hold, and what they are refused for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import (
+    Callback,
+    ModelCheckpoint,
+    WeightAveraging,
+)
+
+from pera_lightning import adapter_state_dict, load_adapted, load_adapter
+from pera_lightning.adapters import PERA, FullFineTuning, LinearProbe, LoRA
+from pera_lightning.errors import CheckpointError
+from tests.training.foreign import Plain, train_loader, val_loader
+from tests.training.short_fits import TARGETS, callback, fitted, trainer
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_hold_no_frozen_base(tmp_path: Path, weights_only: bool) -> None:
+    model = Plain()
+    keep = ModelCheckpoint(tmp_path, filename="x", save_weights_only=weights_only)
+    run = trainer(tmp_path, callback(), keep)
+    run.fit(model, train_loader(), val_loader())
+    run.save_checkpoint(tmp_path / "after.ckpt", weights_only=weights_only)
+    for name in ("x.ckpt", "after.ckpt"):
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        saved = set(checkpoint["state_dict"])
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        assert not saved & frozen
+        assert saved == set(model.state_dict()) - frozen
+        # The statistics of a norm in training mode change, so they are saved although its parameters are frozen.
+        assert "norm.running_mean" in saved
+        assert checkpoint["pera_lightning"]["method"]["class_path"].endswith("lora.LoRA")
+    # What other code asks of the module stays whole.
+    assert frozen <= set(model.state_dict())
+
+
+def test_test_with_a_checkpoint(tmp_path: Path) -> None:
+    model, _ = fitted(tmp_path)
+    expected = trainer(tmp_path, callback()).test(model, val_loader(), verbose=False)
+    fresh = Plain()
+    got = trainer(tmp_path, callback()).test(fresh, val_loader(), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+    assert got == expected
+
+
+def test_fit_then_test_with_one_trainer(tmp_path: Path) -> None:
+    model, run = fitted(tmp_path)
+    assert run.test(model, val_loader(), ckpt_path="best", verbose=False) == run.test(
+        model, val_loader(), verbose=False
+    )
+
+
+def test_load_adapted(tmp_path: Path) -> None:
+    model, _ = fitted(tmp_path)
+    x = torch.randn(5, 8)
+    expected = model.eval()(x)
+    by_class = load_adapted(Plain, tmp_path / "best.ckpt")
+    by_instance = load_adapted(Plain(), tmp_path / "best.ckpt")
+    assert torch.equal(by_class(x), expected)
+    assert torch.equal(by_instance(x), expected)
+    assert not by_class.training
+    assert load_adapted(Plain, tmp_path / "best.ckpt", dropout=0.5).body[2].p == 0.5
+
+
+def test_adapter_folder_is_the_best_checkpoint(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    model, keep = Plain(), ModelCheckpoint(tmp_path, monitor="val/loss", mode="min", save_top_k=1)
+    run = trainer(tmp_path, callback(), keep, max_epochs=4)
+    run.fit(model, train_loader(), val_loader())
+    best = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
+    loaded = load_adapter(Plain(), tmp_path / "adapter")
+    for name, value in adapter_state_dict(loaded).items():
+        assert torch.equal(value, best[name]), name
+    assert not torch.equal(best["head.weight"], model.head.weight)  # else best and last would be the same
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["targets"] == TARGETS
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    trainer(tmp_path, callback(), fast_dev_run=True).fit(Plain(), train_loader(), val_loader())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"method": PERA(rank=2)}, "is of LoRA, the model has PERA"),
+        ({"method": LoRA(rank=3)}, r"LoRA\(rank=2.*LoRA\(rank=3"),
+        ({"method": LoRA(rank=2, alpha=3)}, r"alpha=16.*alpha=3"),
+        ({"targets": ["body.0"]}, "adapts 2 layers .* the model 1 .*body.3"),
+        ({"trainable": []}, "trains .*head.* give the same trainable"),
+    ],
+)
+def test_a_checkpoint_of_something_else(tmp_path: Path, other: dict, message: str) -> None:
+    fitted(tmp_path)
+    run = trainer(tmp_path, callback(other.pop("method", None), **other))
+    with pytest.raises(CheckpointError, match=message):
+        run.test(Plain(), val_loader(), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+
+
+def test_a_checkpoint_of_another_base(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    other = Plain()
+    with torch.no_grad():
+        other.body[3].weight.mul_(1.1)
+    with pytest.raises(CheckpointError, match=r"another base: 1 of 2 frozen weights differ, first body.3"):
+        trainer(tmp_path, callback()).test(other, val_loader(), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+
+
+def test_a_bfloat16_copy_of_the_base_is_the_same_base(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    loaded = load_adapted(Plain().bfloat16(), tmp_path / "best.ckpt")
+    assert loaded.body[0].adapters["all"].A.dtype == torch.float32
+
+
+def test_dropout_may_differ(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    run = trainer(tmp_path, callback(LoRA(rank=2, dropout=0.4)))
+    run.test(Plain(), val_loader(), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+
+
+def test_missing_and_unexpected_keys(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    path = tmp_path / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["body.0.adapters.all.C"] = checkpoint["state_dict"].pop("body.0.adapters.all.A")
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match=r"1 missing: body.0.adapters.all.A; 1 unexpected: body.0.adapters.all.C"):
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(path), verbose=False)
+
+
+def test_a_damaged_or_missing_checkpoint(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    whole = (tmp_path / "best.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"cut.ckpt is damaged"):
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "cut.ckpt"), verbose=False)
+    with pytest.raises(CheckpointError, match=r"cut.ckpt is damaged"):
+        load_adapted(Plain, tmp_path / "cut.ckpt")
+    with pytest.raises(CheckpointError, match=r"not exist.*best.ckpt"):
+        load_adapted(Plain, tmp_path / "bset.ckpt")
+    with pytest.raises(CheckpointError, match=r"not exist.*best.ckpt"):
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "bset.ckpt"), verbose=False)
+
+
+def test_an_adapter_folder_is_no_checkpoint_and_those_beside_it_are_named(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "best.ckpt").rename(tmp_path / "checkpoints" / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"is an adapter folder, .* needed: \S*/checkpoints/best.ckpt$") as error:
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "adapter"), verbose=False)
+    assert "\n" not in str(error.value)
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"here a checkpoint is needed$"):
+        load_adapted(Plain, tmp_path / "adapter")
+
+
+def test_a_checkpoint_without_adapters(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"))
+    run.fit(Plain(), train_loader(), val_loader())
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "plain.ckpt"), verbose=False)
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        load_adapted(Plain, tmp_path / "plain.ckpt")
+
+
+def test_a_plain_module_still_loads_strictly(tmp_path: Path) -> None:
+    """Only the frozen base may be missing; torch's own check stays on for the rest."""
+    model, _ = fitted(tmp_path)
+    state = adapter_state_dict(model)
+    model.load_state_dict(state)
+    del state["head.bias"]
+    with pytest.raises(RuntimeError, match=r"head\.bias"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", [LinearProbe(), FullFineTuning()], ids=str)
+def test_controls(tmp_path: Path, method) -> None:
+    model, _ = fitted(tmp_path, method)
+    saved = set(torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"])
+    assert ("body.0.weight" in saved) is isinstance(method, FullFineTuning)
+    assert torch.equal(load_adapted(Plain, tmp_path / "best.ckpt").head.weight, model.head.weight)
+
+
+def test_weight_averaging(tmp_path: Path) -> None:
+    """It copies the model at its setup, and resumes from a checkpoint that lacks the base."""
+    seed_everything(0, verbose=False)
+    model, keep = Plain(), ModelCheckpoint(tmp_path, filename="ema", save_last=True)
+    trainer(tmp_path, callback(), WeightAveraging(), keep).fit(model, train_loader(), val_loader())
+    checkpoint = torch.load(tmp_path / "ema.ckpt", weights_only=True)
+    assert "body.0.weight" not in checkpoint["state_dict"]
+    assert "body.0.weight" not in checkpoint["current_model_state"]
+    run = trainer(tmp_path, callback(), WeightAveraging(), max_epochs=2)
+    run.fit(Plain(), train_loader(), val_loader(), ckpt_path=str(tmp_path / "ema.ckpt"))
+
+
+class Thaws(Callback):
+    """Unfreezes a base layer in the second epoch, as BaseFinetuning does."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Plain) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.body[3].weight.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": [pl_module.body[3].weight]})
+
+
+def test_what_others_unfreeze_is_saved(tmp_path: Path) -> None:
+    model = Plain()
+    keep = ModelCheckpoint(tmp_path, filename="thawed", every_n_epochs=3)
+    trainer(tmp_path, callback(), Thaws(), keep, max_epochs=3).fit(model, train_loader(), val_loader())
+    assert "body.3.weight" in torch.load(tmp_path / "thawed.ckpt", weights_only=True)["state_dict"]
+    model.body[3].weight.requires_grad_(False)
+    assert "body.3.weight" in adapter_state_dict(model)
+    assert "body.0.weight" not in adapter_state_dict(model)
+
+
+def test_strict_loading_is_the_modules(tmp_path: Path) -> None:
+    """A module that leaves something of its own out of its checkpoints says so by strict_loading."""
+
+    class Drops(Plain):
+        strict_loading = False
+
+        def on_save_checkpoint(self, checkpoint: dict) -> None:
+            del checkpoint["state_dict"]["norm.running_mean"]
+
+    run = trainer(tmp_path, callback(), ModelCheckpoint(tmp_path, filename="best"))
+    run.fit(Drops(), train_loader(), val_loader())
+    again = trainer(tmp_path, callback())
+    again.test(Drops(), val_loader(), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+    path = tmp_path / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"]["head.weight"]
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match=r"1 missing: head\.weight"):
+        again.test(Drops(), val_loader(), ckpt_path=str(path), verbose=False)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save(torch.ones(2), tmp_path / "x.ckpt")
+    (tmp_path / "y.ckpt").write_text("text")
+    for name, message in (("x", "holds a Tensor, no Lightning"), ("y", "is damaged or no checkpoint")):
+        with pytest.raises(CheckpointError, match=message):
+            trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / f"{name}.ckpt"))
