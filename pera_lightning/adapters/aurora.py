@@ -32,16 +32,10 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
-from pera_lightning.adapters.method import (
-    LayerContext,
-    LowRankMethod,
-    Merging,
-    check_choice,
-    check_fits,
-    check_rank,
-)
+from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.errors import ConfigurationError, NotMergeableError
+from pera_lightning.validation import check_choice, check_positive_int
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -301,8 +295,8 @@ class AuroRA(LowRankMethod):
         check_choice(self.activation, "activation", tuple(ACTIVATIONS))
         check_choice(self.train_mode, "train_mode", MODES)
         check_choice(self.inference_mode, "inference_mode", MODES)
-        check_rank(self.grid_size, "grid_size")
-        check_rank(self.spline_order, "spline_order")
+        check_positive_int(self.grid_size, "grid_size")
+        check_positive_int(self.spline_order, "spline_order")
         ends = tuple(self.grid_range) if isinstance(self.grid_range, (list, tuple)) else ()
         if len(ends) != 2 or not all(isinstance(v, (int, float)) for v in ends) or not 0 < ends[1] - ends[0] < math.inf:
             raise ConfigurationError(f"grid_range={self.grid_range!r}: two increasing numbers are needed")

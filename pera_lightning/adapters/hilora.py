@@ -15,16 +15,9 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
 from pera_lightning.adapters.hira import hira_update
-from pera_lightning.adapters.method import (
-    LayerContext,
-    LinearMethod,
-    Merging,
-    check_dropout,
-    check_fits,
-    check_rank,
-    check_scale,
-)
+from pera_lightning.adapters.method import LayerContext, LinearMethod, Merging, check_fits
 from pera_lightning.adapters.registry import register_method
+from pera_lightning.validation import check_in_range, check_positive, check_positive_int
 
 
 class Factors(nn.Module):
@@ -98,10 +91,10 @@ class HiLoRA(LinearMethod):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_rank(self.hira_rank, "hira_rank")
-        check_rank(self.lora_rank, "lora_rank")
-        check_scale(self.alpha)
-        check_dropout(self.dropout)
+        check_positive_int(self.hira_rank, "hira_rank")
+        check_positive_int(self.lora_rank, "lora_rank")
+        check_positive(self.alpha, "alpha")
+        check_in_range(self.dropout, "dropout", ge=0, lt=1)
 
     def build(self, context: LayerContext) -> HiLoRALayer:
         check_fits(context, self.hira_rank, "hira_rank")

@@ -21,18 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
-from pera_lightning.adapters.method import (
-    LayerContext,
-    LinearMethod,
-    Merging,
-    check_choice,
-    check_dropout,
-    check_fits,
-    check_rank,
-    check_scale,
-)
+from pera_lightning.adapters.method import LayerContext, LinearMethod, Merging, check_fits
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.validation import check_choice, check_in_range, check_positive, check_positive_int
 
 REFERENCES = ("weight", "random", "svd", "smooth")
 
@@ -138,12 +130,12 @@ class HiRA(LinearMethod):
     reference_seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
-        check_scale(self.scale, "scale")
-        check_dropout(self.dropout)
+        check_positive_int(self.rank, "rank")
+        check_positive(self.scale, "scale")
+        check_in_range(self.dropout, "dropout", ge=0, lt=1)
         check_choice(self.reference, "reference", REFERENCES)
         if self.reference == "svd":
-            check_rank(self.reference_rank, "reference_rank")
+            check_positive_int(self.reference_rank, "reference_rank")
         for name, owner in (("reference_rank", "svd"), ("reference_seed", "random")):
             if getattr(self, name) is not None and self.reference != owner:
                 raise ConfigurationError(f"{name}={getattr(self, name)} acts with reference='{owner}' only")

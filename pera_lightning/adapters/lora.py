@@ -20,14 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
-from pera_lightning.adapters.method import (
-    LayerContext,
-    LowRankMethod,
-    Merging,
-    check_choice,
-    check_fits,
-)
+from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
 from pera_lightning.adapters.registry import register_method
+from pera_lightning.validation import check_choice
 
 INITS = ("default", "gaussian", "pissa", "milora")
 SVD_INITS = ("pissa", "milora")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.adapters.base import LinearAdapter, adapt_layer, base_weight
-from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.validation import check_in_range, check_positive, check_positive_int
 
 MAX_SEED = 2**63 - 1
 Merging = Literal["exact", "approximate", "none"]
@@ -262,19 +262,13 @@ class LowRankMethod(LinearMethod):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
-        check_scale(self.alpha)
-        check_dropout(self.dropout)
+        check_positive_int(self.rank, "rank")
+        check_positive(self.alpha, "alpha")
+        check_in_range(self.dropout, "dropout", ge=0, lt=1)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-
-def check_rank(value: Any, name: str = "rank") -> None:
-    """Raises `ConfigurationError` unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name}={value!r}: a positive integer is needed")
 
 
 def check_fits(context: LayerContext, rank: int, name: str = "rank") -> None:
@@ -282,27 +276,3 @@ def check_fits(context: LayerContext, rank: int, name: str = "rank") -> None:
     most = min(context.out_features, context.in_features)
     if rank > most:
         raise ConfigurationError(f"{name}={rank} is larger than {context} allows: at most {most}")
-
-
-def check_number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf, allowed: str) -> None:
-    """Raises `ConfigurationError` unless ``low < value < high``; `allowed` says the range in words."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        raise ConfigurationError(f"{name}={value!r}: {allowed} is needed")
-
-
-def check_scale(value: Any, name: str = "alpha") -> None:
-    """Raises `ConfigurationError` unless `value` is a positive finite number."""
-    check_number(value, name, low=0.0, allowed="a number above 0")
-
-
-def check_dropout(value: Any) -> None:
-    """Raises `ConfigurationError` unless `value` is a probability in [0, 1)."""
-    check_number(value, "dropout", low=-1e-300, high=1.0, allowed="a probability in [0, 1)")
-
-
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
-    """Raises `UnknownNameError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UnknownNameError(
-            f"{name}={value!r} does not exist; one of {', '.join(choices)}{closest(str(value), choices)}"
-        )

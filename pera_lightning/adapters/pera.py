@@ -25,15 +25,9 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
-from pera_lightning.adapters.method import (
-    LayerContext,
-    LowRankMethod,
-    Merging,
-    check_choice,
-    check_fits,
-    check_scale,
-)
+from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
 from pera_lightning.adapters.registry import register_method
+from pera_lightning.validation import check_choice, check_positive
 
 TERMS = ("full", "square", "cross", "linear")
 INITS = ("default", "gaussian_b")
@@ -168,7 +162,7 @@ class PERA(LowRankMethod):
         super().__post_init__()
         check_choice(self.terms, "terms", TERMS)
         check_choice(self.init, "init", INITS)
-        check_scale(self.init_std, "init_std")
+        check_positive(self.init_std, "init_std")
 
     def build(self, context: LayerContext) -> PERALayer:
         check_fits(context, self.rank)

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.errors import ConfigurationError, listed, megabytes
 from pera_lightning.export.folder import check_output_folder
 from pera_lightning.export.low_rank import ExportedUpdate, low_rank_updates
@@ -19,6 +18,7 @@ from pera_lightning.injection.inject import Injection, adapter_parameter_names, 
 from pera_lightning.injection.state import find_injected, frozen_names
 from pera_lightning.merging.merge import adapted_layers, linearised, merged_layers
 from pera_lightning.merging.merge_error import Drift, Forward, drift, measure, taken
+from pera_lightning.validation import check_in_range, check_positive_int
 
 
 @dataclass
@@ -91,8 +91,8 @@ class LinearUpdates:
 def check_export(folder: str | Path, *, rank: int | None, max_error: float, overwrite: bool) -> None:
     """Raises `ConfigurationError` for values out of range, and for a folder that exists."""
     if rank is not None:
-        check_rank(rank)
-    check_number(max_error, "max_error", low=-1e-300, allowed="a relative error of at least 0")
+        check_positive_int(rank, "rank")
+    check_in_range(max_error, "max_error", ge=0)
     check_output_folder(folder, overwrite=overwrite)
 
 

@@ -16,7 +16,6 @@ from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from pera_lightning.adapters.base import LowRankUpdate
-from pera_lightning.adapters.method import check_choice
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.export import vllm
 from pera_lightning.export.folder import output_folder
@@ -27,6 +26,7 @@ from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
 from pera_lightning.injection.inject import Injection
 from pera_lightning.merging.merge import adapted_layers
 from pera_lightning.merging.merge_error import Forward
+from pera_lightning.validation import check_choice
 
 TARGETS = ("peft", "vllm")
 _CONFIG_ROOM = 1 << 20  # bytes

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
-from pera_lightning.adapters.method import check_number
 from pera_lightning.errors import NotMergeableError, listed
 from pera_lightning.merging.activation_capture import inputs_in_order
 from pera_lightning.merging.merge_error import Forward, call, device_of, evaluating, on_device, unpadded
+from pera_lightning.validation import check_in_range
 
 RIDGE = 1e-3
 _TINY = 1e-6
@@ -120,7 +120,7 @@ def calibrate(
         NotMergeableError: for a layer that no batch reaches, or inputs that are no numbers.
         ConfigurationError: for a negative ridge.
     """
-    check_number(ridge, "ridge", low=-1e-300, allowed="a number of at least 0")
+    check_in_range(ridge, "ridge", ge=0)
 
     def run(batch: Any) -> None:
         (forward or call)(model, on_device(batch, device_of(model)))

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.aurora import AuroRALayer, acting_layers
 from pera_lightning.adapters.base import AdaptedLayer, release_layer
-from pera_lightning.adapters.method import check_choice
 from pera_lightning.errors import ConfigurationError, NotMergeableError, listed
 from pera_lightning.injection.inject import forget_injection, injection_of
 from pera_lightning.merging.calibration import RIDGE, calibrate
 from pera_lightning.merging.merge_error import Drift, Forward, Measured, drift, measure, taken
+from pera_lightning.validation import check_choice
 
 METHODS = ("static", "calibrated")
 _KEPT = "_pera_before_merging"

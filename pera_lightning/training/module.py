@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from pera_lightning.adapters.method import check_choice, check_number, check_scale
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
 from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.injection.inject import injection_of
@@ -28,6 +27,7 @@ from pera_lightning.training.optimizers import parameter_groups
 from pera_lightning.training.reloading import inject_from
 from pera_lightning.training.schedules import SCHEDULES, lr_factor, warmup_length
 from pera_lightning.training.sharding import reads_weights, shard
+from pera_lightning.validation import check_choice, check_in_range, check_positive
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,14 +43,13 @@ def check_training_values(
     base_dtype: str = "float32",
 ) -> None:
     """Raises `ConfigurationError` for learning rates, decay, schedule, warm-up or type that are not allowed."""
-    check_scale(lr, "lr")
+    check_positive(lr, "lr")
     if head_lr is not None:
-        check_scale(head_lr, "head_lr")
-    check_number(weight_decay, "weight_decay", low=-1e-300, allowed="a number of at least 0")
+        check_positive(head_lr, "head_lr")
+    check_in_range(weight_decay, "weight_decay", ge=0)
     check_choice(lr_schedule, "lr_schedule", SCHEDULES)
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ConfigurationError(f"warmup_steps={warmup_steps!r}: a whole number of optimizer steps is needed")
-    check_number(warmup_ratio, "warmup_ratio", low=-1e-300, high=1.0, allowed="a share in [0, 1)")
+    check_in_range(warmup_steps, "warmup_steps", ge=0, integer=True)
+    check_in_range(warmup_ratio, "warmup_ratio", ge=0, lt=1)
     check_choice(base_dtype, "base_dtype", tuple(DTYPES))
     if warmup_steps and warmup_ratio:
         raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")

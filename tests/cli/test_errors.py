@@ -28,8 +28,8 @@ PARSED = {
     "rank negative": (["--adapter.method.rank", "-3"], "rank=-3: a positive integer is needed"),
     "alpha 0": (["--adapter.method.alpha", "0"], "alpha=0.0: a number above 0 is needed"),
     "alpha nan": (["--adapter.method.alpha", ".nan"], "alpha=nan: a number above 0 is needed"),
-    "dropout 1": (["--adapter.method.dropout", "1"], "dropout=1.0: a probability in [0, 1) is needed"),
-    "dropout negative": (["--adapter.method.dropout", "-0.1"], "dropout=-0.1: a probability in [0, 1) is needed"),
+    "dropout 1": (["--adapter.method.dropout", "1"], "dropout=1.0: a number in [0, 1) is needed"),
+    "dropout negative": (["--adapter.method.dropout", "-0.1"], "dropout=-0.1: a number in [0, 1) is needed"),
     "unknown method": (
         ["--adapter.method", "AuroRa"],
         "adapter.method: class 'AuroRa' is not known; there are LoRA, AuroRA, LinearProbe, FullFineTuning, HiRA, "

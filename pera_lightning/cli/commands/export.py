@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from pera_lightning.adapters.method import check_rank
 from pera_lightning.cli.trained_run import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.injection.state import adapter_state_dict, save_adapter
+from pera_lightning.validation import check_positive_int
 
 # Options that act with each format only.
 _ACTING = {
@@ -88,7 +88,7 @@ def chosen_options(config: Any) -> dict[str, Any]:
     if "batches" in given and "method" not in given:
         raise ConfigurationError("--batches acts with --method only; `merge` measures any merge on batches")
     if "batches" in given:
-        check_rank(given["batches"], "batches")
+        check_positive_int(given["batches"], "batches")
     return given
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from pera_lightning.adapters.method import check_rank
 from pera_lightning.cli.commands.export import add_merging, batches_of, write_merged
 from pera_lightning.cli.trained_run import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.folder import check_output_folder
 from pera_lightning.merging.merge import merge
+from pera_lightning.validation import check_positive_int
 
 
 class MergeCLI(TrainedCLI):
@@ -38,7 +38,7 @@ def run(args: Sequence[str]) -> None:
     if overwrite and not output:
         raise ConfigurationError("--overwrite acts with --output only")
     if count is not None:
-        check_rank(count, "batches")
+        check_positive_int(count, "batches")
     if output:
         check_output_folder(output, overwrite=overwrite, apart=cli.read())
     trained = Trained(cli)

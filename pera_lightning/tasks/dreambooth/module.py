@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from pera_lightning.adapters.base import AdaptedLayer
-from pera_lightning.adapters.method import check_choice, check_number, check_rank, check_scale
 from pera_lightning.errors import ConfigurationError, DataError, listed, megabytes
 from pera_lightning.tasks.dreambooth import loss as diffusion_loss
 from pera_lightning.tasks.dreambooth.encoders import Encoders
@@ -33,6 +32,7 @@ from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.module import DTYPES
 from pera_lightning.training.normalised_loss import StepMeanModule
 from pera_lightning.training.optimizers import with_own_rate
+from pera_lightning.validation import check_choice, check_in_range, check_positive, check_positive_int
 
 _STEPS = "trained_steps"  # in checkpoints
 _LEVELS = 4  # timesteps of each image that a merge is measured at
@@ -117,19 +117,19 @@ class DreamBoothModule(StepMeanModule):
         super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
         for name, value in (("snr_gamma", snr_gamma), ("text_encoder_lr", text_encoder_lr)):
             if value is not None:
-                check_scale(value, name)
+                check_positive(value, name)
         if text_encoder_lr is not None and not adapt_text_encoders:
             raise ConfigurationError(
                 f"text_encoder_lr={text_encoder_lr}, and the text encoders are frozen: set adapt_text_encoders=true, "
                 "or leave it out"
             )
         for name, value in (("noise_offset", noise_offset), ("prior_weight", prior_weight)):
-            check_number(value, name, low=-1e-300, allowed="a number of at least 0")
+            check_in_range(value, name, ge=0)
         if prediction_type is not None:
             check_choice(prediction_type, "prediction_type", diffusion_loss.PREDICTION_TYPES)
         check_choice(optimizer, "optimizer", ("adamw", "adamw8bit"))
-        check_rank(sampling_steps, "sampling_steps")
-        check_number(guidance_scale, "guidance_scale", low=-1e-300, allowed="a number of at least 0; 1 is none")
+        check_positive_int(sampling_steps, "sampling_steps")
+        check_in_range(guidance_scale, "guidance_scale", ge=0)
         self.save_hyperparameters()
         self._schedule: tuple[Tensor, str] | None = None
         self.trained_steps = 0

@@ -16,7 +16,6 @@ from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import in_order
 from pera_lightning.errors import ConfigurationError
@@ -25,6 +24,7 @@ from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
 from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.module import DTYPES, AdapterModule
+from pera_lightning.validation import check_in_range, check_positive_int
 
 
 class ImageClassificationModule(AdapterModule):
@@ -67,10 +67,10 @@ class ImageClassificationModule(AdapterModule):
         base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
-        check_number(label_smoothing, "label_smoothing", low=-1e-300, high=1.0, allowed="a number in [0, 1)")
+        check_in_range(label_smoothing, "label_smoothing", ge=0, lt=1)
         for name, value in (("num_classes", num_classes), ("image_size", image_size)):
             if value is not None:
-                check_rank(value, name)
+                check_positive_int(value, name)
         self.save_hyperparameters()
         self._data_config: dict[str, Any] | None = None
         self._started = 0.0

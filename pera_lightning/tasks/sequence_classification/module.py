@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.adapters.method import check_number, check_rank
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import in_order
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
@@ -36,6 +35,7 @@ from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.module import DTYPES, release_heads
 from pera_lightning.training.normalised_loss import StepMeanModule
 from pera_lightning.training.transformers_models import forward_arguments, recompute_activations
+from pera_lightning.validation import check_in_range, check_positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,9 +101,9 @@ class SequenceClassificationModule(StepMeanModule):
     ) -> None:
         super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
         if num_labels is not None:
-            check_rank(num_labels, "num_labels")
+            check_positive_int(num_labels, "num_labels")
         if head_dropout is not None:
-            check_number(head_dropout, "head_dropout", low=-1e-300, high=1.0, allowed="a probability in [0, 1)")
+            check_in_range(head_dropout, "head_dropout", ge=0, lt=1)
         check_weights(class_weights, num_labels)
         self.save_hyperparameters()
         self.register_buffer("class_weights", None, persistent=False)

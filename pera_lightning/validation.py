@@ -1,0 +1,90 @@
+"""Checks of arguments: each raises one line that says what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
+
+
+def check_positive_int(value: Any, name: str) -> None:
+    """Raises `ConfigurationError` unless `value` is an integer of at least 1; True and False are none.
+
+    Args:
+        value: what was given.
+        name: the argument's, for the message.
+    """
+    if not _is_int(value) or value < 1:
+        raise ConfigurationError(f"{name}={value!r}: a positive integer is needed")
+
+
+def check_positive(value: Any, name: str) -> None:
+    """Raises `ConfigurationError` unless `value` is a finite number above 0.
+
+    Args:
+        value: what was given.
+        name: the argument's, for the message.
+    """
+    check_in_range(value, name, gt=0)
+
+
+def check_in_range(
+    value: Any,
+    name: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    integer: bool = False,
+) -> None:
+    """Raises `ConfigurationError` unless `value` is a finite number within the bounds that are given.
+
+    Args:
+        value: what was given.
+        name: the argument's, for the message.
+        ge: the least value allowed.
+        gt: a bound that the value must exceed.
+        le: the largest value allowed.
+        lt: a bound that the value must stay below.
+        integer: whether only integers are allowed.
+    """
+    number = _is_int(value) or (not integer and isinstance(value, float) and math.isfinite(value))
+    inside = number and (
+        (ge is None or value >= ge)
+        and (gt is None or value > gt)
+        and (le is None or value <= le)
+        and (lt is None or value < lt)
+    )
+    if not inside:
+        what = "an integer" if integer else "a number"
+        raise ConfigurationError(f"{name}={value!r}: {what}{_range_in_words(ge, gt, le, lt)} is needed")
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Raises `UnknownNameError` unless `value` is one of `choices`; the message has the closest of them.
+
+    Args:
+        value: what was given.
+        name: the argument's, for the message.
+        choices: what is allowed.
+    """
+    if value not in choices:
+        raise UnknownNameError(
+            f"{name}={value!r} does not exist; one of {', '.join(choices)}{closest(str(value), choices)}"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _range_in_words(ge: float | None, gt: float | None, le: float | None, lt: float | None) -> str:
+    low, high = ge if ge is not None else gt, le if le is not None else lt
+    if low is not None and high is not None:
+        return f" in {'(' if ge is None else '['}{low}, {high}{')' if le is None else ']'}"
+    if low is not None:
+        return f" {'of at least' if ge is not None else 'above'} {low}"
+    return "" if high is None else f" {'of at most' if le is not None else 'below'} {high}"
