@@ -9,7 +9,7 @@ from pera_lightning.validation import check_choice, check_in_range, check_positi
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
 def test_a_positive_integer(value):
     check_positive_int(1, "rank")
-    with pytest.raises(ConfigurationError, match="rank=.*: a positive integer is needed"):
+    with pytest.raises(ConfigurationError, match=r"rank=.*: a positive integer is needed"):
         check_positive_int(value, "rank")
 
 
@@ -17,7 +17,7 @@ def test_a_positive_integer(value):
 def test_a_positive_number(value):
     check_positive(1e-300, "lr")
     check_positive(3, "lr")
-    with pytest.raises(ConfigurationError, match="lr=.*: a number above 0 is needed"):
+    with pytest.raises(ConfigurationError, match=r"lr=.*: a number above 0 is needed"):
         check_positive(value, "lr")
 
 
