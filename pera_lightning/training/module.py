@@ -154,7 +154,18 @@ class AdapterModule(LightningModule):
         """
         return torch.optim.AdamW(groups)
 
-    # --- merging and export: commands/merge.py and commands/export.py ---
+    # --- what is agreed on with the data: see `pera_lightning.data.base` ---
+
+    def data_requirements(self) -> dict[str, Any]:
+        """What the network asks of its data: a tokenizer's name, image size and mean, and the like."""
+        return {}
+
+    def data_description(self) -> Mapping[str, Any]:
+        """What the trainer's data module says of its data; empty for somebody else's data, or loaders alone."""
+        describe = getattr(getattr(self.trainer, "datamodule", None), "description", None)
+        return describe() if callable(describe) else {}
+
+    # --- merging and export: cli/commands/merge.py and cli/commands/export.py ---
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
         """Takes settings that the network depends on, where they were left to the data, from trained tensors.
