@@ -72,8 +72,8 @@ class StepMeanModule(AdapterModule):
     counted = "step_counts"
     trained = "training_protocol"
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
         self.trained_with: dict[str, Any] | None = None
         self._step_mean = StepMean()
 
@@ -104,6 +104,7 @@ class StepMeanModule(AdapterModule):
                     parameter.grad.mul_(factor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint[self.counted] = self._step_mean.state()
         checkpoint[self.trained] = self.trained_with
 

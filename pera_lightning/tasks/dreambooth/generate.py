@@ -101,7 +101,7 @@ class Pictures:
         Raises:
             ConfigurationError: for too many steps, or what is unknown of the noise schedule.
         """
-        settings, encoders = self.module.settings, self.module.encoders
+        settings, encoders = self.module.hparams, self.module.encoders
         sampler(encoders, settings["sampling_steps"], self.module.schedule[1])
 
     def size(self) -> tuple[int, int]:
@@ -112,14 +112,14 @@ class Pictures:
     def sampling(self) -> dict[str, Any]:
         """How images are made, as primitives."""
         height, width = self.size()
-        settings = self.module.settings
+        settings = self.module.hparams
         how = {"steps": settings["sampling_steps"], "guidance_scale": settings["guidance_scale"]}
         return {"height": height, "width": width, **how, "prediction_type": self.module.schedule[1]}
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """An image for each prompt and seed."""
         module = self.module
-        embeddings = module.embeddings if module.settings["adapt_text_encoders"] else None
+        embeddings = module.embeddings if module.hparams["adapt_text_encoders"] else None
         what = {"prompts": prompts, "seeds": seeds, "device": module.device, "embeddings": embeddings}
         return to_pictures(sample(module.model, module.encoders, **what, **self.sampling()))  # type: ignore[arg-type]
 
@@ -211,7 +211,7 @@ class Pictures:
         mark = injection_of(self.module.model)  # type: ignore[arg-type]
         method = None if mark is None else mark.method.spec()
         steps = self.module.trained_steps
-        generated = GeneratedImages(self.module.settings["model_name"], method, steps, self.sampling(), tuple(made))
+        generated = GeneratedImages(self.module.hparams["model_name"], method, steps, self.sampling(), tuple(made))
         write_images(folder, generated)
         if grid is not None:
             save_picture(grid, folder / GRID)
@@ -253,7 +253,7 @@ class Pictures:
             print(f"Results: {path}", flush=True)
 
     def _metrics(self) -> dict[str, str | None]:
-        return {name: self.module.settings[name] for name in ("dino", "clip")}
+        return {name: self.module.hparams[name] for name in ("dino", "clip")}
 
     def _scores(self, made: Sequence[GeneratedImage], folder: Path) -> list[dict[str, float]]:
         """Of each image its similarity to the subject's photographs, and to its prompt."""
@@ -274,7 +274,7 @@ class Pictures:
             DataError: where some are missing and the network is trained already.
         """
         module, trainer = self.module, self.module.trainer
-        made_by = {name: module.settings[name] for name in ("model_name", "revision", "variant", "vae", "base_dtype")}
+        made_by = {name: module.hparams[name] for name in ("model_name", "revision", "variant", "vae", "base_dtype")}
         trained = trainer.ckpt_path is not None or module.trained_steps
         if trained and (missing := data.class_images_missing()):
             raise DataError(
