@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.data.distributed_sampler import in_order
+from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.tasks.dreambooth.image_grid import (
@@ -173,7 +173,7 @@ class Pictures:
         """Writes the images and their grid, into ``validation/step_NNNNNN`` and TensorBoard."""
         module, trainer = self.module, self.module.trainer
         module.release_encoders()
-        made = in_order(all_gather_object(self._made.pop("", [])))
+        made = merge_shards(all_gather_object(self._made.pop("", [])))
         if not made or not trainer.is_global_zero or trainer.sanity_checking:
             return
         grid = grid_of(((what, picture) for _, what, picture in made), f"step {module.trained_steps}")
@@ -194,7 +194,7 @@ class Pictures:
     def finish_predict(self) -> None:
         """Writes the list of the images, and their grid, beside them."""
         self.module.release_encoders()
-        made = in_order(all_gather_object(self._made.pop("", [])))
+        made = merge_shards(all_gather_object(self._made.pop("", [])))
         if not self.module.trainer.fast_dev_run and self.module.trainer.is_global_zero and made:
             self._write([what for _, what, _ in made])
             print(f"{len(made)} images and their grid: {self.folder()}", flush=True)
@@ -230,7 +230,9 @@ class Pictures:
         for stage, variant in zip(inference, ("", _STATIC), strict=False):
             own = self._made.pop(variant, [])
             measured = self._scores([what for _, what, _ in own], self.folder(variant))
-            rows = in_order(all_gather_object([(*made[:2], score) for made, score in zip(own, measured, strict=True)]))
+            rows = merge_shards(
+                all_gather_object([(*made[:2], score) for made, score in zip(own, measured, strict=True)])
+            )
             each[stage] = {what.file: score for _, what, score in rows}
             for metric in rows[0][2] if rows else ():
                 scores[f"{stage}/{metric}"] = float(np.mean([score[metric] for *_, score in rows]))

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import in_order
+from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
 from pera_lightning.tasks.image_classification.networks import create
@@ -277,7 +277,7 @@ class ImageClassificationModule(AdapterModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        rows = in_order(ranks)
+        rows = merge_shards(ranks)
         folder.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")

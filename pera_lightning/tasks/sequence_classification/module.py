@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import in_order
+from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.files import write_atomically
 from pera_lightning.pretrained import load_tokenizer
@@ -312,7 +312,7 @@ class SequenceClassificationModule(StepMeanModule):
         names = [*getattr(task, "submission_files", ())]
         names += [f"predictions{name}" for name in self._set_names(len(self._rows))[len(names) :]]
         for index, name in zip(self._rows, names, strict=False):
-            rows = in_order([own[index] for own in ranks])
+            rows = merge_shards([own[index] for own in ranks])
             text = submission((row, written(prediction)) for row, prediction in rows)
             write_atomically(folder / f"{name}.tsv", text.encode())
             print(f"Predictions of {len(rows)} rows: {folder / name}.tsv", flush=True)
