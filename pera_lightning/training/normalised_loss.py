@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pera_lightning.training._lightning_internals import should_accumulate
 from pera_lightning.training.module import AdapterModule
 
 
@@ -95,7 +96,7 @@ class StepMeanModule(AdapterModule):
 
     def on_after_backward(self) -> None:
         """Corrects the gradient at the end of the accumulation window."""
-        if self.trainer.fit_loop._should_accumulate():
+        if should_accumulate(self.trainer):
             return
         factor = self._step_mean.correction(self.trainer.accumulate_grad_batches)
         if factor != 1:
