@@ -10,7 +10,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pera_lightning.adapters.base import AdaptedLayer
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, UnusedLayerError, listed
 from pera_lightning.injection.inject import adapter_parameter_names
 
