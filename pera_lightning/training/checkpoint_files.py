@@ -22,7 +22,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from pera_lightning.errors import CheckpointError, megabytes, shorten
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 
 # What reading bytes that are no checkpoint raises, in torch, pickle and zipfile.
 UNREADABLE = (
@@ -50,7 +50,7 @@ class WholeFilesIO(TorchCheckpointIO):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(file)
-            write_atomically(file, buffer.getbuffer())
+            atomic_write(file, buffer.getbuffer())
         except OSError as error:
             raise CheckpointError(_not_written(file, buffer.getbuffer().nbytes, error)) from None
 
@@ -71,7 +71,7 @@ def local_file(path: Any) -> Path | None:
 
 
 def remove_leftovers(file: Path) -> None:
-    """Removes what `write_atomically` has left of `file` in an earlier process that was killed while it wrote."""
+    """Removes what `atomic_write` has left of `file` in an earlier process that was killed while it wrote."""
     for part in file.parent.glob(f".{escape(file.name)}.????????"):
         if part.stat().st_mtime < _STARTED:
             part.unlink(missing_ok=True)
