@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
 from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
+from pera_lightning.injection.adapter_folder import write_adapter
 from pera_lightning.injection.inject import adapter_parameter_names, inject, injection_of
 from pera_lightning.injection.state import (
     METADATA,
@@ -37,7 +38,6 @@ from pera_lightning.injection.state import (
     find_injected,
     forgive_missing_base,
     remember_unfrozen,
-    write_adapter,
 )
 from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, read_checkpoint
 from pera_lightning.training.checks import (

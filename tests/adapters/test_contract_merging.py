@@ -178,7 +178,7 @@ def test_the_claims_of_a_method_are_true(method: LinearMethod) -> None:
     if dynamic(method):
         assert method.merging == "approximate"
         for refused in (adapter.low_rank_update, lambda: adapter.delta_weight(layer.weight), lambda: merge(model)):
-            with pytest.raises(NotMergeableError, match="take the method 'calibrated'"):
+            with pytest.raises(NotMergeableError, match="take the mode 'calibrated'"):
                 refused()
         assert same(bits(model), before)
         assert not layer.merged
