@@ -79,15 +79,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     state, config = read_adapter(folder)
     found = find_injected(model)
     root = found[1] if found else model
-    if found is None:
+    if found is None:  # check what can be checked before the model is changed
         check_plain(root, state, config, str(folder), check_base=check_base)
         inject_spec(root, config)
     present = injection_of(root)
-    if not check_base:
+    if not check_base:  # take the model's own base for the right one
         config = {**config, "fingerprint": present.fingerprint}  # type: ignore[union-attr]
     check_injection(config, present, str(folder))  # type: ignore[arg-type]
     check_state(root, state, str(folder))
-    root.load_state_dict(state, strict=False)
+    root.load_state_dict(state, strict=False)  # the frozen base is not in it
     return model
 
 
@@ -102,6 +102,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         data = (folder / WEIGHTS_FILE).read_bytes()
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
+        # A folder of another name beside it may be meant.
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         missing = Path(error.filename).name
         raise CheckpointError(

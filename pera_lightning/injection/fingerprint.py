@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 64
+SAMPLES = 64  # elements of each tensor
 
 
 def weight_hash(weight: Tensor, bias: Tensor | None = None) -> str:
@@ -46,6 +46,7 @@ def fingerprint(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     Returns:
         Path to ``"shape:hash"``; empty where nothing is frozen.
     """
+    # A probe adapts no layer, and still belongs to one base.
     paths = list(layers) or [n for n, p in model.named_parameters() if not p.requires_grad and p.dim() > 1]
     return {path: fingerprint_of(model, path) for path in paths}
 

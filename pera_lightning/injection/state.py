@@ -21,7 +21,7 @@ from pera_lightning.injection.inject import Injection, inject, injection_of, tra
 
 METADATA = "pera_lightning"
 FORMAT = 1
-_UNFROZEN = "_pera_unfrozen"
+_UNFROZEN = "_pera_unfrozen"  # attribute of an injected model, see `remember_unfrozen`
 
 
 def find_injected(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -133,6 +133,7 @@ def _check_shapes(state: Mapping[str, Any], present: Mapping[str, Any], source: 
     for name in (n for n in present if n in state):
         given, expected = getattr(state[name], "shape", ()), getattr(present[name], "shape", ())
         if given != expected:
+            # A head has as many rows as the data have classes.
             hint = "" if ".adapters." in name else "; does the data have another number of classes?"
             raise CheckpointError(f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}")
 
@@ -177,10 +178,12 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
         present: the model's.
         source: where `saved` comes from, for the message.
     """
+    # The method, but for what may differ at run time.
     method = method_from_spec(saved["method"])
     own, other = _lasting(method), _lasting(present.method)
     if own != other:
         raise CheckpointError(f"{source} is of {_differences(own, other)}, the model has {_differences(other, own)}")
+    # The layers and slices, not the expressions, since several expressions can name the same.
     layers = {path: tuple(slices) for path, slices in saved["layers"].items()}
     if layers != present.layers:
         apart = [path for path in {**layers, **present.layers} if layers.get(path) != present.layers.get(path)]
@@ -188,6 +191,7 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
             f"{source} adapts {len(layers)} layers by {saved['targets']}, the model {len(present.layers)} by "
             f"{list(present.targets)}; they differ at {listed(apart, 3)}"
         )
+    # The heads, and then the base itself.
     if tuple(saved["trained_modules"]) != present.trained_modules:
         raise CheckpointError(
             f"{source} trains {saved['trained_modules']} in full, the model {list(present.trained_modules)}: "

@@ -196,7 +196,7 @@ def test_the_export_rank_is_the_updates(method: LinearMethod) -> None:
     adapter = the_adapter(layer)
     with linearised(layer, how(method)):
         if method.export_rank is None:
-            with pytest.raises(NotMergeableError, match=f"the update of {type(adapter).__name__} is no product"):
+            with pytest.raises(NotMergeableError, match=f"the update of {type(adapter).__name__} is not a product"):
                 adapter.low_rank_update()
             return
         update: LowRankUpdate = adapter.low_rank_update()
