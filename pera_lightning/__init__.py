@@ -31,11 +31,11 @@ _NAMES = {
     "export_transformers": "pera_lightning.export.transformers",
     "inject": "pera_lightning.injection.inject",
     "load_adapted": "pera_lightning.training.reloading",
-    "load_adapter": "pera_lightning.injection.state",
+    "load_adapter": "pera_lightning.injection.adapter_folder",
     "load_peft": "pera_lightning.export.peft_import",
     "merge": "pera_lightning.merging.merge",
     "merge_and_unload": "pera_lightning.merging.merge",
-    "save_adapter": "pera_lightning.injection.state",
+    "save_adapter": "pera_lightning.injection.adapter_folder",
     "unmerge": "pera_lightning.merging.merge",
 }
 __all__ = [*_NAMES, "__version__"]

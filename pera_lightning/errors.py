@@ -23,7 +23,7 @@ class UnknownNameError(PeraError, ValueError):
 
 
 class NoTargetMatched(PeraError, ValueError):
-    """A target, row block or trainable module that the model does not have."""
+    """A target, slice or trainable module that the model does not have."""
 
 
 class UnsupportedTarget(PeraError, TypeError):

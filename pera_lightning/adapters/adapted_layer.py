@@ -17,7 +17,7 @@ from pera_lightning.adapters.base import ALL, LinearAdapter
 from pera_lightning.errors import ConfigurationError, UnsupportedTarget
 
 UNUSED = "output_unused"  # attribute of a part of a network that runs, and whose output the network does not use
-_EXACT = (torch.float32, torch.float64)
+_EXACT = (torch.float32, torch.float64)  # types in which W + ΔW keeps a small ΔW
 
 
 class AdaptedLayer(nn.Module):
@@ -27,7 +27,7 @@ class AdaptedLayer(nn.Module):
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
     slices: dict[str, slice]
-    plain_class: type[nn.Module]
+    plain_class: type[nn.Module]  # what `release_layer` goes back to
     merged: str | None = None  # how the updates got into the weight; set by `pera_lightning.merging.merge`
 
     def base_weight(self) -> Tensor:
@@ -41,7 +41,7 @@ class AdaptedLayer(nn.Module):
             ConfigurationError: where merged adapters are trained, which would change nothing.
         """
         frozen = weight = self.base_weight()
-        if self.merged:
+        if self.merged:  # the updates are in the weight
             if self.training and torch.is_grad_enabled():
                 raise ConfigurationError("the adapters are merged, and training would not change them: call unmerge")
             return F.linear(x, weight, self.bias)
@@ -55,8 +55,8 @@ class AdaptedLayer(nn.Module):
             else:
                 apart.append(name)
         if added:
-            weight = _add_to_slices(weight, added, self.slices, dim=0)
-        y = F.linear(x, weight, self.bias)
+            weight = _add_to_slices(weight, added, self.slices, dim=0)  # (out, in)
+        y = F.linear(x, weight, self.bias)  # the one base product, (..., out)
         if not apart:
             return y
         updates = {name: self.adapters[name](x, frozen[self.slices[name]]) for name in apart}
@@ -65,7 +65,7 @@ class AdaptedLayer(nn.Module):
 
 def _add_to_slices(base: Tensor, updates: dict[str, Tensor], slices: dict[str, slice], dim: int) -> Tensor:
     """Adds each update to its slice of `base` along `dim`; what lies between the slices is copied bit for bit."""
-    if ALL in updates:
+    if ALL in updates:  # then it is the only one
         return base + updates[ALL].to(base.dtype)
     # The stretches of `base` in their order, each with the name of its update, or None.
     stretches: list[tuple[int, str | None]] = []
@@ -133,7 +133,8 @@ def adapt_layer(module: nn.Module, adapters: dict[str, LinearAdapter], slices: d
     if not is_linear(module):
         raise UnsupportedTarget(f"{type(module).__name__} is neither nn.Linear nor transformers' Conv1D")
     check_slices(slices, base_weight(module).shape[0])
-    adapted = nn.ModuleDict(adapters)
+    # Another class of the same object: what holds this module, its hooks and its parameters notices nothing.
+    adapted = nn.ModuleDict(adapters)  # first, since it may refuse a name
     module.plain_class = type(module)
     module.__class__ = AdaptedConv1D if is_conv1d(module) else AdaptedLinear
     module.slices = dict(slices)

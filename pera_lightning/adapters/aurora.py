@@ -51,6 +51,7 @@ def uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, fl
     """Knots of a uniform B-spline, the grid extended by `spline_order` intervals on both sides: (G + 2S + 1,)."""
     low, high = grid_range
     step = (high - low) / grid_size
+    # In float64, and rounded once at the end.
     index = torch.arange(-spline_order, grid_size + spline_order + 1, dtype=torch.float64, device="cpu")
     return low + step * index
 
@@ -115,6 +116,7 @@ class AdaptiveNonlinearLayer(nn.Module):
     def _exact(self, z: Tensor) -> Tensor:
         """σ(z) computed in the wider of z's and the parameters' dtype."""
         act = ACTIVATIONS[self.activation]
+        # Splines are coarse in bfloat16, and r numbers a token cost little.
         kept = self.self_projection if self.spline_weight is None else self.spline_weight
         exact = z.to(torch.promote_types(z.dtype, kept.dtype))
         out: Tensor | float = 0.0
@@ -137,6 +139,7 @@ class AuroRALayer(LowRankAdapter):
         super().__init__(context, method)
         self.train_mode, self.inference_mode = method.train_mode, method.inference_mode
         self.anl = AdaptiveNonlinearLayer(method, context.weight.device)
+        # Set by `calibrate` and never saved.
         for name in ("calibrated_A", "calibrated_B", "calibrated_bias"):
             self.register_buffer(name, None, persistent=False)
 
@@ -151,7 +154,7 @@ class AuroRALayer(LowRankAdapter):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A xavier-normal, B zero, σ as its own layer says."""
-        draw(self.A, nn.init.xavier_normal_, generator)
+        draw(self.A, nn.init.xavier_normal_, generator)  # not in the paper
         self.B.zero_()
         self.anl.reset_parameters(generator)
 
@@ -170,8 +173,8 @@ class AuroRALayer(LowRankAdapter):
             return y if self.calibrated_bias is None else y + self.calibrated_bias.to(y.dtype)
         if self.mode == "static":
             return lora_output(x, self.static_factor(), self.B, self.scale)
-        z = self.anl(F.linear(x, self.A.to(x.dtype)))
-        return F.linear(z * self.scale, self.B.to(z.dtype))
+        z = self.anl(F.linear(x, self.A.to(x.dtype)))  # dynamic: (..., r)
+        return F.linear(z * self.scale, self.B.to(z.dtype))  # (..., out)
 
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:

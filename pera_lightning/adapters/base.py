@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 
 ALL = "all"  # the slice of a layer that is adapted as one
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1  # of torch.Generator.manual_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class LayerContext:
             purpose: a word that separates several uses within one layer.
             seed: a seed in the place of the run's.
         """
+        # Hashed into one number, so that every layer has a stream of its own.
         text = f"{self.seed if seed is None else seed}|{self.path}|{self.slice}|{purpose}"
         value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
         return torch.Generator(device="cpu").manual_seed(value)
@@ -68,7 +69,7 @@ class LayerContext:
             rank: the rank of a product of two factors.
             name: the hyperparameter's name, for the message.
         """
-        most = min(self.out_features, self.in_features)
+        most = min(self.out_features, self.in_features)  # a product of two factors has no higher rank
         if rank > most:
             raise ConfigurationError(f"{name}={rank} is larger than {self} allows: at most {most}")
 
@@ -124,7 +125,7 @@ class LinearAdapter(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)  # a module of its own, so that train() and eval() of the whole reach it
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the initial values, on the CPU so that they are the same on every device."""
@@ -159,7 +160,7 @@ class LinearAdapter(nn.Module):
         Raises:
             NotMergeableError: where no such matrix exists.
         """
-        if self.uses_weight:
+        if self.uses_weight:  # in float32, whatever the base is stored in
             return self.effective_update(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         return self.low_rank_update().delta_weight()
 
@@ -175,7 +176,7 @@ class LinearAdapter(nn.Module):
         """The update as a product of its own: x (..., in), weight (out, in) -> (..., out)."""
         x = self.dropout(x)
         if self.uses_weight:
-            return F.linear(x, self.effective_update(weight).to(x.dtype))
+            return F.linear(x, self.effective_update(weight).to(x.dtype))  # (..., out)
         return self.delta_output(x)
 
     def extra_repr(self) -> str:
@@ -194,7 +195,7 @@ class LowRankAdapter(LinearAdapter):
         context.check_rank(method.rank)
         size = {"in_features": context.in_features, "out_features": context.out_features}
         super().__init__(**size, scale=method.scale, dropout=method.dropout)
-        self.method = method
+        self.method = method  # holds what only the initial values or one formula need
         self.A = new_parameter(method.rank, context.in_features, device=context.weight.device)  # (r, in)
         self.B = new_parameter(context.out_features, method.rank, device=context.weight.device)  # (out, r)
 
@@ -222,6 +223,7 @@ def draw(parameter: Tensor, init: Callable, generator: torch.Generator | None, *
     """
     if parameter.is_meta:
         return
-    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")  # whatever torch.device context is on
+    # On the CPU and in float32 whatever torch.device context or default dtype is on: the same values everywhere.
+    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     init(values, generator=generator, **options)
     parameter.copy_(values)

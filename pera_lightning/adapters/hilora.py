@@ -27,13 +27,14 @@ class HiLoRALayer(LinearAdapter):
     uses_weight: ClassVar[bool] = True
 
     def __init__(self, context: LayerContext, method: HiLoRA) -> None:
+        # By the names that the user knows; the parts would say "rank".
         context.check_rank(method.hira_rank, "hira_rank")
         context.check_rank(method.lora_rank, "lora_rank")
         lora = LoRA(rank=method.lora_rank, alpha=method.alpha)
         size = {"in_features": context.in_features, "out_features": context.out_features}
         super().__init__(**size, scale=lora.scale, dropout=method.dropout)
-        self.hira = HiRALayer(context, HiRA(rank=method.hira_rank))
-        self.lora = LoRALayer(context, lora)
+        self.hira = HiRALayer(context, HiRA(rank=method.hira_rank))  # A₁, B₁
+        self.lora = LoRALayer(context, lora)  # A₂, B₂
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -43,6 +44,7 @@ class HiLoRALayer(LinearAdapter):
 
     def effective_update(self, weight: Tensor) -> Tensor:
         """W (out, in) -> ΔW (out, in), in the parameters' dtype."""
+        # The scale on B, which is smaller than the product.
         return self.hira.effective_update(weight) + (self.lora.B * self.scale) @ self.lora.A
 
 

@@ -33,7 +33,7 @@ REFERENCES = ("weight", "random", "svd", "smooth")
 
 def hira_update(reference: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """scale · R ⊙ (B A): R (out, in), A (r, in), B (out, r) -> (out, in), in the dtype of A."""
-    return reference.to(A.dtype) * ((B * scale) @ A)
+    return reference.to(A.dtype) * ((B * scale) @ A)  # the scale on B, which is smaller than the product
 
 
 @torch.no_grad()
@@ -42,13 +42,15 @@ def own_reference(context: LayerContext, method: HiRA) -> Tensor | None:
     weight, rank = context.weight, method.reference_rank
     if method.reference not in ("random", "svd"):
         return None
-    if weight.is_meta:
+    if weight.is_meta:  # only the shape is known
         return torch.empty_like(weight)
     if method.reference == "random":
+        # From its own seed and not the run's, since R is not saved.
         source = context.generator("reference", method.reference_seed or 0)
         values = torch.rand(weight.shape, generator=source, dtype=torch.float32, device="cpu")
         return values.to(device=weight.device, dtype=weight.dtype)
     context.check_rank(rank, "reference_rank")
+    # The best approximation of W of that rank.
     u, sigma, vh = torch.linalg.svd(weight.float(), full_matrices=False)
     return ((u[:, :rank] * sigma[:rank]) @ vh[:rank]).to(weight.dtype)
 
@@ -60,15 +62,15 @@ def layers_around(model: nn.Module) -> dict[str, list[nn.Module]]:
     children are all of one class.
     """
     modules = used_modules(model)
-    roles: dict[tuple, list[str]] = {}
+    roles: dict[tuple, list[str]] = {}  # role and shape to the paths that have them, in the model's order
     for path, module in modules.items():
         if is_linear(module):
+            # The path with a star for the number of each repeated block.
             parts = path.split(".")
             containers = [model.get_submodule(".".join(parts[:k])) for k in range(len(parts))]
             repeated = [len({type(child) for child in container.children()}) == 1 for container in containers]
             role = tuple("*" if p.isdigit() and r else p for p, r in zip(parts, repeated, strict=True))
             roles.setdefault((role, *base_weight(module).shape), []).append(path)
-    # Within one role, in the model's order.
     return {
         path: [modules[name] for name in paths[max(0, k - 1) : k + 2]]
         for paths in roles.values()
@@ -121,6 +123,7 @@ class HiRA(LinearMethod):
         check_choice(self.reference, "reference", REFERENCES)
         if self.reference == "svd":
             check_positive_int(self.reference_rank, "reference_rank")
+        # Nothing is accepted that would be ignored.
         for name, owner in (("reference_rank", "svd"), ("reference_seed", "random")):
             if getattr(self, name) is not None and self.reference != owner:
                 raise ConfigurationError(f"{name}={getattr(self, name)} acts with reference='{owner}' only")
@@ -129,6 +132,7 @@ class HiRA(LinearMethod):
         around = layers_around(model) if self.reference == "smooth" else {}  # before the layers change their class
         notes = super().apply(model, targets, trainable, seed)
         for target in targets if around else ():
+            # The reference of each slice is the mean over the same slice of the layers around.
             weights = [base_weight(layer).detach() for layer in around[target.path]]
             for name, rows in target.slices.items():
                 mean = sum(weight[rows].float() for weight in weights) / len(weights)

@@ -31,7 +31,7 @@ SVD_INITS = ("pissa", "milora")
 def lora_output(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """s · B (A x): x (..., in), A (r, in), B (out, r) -> (..., out), in x's dtype (or autocast's)."""
     z = F.linear(x, A.to(x.dtype))  # (..., r)
-    return F.linear(z * scale, B.to(z.dtype))
+    return F.linear(z * scale, B.to(z.dtype))  # (..., out); the scale on z, which is small
 
 
 def svd_factors(weight: Tensor, rank: int, scale: float, largest: bool) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,7 @@ class LoRALayer(LowRankAdapter):
 
     def __init__(self, context: LayerContext, method: LoRA) -> None:
         super().__init__(context, method)
+        # A₀ and B₀ are saved: an SVD on another machine may have other signs.
         start = method.init in SVD_INITS
         self.register_buffer("A0", torch.zeros_like(self.A) if start else None)
         self.register_buffer("B0", torch.zeros_like(self.B) if start else None)
@@ -66,7 +67,7 @@ class LoRALayer(LowRankAdapter):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws A, zeroes B; see the file's head."""
         if self.method.init == "gaussian":
-            draw(self.A, nn.init.normal_, generator, std=1.0 / self.A.shape[0])
+            draw(self.A, nn.init.normal_, generator, std=1.0 / self.A.shape[0])  # 1 / r
             self.B.zero_()
         else:
             super().reset_parameters(generator)
@@ -92,6 +93,7 @@ class LoRALayer(LowRankAdapter):
         """
         if self.A0 is None:
             return self.A, self.B
+        # (2r, in) and (out, 2r)
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
 
     @torch.no_grad()

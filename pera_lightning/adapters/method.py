@@ -78,6 +78,7 @@ class Method(ABC):
     def spec(self) -> dict[str, Any]:
         """The method as primitives: ``{"class_path": …, "init_args": {…}}``, what `method_from_spec` takes."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        # YAML and JSON know no tuples.
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": plain}
 
@@ -102,7 +103,7 @@ class LinearMethod(Method):
             ConfigurationError: where the hyperparameters do not fit the layer (a rank larger than it).
         """
         adapter = self.layer(context, self)  # type: ignore[call-arg]
-        adapter.reset_parameters(context.generator())
+        adapter.reset_parameters(context.generator())  # the same values whatever was drawn before
         return adapter
 
     def apply(self, model: nn.Module, targets: Sequence[Target], trainable: Sequence[str], seed: int) -> list[str]:
@@ -113,11 +114,12 @@ class LinearMethod(Method):
             weight, bias = base_weight(target.module).detach(), target.module.bias
             adapters = {}
             for name, rows in target.slices.items():
-                own_bias = None if bias is None else bias.detach()[rows]
+                own_bias = None if bias is None else bias.detach()[rows]  # views: nothing is copied
                 adapters[name] = self.build(
                     LayerContext(path=target.path, slice=name, weight=weight[rows], bias=own_bias, seed=seed)
                 )
             built.append((target, adapters))
+        # Only now change the model.
         for target, adapters in built:
             adapt_layer(target.module, adapters, target.slices)
         return []

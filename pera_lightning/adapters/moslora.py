@@ -44,12 +44,12 @@ class MoSLoRALayer(LowRankAdapter):
     def delta_output(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         z = F.linear(F.linear(x, self.A.to(x.dtype)), self.mixer.to(x.dtype))  # (..., r)
-        return F.linear(z * self.scale, self.B.to(z.dtype))
+        return F.linear(z * self.scale, self.B.to(z.dtype))  # (..., out)
 
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
         """A LoRA of rank r, with M A in the place of A."""
-        return LowRankUpdate(self.mixer @ self.A, self.B, self.scale)
+        return LowRankUpdate(self.mixer @ self.A, self.B, self.scale)  # M A is (r, in)
 
 
 @register_method

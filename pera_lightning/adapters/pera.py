@@ -41,9 +41,10 @@ def number_of_pairs(rank: int, terms: str) -> int:
 
 def pairs(rank: int, terms: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """The index pairs (i, j), i ≤ j, that `terms` keeps: two tensors of shape (P,)."""
-    if terms == "square":
+    if terms == "square":  # i = j only
         both = torch.arange(rank, device=device)
         return both, both
+    # Row by row above the diagonal; saved coefficients h mean what they mean by this order.
     i, j = torch.triu_indices(rank, rank, offset=1 if terms == "cross" else 0, device=device).unbind()
     return i, j
 
@@ -85,12 +86,12 @@ class PERALayer(LowRankAdapter):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws A or B, zeroes the other and h; see the file's head."""
         if self.method.init == "gaussian_b":
-            self.A.zero_()
+            self.A.zero_()  # the update is zero with either factor
             draw(self.B, nn.init.normal_, generator, std=self.method.init_std)
         else:
             super().reset_parameters(generator)
         if self.h is not None:
-            self.h.zero_()
+            self.h.zero_()  # so that training starts as LoRA's
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Â (r + P, in) and B̂ (out, r + P), without the scale."""

@@ -38,6 +38,7 @@ def register_method(cls: MethodType) -> MethodType:
         ValueError: where the name belongs to another class.
     """
     known = _METHODS.get(cls.__name__)
+    # A module that is imported anew, as notebooks do, may register its class again.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"a method called {cls.__name__} is registered already, by {known.__module__}")
     _METHODS[cls.__name__] = cls
@@ -55,9 +56,11 @@ def method_class(name: str) -> type[Method]:
     Raises:
         UnknownNameError: where it does not exist or is not a method.
     """
+    # A registered name, or the path under which a registered class saves itself.
     short = name.rpartition(".")[2]
     if name in _METHODS or (short in _METHODS and _METHODS[short].__module__ == name.rpartition(".")[0]):
         return _METHODS[short]
+    # A class of another package, which need not be registered.
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:

@@ -37,10 +37,12 @@ class InjectionReport:
 
     def __str__(self) -> str:
         lines = [f"Injected {self.method}"]
+        # A line for each kind of layer, in columns as wide as their longest cell.
         kinds = self._kinds().items()
         table = [(name, f"{n} x" if n > 1 else "", f"{o} x {i}", rows) for (name, o, i, rows), n in kinds]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        # Modules trained in full, and the count of what is trained.
         heads = self.trainable_parameters - self.adapter_parameters
         if self.trained_modules:
             lines.append(f"  trained in full: {', '.join(self.trained_modules)}")
@@ -54,6 +56,6 @@ class InjectionReport:
         """Counts layers by name, shape and slices; those that differ in their layer number only are of one kind."""
         kinds: Counter[tuple[str, int, int, str]] = Counter()
         for path, slices in self.matched.items():
-            name = ".".join("*" if part.isdigit() else part for part in path.split("."))
+            name = ".".join("*" if part.isdigit() else part for part in path.split("."))  # layers.*.q_proj
             kinds[name, *self.shapes[path], "" if slices == ("all",) else f"rows {', '.join(slices)}"] += 1
         return kinds

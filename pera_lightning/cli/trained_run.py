@@ -23,15 +23,13 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
+from pera_lightning.injection.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     check_injection,
     check_plain,
     check_state,
     inject_spec,
-    read_adapter,
 )
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.training.checkpoint_io import checkpoint_adapters

@@ -35,10 +35,10 @@ def _grouped(owner: nn.Module, features: int) -> Sizes | None:
     """q, then k and v with fewer heads, by the owner's config."""
     config = getattr(owner, "config", None)
     heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
     if not heads or features % (heads + 2 * groups):
         return None
-    size = features // (heads + 2 * groups)
+    size = features // (heads + 2 * groups)  # of one head
     return {"q": heads * size, "k": groups * size, "v": groups * size}
 
 
@@ -99,7 +99,7 @@ def call_the_layer(model: nn.Module, owner: nn.Module, name: str) -> str:
         A note for the report, or the empty string where nothing had to be done.
     """
     if isinstance(owner, nn.TransformerEncoderLayer):
-        owner.activation_relu_or_gelu = 0
+        owner.activation_relu_or_gelu = 0  # "another activation", for which torch has no fast path
         for module in model.modules():
             # The encoder has a fast path of its own, taken with a padding mask.
             if isinstance(module, nn.TransformerEncoder) and any(layer is owner for layer in module.layers):

@@ -22,7 +22,7 @@ from pera_lightning.injection.fingerprint import fingerprint
 from pera_lightning.injection.fused_projections import call_the_layer
 from pera_lightning.injection.targets import match_modules, resolve
 
-_MARK = "_pera_injection"
+_MARK = "_pera_injection"  # attribute of an injected model; a plain one, so it is in no state dict
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def inject(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     trainable = (trainable,) if isinstance(trainable, str) else tuple(trainable)
     fused = {name: dict(sizes) for name, sizes in (fused or {}).items()}
+    # The same again changes nothing; anything else on top is refused.
     done = injection_of(model)
     if done is not None:
         same = (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused)
@@ -145,7 +146,7 @@ def inject(
         layers={target.path: tuple(target.slices) for target in resolved},
         trained_modules=trained_modules,
         fingerprint=fingerprint(model, [target.path for target in resolved]),
-        report=_report(model, method, resolved, trained_modules, notes),
+        report=_report(model, method, resolved, trained_modules, notes),  # counts what `_freeze` left trained
     )
     setattr(model, _MARK, mark)
     return mark.report
@@ -158,7 +159,7 @@ def _check_trainable(model: nn.Module, method: Method, targets: list[Target], tr
         if inside:
             raise ConfigurationError(f"{target.path} is a target and part of {inside!r}, which is trained in full")
     for name in _trained_base(model, method, trained_modules):
-        if not model.get_parameter(name).is_floating_point():
+        if not model.get_parameter(name).is_floating_point():  # quantised
             raise ConfigurationError(f"{name} is {model.get_parameter(name).dtype} and cannot be trained")
 
 
@@ -194,7 +195,7 @@ def _trained_base(model: nn.Module, method: Method, trained_modules: Sequence[st
     """Names of the base parameters that are trained: those of the heads and those that the method trains."""
     return {
         name
-        for name, _ in model.named_parameters(remove_duplicate=False)
+        for name, _ in model.named_parameters(remove_duplicate=False)  # a tied parameter has two names
         if method.trains(name) or any(name.startswith(f"{module}.") for module in trained_modules)
     }
 
@@ -226,6 +227,6 @@ def _report(
         trained_modules=trained_modules,
         adapter_parameters=sum(parameters[name].numel() for name in adapters),
         trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in parameters.values()),
+        total_parameters=sum(p.numel() for p in parameters.values()),  # shared ones once
         notes=notes,
     )

@@ -1,4 +1,4 @@
-"""Adapter state: what of a model is saved, the adapter folder, and the checks on what is loaded.
+"""Adapter state: what of a model is saved, and the checks on what is loaded.
 
 A checkpoint holds everything but the frozen base: adapters, trained heads, and every buffer (they are small, and those
 of norms in training mode change). Next to it goes the injection as primitives, so that another method, target set or
@@ -7,28 +7,21 @@ base is told apart before a tensor is touched.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
-from pera_lightning.errors import CheckpointError, ConfigurationError, closest, listed, shorten
-from pera_lightning.files import atomic_write
+from pera_lightning.errors import CheckpointError, ConfigurationError, listed
 from pera_lightning.injection.fingerprint import differing, fingerprint_of
 from pera_lightning.injection.inject import Injection, inject, injection_of, trained_parameter_names
 
 METADATA = "pera_lightning"
 FORMAT = 1
-_UNFROZEN = "_pera_unfrozen"
-WEIGHTS_FILE, CONFIG_FILE = "adapter.safetensors", "adapter_config.json"
+_UNFROZEN = "_pera_unfrozen"  # attribute of an injected model, see `remember_unfrozen`
 
 
 def find_injected(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -60,9 +53,8 @@ def remember_unfrozen(model: nn.Module) -> list[str]:
         return []
     root = found[1]
     parameters = dict(root.named_parameters(remove_duplicate=False))
-    ours = {
-        id(parameters[name]) for name in trained_parameter_names(root)
-    }  # by identity: a head may be tied to the base
+    # By identity, since a head may be tied to the base.
+    ours = {id(parameters[name]) for name in trained_parameter_names(root)}
     loose = {name for name, p in parameters.items() if p.requires_grad and id(p) not in ours}
     setattr(root, _UNFROZEN, getattr(root, _UNFROZEN, set()) | loose)
     return sorted(loose)
@@ -76,14 +68,39 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     if find_injected(model) is None:
         raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
-    frozen = frozen_names(model)
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    return without(model.state_dict(), frozen_names(model))
+
+
+def without(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A copy of a state dict without some names."""
+    names = set(names)
+    return {name: value for name, value in state.items() if name not in names}
+
+
+def metadata(model: nn.Module, version: str) -> dict[str, Any]:
+    """What a checkpoint says about the injection in `model` (`root` is the injected part's path): primitives only."""
+    found = find_injected(model)
+    if found is None:
+        return {}
+    spec = injection_of(found[1]).spec()  # type: ignore[union-attr]
+    return {"format": FORMAT, "version": version, "root": found[0].removesuffix("."), **spec}
 
 
 def inject_spec(model: nn.Module, spec: Mapping[str, Any]) -> None:
     """Repeats the injection that `Injection.spec` describes."""
     method = method_from_spec(spec["method"])
     inject(model, method, spec["targets"], spec["trainable"], fused=spec["fused"], seed=spec["seed"])
+
+
+def forgive_missing_base(module: nn.Module, incompatible: Any) -> None:
+    """A load-state-dict hook: frozen base parameters may be missing, anything else still raises."""
+    frozen = frozen_names(module)
+    # AveragedModel and DistributedDataParallel put "module." before every name.
+    kept = [n for n in incompatible.missing_keys if n not in frozen and n.removeprefix("module.") not in frozen]
+    incompatible.missing_keys[:] = kept
+
+
+# ---- checks of what is loaded ----------------------------------------------------------------------------------------
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, strict: bool = True) -> None:
@@ -100,7 +117,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, stri
     frozen, present = frozen_names(model), model.state_dict()
     missing = [name for name in present if name not in state and name not in frozen]
     unexpected = [name for name in state if name not in present]
-    if not strict:
+    if not strict:  # other code's tensors, such as those of metrics, may come and go
         prefix, root = find_injected(model) or ("", model)
         ours = {prefix + name for name in trained_parameter_names(root)}
         missing = [name for name in missing if name in ours]
@@ -109,15 +126,38 @@ def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, stri
         parts = [f"{len(missing)} missing: {listed(missing, 3)}"] if missing else []
         parts += [f"{len(unexpected)} unexpected: {listed(unexpected, 3)}"] if unexpected else []
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(parts)}")
+    _check_shapes(state, present, source)
+
+
+def _check_shapes(state: Mapping[str, Any], present: Mapping[str, Any], source: str) -> None:
     for name in (n for n in present if n in state):
         given, expected = getattr(state[name], "shape", ()), getattr(present[name], "shape", ())
         if given != expected:
-            raise CheckpointError(_other_shape(source, name, given, expected))
+            # A head has as many rows as the data have classes.
+            hint = "" if ".adapters." in name else "; does the data have another number of classes?"
+            raise CheckpointError(f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}")
 
 
-def _other_shape(source: str, name: str, given: Iterable[int], expected: Iterable[int]) -> str:
-    hint = "" if ".adapters." in name else "; does the data have another number of classes?"
-    return f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}"
+def check_plain(
+    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], source: str, *, check_base: bool
+) -> None:
+    """Raises `CheckpointError` where an adapter does not fit a model that is not injected yet.
+
+    Args:
+        model: the base.
+        state: the adapter's tensors.
+        config: the adapter's description.
+        source: where they come from, for the message.
+        check_base: whether the base must be the one trained on.
+    """
+    modules = dict(model.named_modules())
+    absent = [path for path in config["layers"] if path not in modules]
+    if absent:
+        raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
+    if check_base:
+        present = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
+        check_same_base(config["fingerprint"], present, source)
+    _check_shapes(state, model.state_dict(), source)
 
 
 def check_same_base(saved: Mapping[str, str], present: Mapping[str, str], source: str) -> None:
@@ -138,172 +178,38 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
         present: the model's.
         source: where `saved` comes from, for the message.
     """
+    # The method, but for what may differ at run time.
     method = method_from_spec(saved["method"])
-    if _lasting(method) != _lasting(present.method):
-        raise CheckpointError(
-            f"{source} is of {_told(method, present.method)}, the model has {_told(present.method, method)}"
-        )
-    layers = {path: tuple(blocks) for path, blocks in saved["layers"].items()}
+    own, other = _lasting(method), _lasting(present.method)
+    if own != other:
+        raise CheckpointError(f"{source} is of {_differences(own, other)}, the model has {_differences(other, own)}")
+    # The layers and slices, not the expressions, since several expressions can name the same.
+    layers = {path: tuple(slices) for path, slices in saved["layers"].items()}
     if layers != present.layers:
-        other = [path for path in {**layers, **present.layers} if layers.get(path) != present.layers.get(path)]
+        apart = [path for path in {**layers, **present.layers} if layers.get(path) != present.layers.get(path)]
         raise CheckpointError(
             f"{source} adapts {len(layers)} layers by {saved['targets']}, the model {len(present.layers)} by "
-            f"{list(present.targets)}; they differ at {listed(other, 3)}"
+            f"{list(present.targets)}; they differ at {listed(apart, 3)}"
         )
+    # The heads, and then the base itself.
     if tuple(saved["trained_modules"]) != present.trained_modules:
         raise CheckpointError(
-            f"{source} trains {saved['trained_modules']} whole, the model {list(present.trained_modules)}: "
+            f"{source} trains {saved['trained_modules']} in full, the model {list(present.trained_modules)}: "
             "give the same trainable"
         )
     check_same_base(saved["fingerprint"], present.fingerprint, source)
 
 
-def _told(method: Method, other: Method) -> str:
-    """A method with the hyperparameters in which it differs from another of its class; its name alone otherwise."""
-    own, others = _lasting(method), _lasting(other)
-    if own["class_path"] != others["class_path"]:
-        return type(method).__name__
-    differing_values = ", ".join(f"{k}={v!r}" for k, v in own.items() if others.get(k) != v)
-    return f"{type(method).__name__}({differing_values})"
-
-
 def _lasting(method: Method) -> dict[str, Any]:
-    """The hyperparameters that must agree between a checkpoint and the model that loads it."""
+    """The class and the hyperparameters that must agree between a checkpoint and the model that loads it."""
     spec = method.spec()
     kept = {name: value for name, value in spec["init_args"].items() if name not in method.runtime_fields}
     return {"class_path": spec["class_path"], **kept}
 
 
-def write_adapter(folder: str | Path, state: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Path:
-    """Writes an adapter folder: `adapter.safetensors` and then `adapter_config.json`, which holds its hash.
-
-    Args:
-        folder: made where it does not exist.
-        state: what `adapter_state_dict` gave.
-        spec: what `Injection.spec` gave.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses shared memory, and tied heads share it.
-    data = dump_tensors({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
-    config = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **spec}
-    atomic_write(folder / WEIGHTS_FILE, data)
-    atomic_write(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
-    return folder
-
-
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Saves the adapters, heads and buffers of an injected model as an adapter folder.
-
-    Args:
-        model: an injected model, or one that contains it (names are then relative to the injected part).
-        folder: made where it does not exist; its two files are replaced.
-
-    Raises:
-        ConfigurationError: where nothing was injected.
-    """
-    found = find_injected(model)
-    root = found[1] if found else model
-    return write_adapter(folder, adapter_state_dict(root), injection_of(root).spec())  # type: ignore[union-attr]
-
-
-def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = True) -> nn.Module:
-    """Loads an adapter folder into a model, injecting first where the model is plain.
-
-    Args:
-        model: the base, plain or injected in the same way.
-        folder: what `save_adapter` wrote.
-        check_base: whether another base than the one trained on is refused.
-
-    Returns:
-        `model`, adapted in place; a plain one is left untouched where the folder does not fit.
-
-    Raises:
-        CheckpointError: where the folder is damaged, or does not fit the model.
-        ConfigurationError: where the model's adapters are merged.
-    """
-    state, config = read_adapter(folder)
-    found = find_injected(model)
-    root = found[1] if found else model
-    if found is None:
-        check_plain(root, state, config, str(folder), check_base=check_base)
-        inject_spec(root, config)
-    present = injection_of(root)
-    if not check_base:
-        config = {**config, "fingerprint": present.fingerprint}  # type: ignore[union-attr]
-    check_injection(config, present, str(folder))  # type: ignore[arg-type]
-    check_state(root, state, str(folder))
-    root.load_state_dict(state, strict=False)
-    return model
-
-
-def check_plain(
-    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], source: str, *, check_base: bool
-) -> None:
-    """Raises `CheckpointError` where an adapter does not fit a model that is not injected yet.
-
-    Args:
-        model: the base.
-        state: the adapter's tensors.
-        config: the adapter's description.
-        source: where they come from, for the message.
-        check_base: whether the base must be the one trained on.
-    """
-    modules = dict(model.named_modules())
-    absent = [path for path in config["layers"] if path not in modules]
-    if absent:
-        raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
-    present = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
-    if check_base:
-        check_same_base(config["fingerprint"], present, source)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, shape in shapes.items():
-        if name in state and tuple(state[name].shape) != shape:
-            raise CheckpointError(_other_shape(source, name, state[name].shape, shape))
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads an adapter folder: its tensors and its config.
-
-    Raises:
-        CheckpointError: where it is missing, cut short or of a newer format.
-    """
-    folder = Path(folder)
-    try:
-        data = (folder / WEIGHTS_FILE).read_bytes()
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except FileNotFoundError as error:
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise CheckpointError(
-            f"{folder} is no adapter folder: {Path(error.filename).name} is missing{closest(folder.name, siblings)}"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {shorten(str(error))}") from None
-    if config.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {config.get('format')!r}, this version reads {FORMAT}")
-    if hashlib.sha256(data).hexdigest() != config.get("sha256"):
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged, or not the file its config was written for")
-    return load_tensors(data), config
-
-
-def forgive_missing_base(module: nn.Module, incompatible: Any) -> None:
-    """A load-state-dict hook: frozen base parameters may be missing, anything else still raises."""
-    frozen = frozen_names(module)
-    # AveragedModel and DistributedDataParallel put "module." before every name.
-    kept = [n for n in incompatible.missing_keys if n not in frozen and n.removeprefix("module.") not in frozen]
-    incompatible.missing_keys[:] = kept
-
-
-def without(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A copy of a state dict without some names."""
-    names = set(names)
-    return {name: value for name, value in state.items() if name not in names}
-
-
-def metadata(model: nn.Module, version: str) -> dict[str, Any]:
-    """What a checkpoint says about the injection in `model` (`root` is the injected part's path): primitives only."""
-    found = find_injected(model)
-    if found is None:
-        return {}
-    spec = injection_of(found[1]).spec()  # type: ignore[union-attr]
-    return {"format": FORMAT, "version": version, "root": found[0].removesuffix("."), **spec}
+def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """A method's name, with the hyperparameters in which it differs from another of its class."""
+    name = own["class_path"].rpartition(".")[2]
+    if own["class_path"] != other["class_path"]:
+        return name
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in own.items() if other.get(key) != value)})"

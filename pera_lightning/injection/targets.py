@@ -62,7 +62,7 @@ def parse(text: str) -> Expression:
         slices = tuple(part.strip() for part in found["slices"].split(","))
         if not all(slices) or not name:
             raise ConfigurationError(f"target {text!r}: slices are written as name[slice,slice], e.g. qkv[q,v]")
-        if ALL in slices:
+        if ALL in slices:  # the name of the one slice of a plain layer
             raise ConfigurationError(f"target {text!r}: for the whole layer write {name!r} without brackets")
     if regular:
         try:
@@ -74,7 +74,7 @@ def parse(text: str) -> Expression:
 
 def _path_pattern(name: str) -> re.Pattern[str]:
     """A pattern that matches `name`, with its wildcards, at the end of a path and in whole components."""
-    wild = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}
+    wild = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}  # only ** passes over the dots between components
     parts = [wild.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", name)]
     return re.compile(r"(?:.*\.)?" + "".join(parts))
 
@@ -94,14 +94,14 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
         ConfigurationError: where two expressions disagree about one layer.
     """
     modules = used_modules(model)
-    owners = {path: modules.get(path.rpartition(".")[0], model) for path in modules}
+    owners = {path: modules.get(path.rpartition(".")[0], model) for path in modules}  # path to the module around it
     # Path of each named layer to the slices that are wanted of it, each with the expression that wants it.
     chosen: dict[str, dict[str, str]] = {}
     for expression in map(parse, targets):
         for path in _linear_matches(expression, modules, owners):
             wanted = dict.fromkeys(expression.slices or (ALL,), expression.text)
             seen = chosen.setdefault(path, {})
-            if seen and (ALL in seen) != (ALL in wanted):
+            if seen and (ALL in seen) != (ALL in wanted):  # several expressions may add slices, not mix with the whole
                 first = next(iter(seen.values()))
                 raise ConfigurationError(
                     f"{path} is targeted in full and by slices: {first!r} and {expression.text!r}; keep one"
@@ -115,6 +115,7 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
             raise NoTargetMatched(f"fused names {name!r}, which is not targeted; the targets are {listed(chosen)}")
         if all(ALL in chosen[path] for path in named):
             raise ConfigurationError(f"fused names {name!r}, which is targeted in full: name its slices, {name}[q,v]")
+    # From names to ranges of output features.
     found = []
     for path, module in modules.items():
         if path in chosen:
@@ -152,6 +153,7 @@ def _matches_nothing(text: str, paths: Iterable[str], kind: str) -> str:
     """Says that an expression matches nothing, with the closest names or else with those that exist."""
     paths = list(paths)
     ends = dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
+    # Compared by last components, since these are what people type.
     wanted = text.removeprefix("re:").partition("[")[0].strip()
     near = closest(wanted, ends) or closest(wanted.rpartition(".")[2], ends) or f"; there are: {listed(ends, 12)}"
     return f"{text!r} matches none of the {len(paths)} {kind}{near}"
@@ -199,6 +201,7 @@ def _slices(
     features = base_weight(module).shape[0]
     if ALL in wanted:
         return {ALL: slice(0, features)}
+    # The sizes of all slices: as the user gives them, else as the owner's class has them.
     text, name = next(iter(wanted.values())), path.rpartition(".")[2]
     if sizes is not None and sum(sizes.values()) != features:
         raise ConfigurationError(f"fused: the slices of {path} add up to {sum(sizes.values())}, it has {features}")
@@ -213,6 +216,7 @@ def _slices(
             f"target {text!r}: the layout of {path} ({type(owner).__name__}) is not known; "
             f"give fused={{{name!r}: {{'q': …, 'k': …, 'v': …}}}} with sizes that add up to {features}"
         )
+    # Each slice begins where the one before ends.
     every, first = {}, 0
     for slice_name, size in sizes.items():
         every[slice_name] = slice(first, first + size)

@@ -8,8 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.errors import CheckpointError
+from pera_lightning.injection.adapter_folder import write_adapter
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import adapter_state_dict, find_injected, write_adapter
+from pera_lightning.injection.state import adapter_state_dict, find_injected
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.sharding import full_tensors
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.errors import CheckpointError, listed, shorten
+from pera_lightning.injection.adapter_folder import CONFIG_FILE
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
-    CONFIG_FILE,
     METADATA,
     check_injection,
     check_state,

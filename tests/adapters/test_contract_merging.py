@@ -178,7 +178,7 @@ def test_the_claims_of_a_method_are_true(method: LinearMethod) -> None:
     if dynamic(method):
         assert method.merging == "approximate"
         for refused in (adapter.low_rank_update, lambda: adapter.delta_weight(layer.weight), lambda: merge(model)):
-            with pytest.raises(NotMergeableError, match="take the method 'calibrated'"):
+            with pytest.raises(NotMergeableError, match="take the mode 'calibrated'"):
                 refused()
         assert same(bits(model), before)
         assert not layer.merged
@@ -196,7 +196,7 @@ def test_the_export_rank_is_the_updates(method: LinearMethod) -> None:
     adapter = the_adapter(layer)
     with linearised(layer, how(method)):
         if method.export_rank is None:
-            with pytest.raises(NotMergeableError, match=f"the update of {type(adapter).__name__} is no product"):
+            with pytest.raises(NotMergeableError, match=f"the update of {type(adapter).__name__} is not a product"):
                 adapter.low_rank_update()
             return
         update: LowRankUpdate = adapter.low_rank_update()

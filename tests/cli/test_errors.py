@@ -206,13 +206,13 @@ def test_wrong_folders_are_one_line(quick, tmp_path, make, expected):
 
 BUILT = {
     "no target matched": (["--adapter.targets", '["attn.qkw"]'], "targets: 'attn.qkw' matches none of the"),
-    "unknown row block": (
+    "unknown slice": (
         ["--adapter.targets", '["attn.qkv[q,w]"]'],
-        "blocks.0.attn.qkv has no row block 'w', it has q, k, v",
+        "blocks.0.attn.qkv has no slice 'w', it has q, k, v",
     ),
-    "a target that is no linear layer": (
+    "a target that is not a linear layer": (
         ["--adapter.targets", '["norm1"]'],
-        "target 'norm1' names blocks.0.norm1: LayerNorm is no linear layer",
+        "target 'norm1' names blocks.0.norm1: LayerNorm is not a linear layer",
     ),
     "no target": (["--adapter.targets", "[]"], "AuroRA adapts linear layers: name them in targets"),
     "unknown head": (["--adapter.trainable", '["heed"]'], "trainable: 'heed' matches none of the"),

@@ -78,7 +78,7 @@ def test_no_output(pera, llama_run):
 @pytest.mark.parametrize("kind", ["peft", "merged"])
 def test_a_dynamic_aurora_without_a_method(export, vit_run, tmp_path, kind):
     line = refused(export(vit_run.checkpoint, kind, code=2))
-    assert "AuroRA in dynamic mode is no linear map" in line
+    assert "AuroRA in dynamic mode is not a linear map" in line
     assert "calibrated" in line
     assert "static" in line
     assert list(tmp_path.iterdir()) == []

@@ -109,5 +109,5 @@ def test_the_worst_layers_are_named():
 def test_what_has_no_matrix_says_its_own_reason():
     model = nn.Sequential(nn.Linear(8, 8))
     inject(model, AuroRA(rank=2), ["0"])
-    with pytest.raises(NotMergeableError, match=r"^0: AuroRA in dynamic mode is no linear map"):
+    with pytest.raises(NotMergeableError, match=r"^0: AuroRA in dynamic mode is not a linear map"):
         low_rank_updates(model, rank=2)

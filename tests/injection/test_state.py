@@ -151,7 +151,7 @@ def test_nothing_injected(tmp_path: Path) -> None:
 def test_no_folder_suggests_one(tmp_path: Path) -> None:
     save_adapter(adapted(LoRA(rank=2)), tmp_path / "adapter")
     with pytest.raises(
-        CheckpointError, match=r"is no adapter folder: adapter.safetensors is missing; closest: adapter"
+        CheckpointError, match=r"is not an adapter folder: adapter.safetensors is missing; closest: adapter"
     ):
         load_adapter(base(), tmp_path / "adaptr")
 

@@ -199,7 +199,7 @@ def test_a_dynamic_update_says_which_methods_there_are() -> None:
     model = adapted(AuroRA(rank=2))
     before = state(model)
     for call in (merge, merge_and_unload):
-        with pytest.raises(NotMergeableError, match=r"take the method 'calibrated' \(a fit on batches\), or 'static'"):
+        with pytest.raises(NotMergeableError, match=r"take the mode 'calibrated' \(a fit on batches\), or 'static'"):
             call(model)
     assert unchanged(model, before)
 

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from pera_lightning.errors import CheckpointError
-from pera_lightning.injection.state import read_adapter
+from pera_lightning.injection.adapter_folder import read_adapter
 from pera_lightning.training.checkpoint_files import AtomicCheckpointIO, with_atomic_writes
 from pera_lightning.training.checkpoint_io import read_checkpoint
 from tests.run_helpers import ROOT

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel, T5Config, T5EncoderModel
 
 from pera_lightning import inject, merge
-from pera_lightning.adapters import PERA, HiRA
+from pera_lightning.adapters import PERA, HiLoRA, HiRA
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging.merge import merged_layers
@@ -211,7 +211,7 @@ def test_a_parameter_of_two_blocks_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "wrapped"), [(torch.float32, 4), (torch.bfloat16, 10)])
-@pytest.mark.parametrize("method", [PERA(rank=2), HiRA(rank=2)], ids=["PERA", "HiRA"])
+@pytest.mark.parametrize("method", [PERA(rank=2), HiRA(rank=2), HiLoRA(hira_rank=2)], ids=["PERA", "HiRA", "HiLoRA"])
 def test_the_policy_for_fsdp1(tmp_path, method, dtype, wrapped):
     """torch's own FSDP1 with it: the gradients are those of one process with both batches."""
 

@@ -12,7 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from pera_lightning.cli.trained_run import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
-from pera_lightning.injection.state import adapter_state_dict, save_adapter
+from pera_lightning.injection.adapter_folder import save_adapter
+from pera_lightning.injection.state import adapter_state_dict
 from pera_lightning.validation import check_positive_int
 
 # Options that act with each format only.

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.injection.adapter_folder import read_adapter
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import check_injection, check_state, read_adapter
+from pera_lightning.injection.state import check_injection, check_state
 from pera_lightning.pretrained import explained
 from pera_lightning.training.checkpoint_io import checkpoint_adapters, read_checkpoint
 from pera_lightning.training.normalised_loss import StepMeanModule

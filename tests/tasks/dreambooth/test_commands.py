@@ -171,7 +171,7 @@ def test_hira_and_a_dynamic_aurora_are_no_lora_file(pera, runs, base, photos, tm
     assert "merged" in line
     assert pera("export", "--ckpt_path", hira, "--format", "merged", *out).code == 0
     line = refused(pera("export", "--ckpt_path", runs.aurora, "--format", "diffusers", "--output", tmp_path / "a"))
-    assert "AuroRA in dynamic mode is no linear map" in line
+    assert "AuroRA in dynamic mode is not a linear map" in line
     done = pera("export", "--ckpt_path", runs.aurora, "--format", "diffusers", "--method", "static",
                 "--output", tmp_path / "a")  # fmt: skip
     assert done.code == 0, done.err

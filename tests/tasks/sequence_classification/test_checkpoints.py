@@ -153,7 +153,7 @@ def test_a_start_that_does_not_fit_is_refused(bert, tmp_path):
         (bert, LoRA(rank=2), {"targets": ["query"]}, path, "adapts 4 layers"),
         (other, LoRA(rank=2), {}, path, "was trained on another base"),
         (bert, LoRA(rank=2), {}, tmp_path / "absent.ckpt", "absent.ckpt does not exist"),
-        (bert, LoRA(rank=2), {}, tmp_path, "is no adapter folder"),
+        (bert, LoRA(rank=2), {}, tmp_path, "is not an adapter folder"),
     ]
     for folder, method, options, given, text in cases:
         with pytest.raises(CheckpointError, match=text) as error:

@@ -108,7 +108,7 @@ def test_a_test_set_of_ones_own_is_scored_on(pera, base, rows, tmp_path):
 def test_params(pera, base, rows, runs):
     plain = pera("params", *words(base, rows, runs))
     assert "attention.self.query" in plain.out
-    assert "trained whole: bert.pooler, classifier" in plain.out
+    assert "trained in full: bert.pooler, classifier" in plain.out
     memory = pera("params", *words(base, rows, runs), "--memory", "--devices", 2)
     assert "Assumed: on each device 16 rows of 64 tokens" in memory.out
     again = pera("params", *words(base, rows, runs), "--memory", "--model.activation_checkpointing", "true")
