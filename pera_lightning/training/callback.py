@@ -111,20 +111,18 @@ class AdapterInjection(Callback):
             seed_ranks_apart(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
-        late = ConfigurationError(
-            f"{type(module).__name__} builds its network in configure_model, after the injection: add the class "
-            f"attribute `{HOOK} = None` to it, and at the end of building `if self.{HOOK} is not None: "
-            f"self.{HOOK}(self)`"
-        )
-        builds_late = is_overridden("configure_model", module)
-        if builds_late and next(module.parameters(), None) is None:
-            raise late
+        late = is_overridden("configure_model", module)
         try:
-            self.injector()(module)
+            if not late or next(module.parameters(), None) is not None:
+                self.injector()(module)
+                return
         except NoTargetMatched:
-            if builds_late:
-                raise late from None
-            raise
+            if not late:
+                raise
+        raise ConfigurationError(
+            f"{type(module).__name__} builds its network in configure_model, after the injection: add the class "
+            f"attribute `{HOOK} = None`, and at the end of building `if self.{HOOK} is not None: self.{HOOK}(self)`"
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = find_injected(pl_module)
