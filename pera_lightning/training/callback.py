@@ -100,6 +100,7 @@ class AdapterInjection(Callback):
             setattr(pl_module, HOOK, self.injector())
         else:
             self._inject_foreign(pl_module)
+        # Checkpoints are of what is trained: written so, and loaded without the base.
         allow_missing_base(pl_module)
         write_adapters_only(trainer.strategy)
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
@@ -150,7 +151,7 @@ class AdapterInjection(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._unused.after_batch("training")
-        self._rng = capture()
+        self._rng = capture()  # what follows, validation and other callbacks, may draw
         self.preemption.after_train_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,6 +196,7 @@ class AdapterInjection(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unused.stop()
+        # A checkpoint of this stop is to hold the random state of training.
         if trainer.validating:
             self._restore_training(trainer)
         self.preemption.save(trainer, exception)

@@ -40,6 +40,7 @@ def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
         checkpoint: what Lightning is about to write.
         module: the LightningModule, injected.
     """
+    # A copy: the strategy and the callbacks go on with the dict that they have.
     frozen = frozen_names(module)
     trimmed = {key: without(value, frozen) if key in _STATES else value for key, value in checkpoint.items()}
     trimmed[METADATA] = metadata(module, __version__)
@@ -55,7 +56,7 @@ def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str)
         source: its file, for the message.
     """
     found = find_injected(module)
-    if found is None:
+    if found is None:  # not built yet: `on_load_checkpoint` checks
         return
     present = injection_of(found[1])
     if METADATA not in checkpoint:
@@ -73,11 +74,12 @@ class AdapterCheckpointIO(CheckpointIO):
     """Trims what is saved and checks what is loaded; the files are another `CheckpointIO`'s.
 
     Args:
-        inner: reads and writes the files.
-        module: the LightningModule.
+        inner: what reads and writes the files.
+        module: the LightningModule, to be injected.
     """
 
     def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
+        # One trainer fits and then tests: its `CheckpointIO` is this one already.
         self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else with_atomic_writes(inner)
         self.module = module
 
@@ -143,7 +145,8 @@ def _others(file: Path | None) -> str:
 
 
 def allow_missing_base(module: LightningModule) -> None:
-    """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
+    """Lets a LightningModule load state dicts that lack its frozen base."""
+    # Once: a module is set up for each fit and test.
     if forgive_missing_base not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(forgive_missing_base)
 

@@ -50,12 +50,12 @@ class Preemption:
         internals.restore_signal_handlers(trainer)
 
     def _note(self, wish: int, *_: Any) -> None:
-        self._asked = max(self._asked, wish)
+        self._asked = max(self._asked, wish)  # and nothing else: it may interrupt a write
 
     def _agree(self, trainer: Trainer) -> bool:
         """Whether to stop; every process must call it."""
         self._agreed = self._asked
-        if trainer.world_size > 1:
+        if trainer.world_size > 1:  # the signal may have come to some of them only
             asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
             self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
         return self._agreed > GO_ON

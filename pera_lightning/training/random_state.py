@@ -14,18 +14,18 @@ def capture(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     """The states of python's, numpy's, torch's and this process's CUDA generator, and of others.
 
     Args:
-        own: further generators, which `restore` must be given in the same order.
+        own: further generators, which `restore` is given in the same order.
     """
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     state["own"] = [generator.get_state() for generator in own]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # asking would initialise it, which forbids forks
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def restore(state: dict[str, Any], own: Sequence[torch.Generator] = ()) -> None:
     """Sets what `capture` returned."""
-    for generator, saved in zip(own, state["own"], strict=False):
+    for generator, saved in zip(own, state["own"], strict=False):  # a loader may have got one since
         generator.set_state(saved)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -35,7 +35,7 @@ def restore(state: dict[str, Any], own: Sequence[torch.Generator] = ()) -> None:
 
 
 def to_plain(state: dict[str, Any]) -> dict[str, Any]:
-    """As tensors and numbers, which load under ``torch.load(weights_only=True)``."""
+    """The same as tensors and numbers, which load under ``torch.load(weights_only=True)``."""
     version, words, gauss = state["python"]
     _, keys, position, has_gauss, cached = state["numpy"]
     plain = {k: v for k, v in state.items() if k in ("torch", "cuda", "own")}

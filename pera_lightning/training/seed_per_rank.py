@@ -61,6 +61,7 @@ def share_first_ranks_generators() -> None:
 
 def seed_all(*facts: int | bytes) -> None:
     """Seeds python's, numpy's and torch's generators (of every device) by a hash of some facts."""
+    # A hash: seeds that are near each other, such as 0 and 1, give generators that have nothing in common.
     digest = hashlib.sha256(repr(facts).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
     np.random.seed(int.from_bytes(digest[8:12], "little"))

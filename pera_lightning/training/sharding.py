@@ -110,6 +110,7 @@ def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tenso
 
 def _received(tensor: Tensor, *, device: torch.device, group: Any, source: int) -> Tensor:
     """The source's values of a tensor, on the device."""
+    # Only the first process has values, the others have tensors on the meta device.
     value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
     value = value.contiguous()
     if value.numel():
@@ -149,6 +150,7 @@ def full_tensors(value: Any, *, keep: bool = True) -> Any:
         return type(value)(full_tensors(item, keep=keep) for item in value)
     if not isinstance(value, DTensor):
         return value
+    # Also where it is not kept: every process sends its shards.
     gathered = value.full_tensor()
     return gathered.detach().cpu() if keep else None
 
@@ -176,7 +178,8 @@ class AdapterWrapPolicy:
         self._chosen: set[nn.Module] = set()
 
     def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        """What torch asks: whether to look into a module, the whole network first, or else to wrap it."""
+        """Whether to look into a module (`recurse`), or else whether to wrap it."""
+        # torch asks for the network first: then all are chosen.
         if recurse and module not in self._chosen and find_injected(module) is not None:
             self._chosen = set(wrapped_apart(module))
         return recurse or module in self._chosen
@@ -186,6 +189,7 @@ def wrapped_apart(network: nn.Module) -> list[nn.Module]:
     """The modules that FSDP1 has to shard apart in a network, or in a module that contains it."""
     _, root = find_injected(network) or ("", network)
     mark = injection_of(root)
+    # Adapters and heads are in float32 always; over a base in float32 they share its units.
     low = any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters())
     apart = [a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()] if low else []
     heads = [root.get_submodule(path) for path in mark.trained_modules] if low and mark else []
