@@ -128,11 +128,8 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
 
 
 def _is_folder(folder: Path) -> str:
-    if not (folder / CONFIG_FILE).is_file():
-        return (
-            f"{folder} is a folder, such as ModelParallelStrategy writes without AdapterInjection "
-            "(save_distributed_checkpoint=True), and holds no adapters; give a .ckpt file"
-        )
+    if not (folder / CONFIG_FILE).is_file():  # such as ModelParallelStrategy writes without AdapterInjection
+        return f"{folder} is a folder, perhaps of shards, and holds no adapters; give a .ckpt file"
     beside = listed(sorted(str(file) for file in (folder.parent / "checkpoints").glob("*.ckpt")), 3)
     have = f": {beside}" if beside else ""
     return f"{folder} is an adapter folder, for merge, export and load_adapter; here a checkpoint is needed{have}"
