@@ -33,13 +33,7 @@ from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
 from pera_lightning.training.adapter_folder import write_adapter_folder
 from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
-from pera_lightning.training.checks import (
-    check_float32,
-    check_optimizers,
-    check_position,
-    check_precision,
-    check_unfrozen,
-)
+from pera_lightning.training.checks import check_before_fit, check_position, check_precision
 from pera_lightning.training.data_order import load_loader_states, resume_data_order
 from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
@@ -82,14 +76,8 @@ class AdapterInjection(Callback):
 
     def injector(self) -> partial:
         """Called with a network, it injects: what a module's hook is set to."""
-        return partial(
-            inject,
-            method=self.method,
-            targets=self.targets,
-            trainable=self.trainable,
-            fused=self.fused,
-            seed=self.seed,
-        )
+        names = {"targets": self.targets, "trainable": self.trainable, "fused": self.fused}
+        return partial(inject, method=self.method, seed=self.seed, **names)
 
     # --- before anything runs ---
 
@@ -132,9 +120,7 @@ class AdapterInjection(Callback):
                 f"{type(pl_module).__name__} has the hook `{HOOK}` and did not call it in configure_model"
             )
         rank_zero_only(print)(injection_of(found[1]).report, flush=True)  # type: ignore[union-attr]
-        check_float32(pl_module)
-        check_optimizers(trainer, pl_module)
-        check_unfrozen(pl_module)
+        check_before_fit(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)
@@ -175,10 +161,7 @@ class AdapterInjection(Callback):
         self._unused.after_batch("evaluation")
         self.preemption.after_validation_batch(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_training(trainer)
-
-    def _restore_training(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
             restore(self._rng)
 
@@ -198,7 +181,7 @@ class AdapterInjection(Callback):
         self._unused.stop()
         # A checkpoint of this stop is to hold the random state of training.
         if trainer.validating:
-            self._restore_training(trainer)
+            self.on_validation_end(trainer)
         self.preemption.save(trainer, exception)
         self.preemption.release(trainer)
 

@@ -47,6 +47,14 @@ def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     return trimmed
 
 
+def check_has_adapters(checkpoint: dict[str, Any], source: Any) -> None:
+    """Raises `CheckpointError` where a checkpoint was written without `AdapterInjection`."""
+    if METADATA not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{source} holds no adapters: it was written without AdapterInjection; give a checkpoint of this method"
+        )
+
+
 def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:
     """Raises `CheckpointError` where a checkpoint does not belong to this module's adapters and base.
 
@@ -59,15 +67,10 @@ def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str)
     if found is None:  # not built yet: `on_load_checkpoint` checks
         return
     present = injection_of(found[1])
-    if METADATA not in checkpoint:
-        raise CheckpointError(
-            f"{source} holds no adapters (it was written without AdapterInjection); load such weights into the module "
-            "before training, or give a checkpoint of this method"
-        )
+    check_has_adapters(checkpoint, source)
     check_injection(checkpoint[METADATA], present, source)  # type: ignore[arg-type]
-    if "state_dict" in checkpoint:
-        strict = getattr(module, "strict_loading", True)
-        check_state(module, checkpoint["state_dict"], source, strict=strict)
+    strict = getattr(module, "strict_loading", True)
+    check_state(module, checkpoint["state_dict"], source, strict=strict)
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -155,8 +158,7 @@ def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: where it is damaged, or was written without adapters.
     """
     checkpoint = read_checkpoint(path)
-    if METADATA not in checkpoint or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    check_has_adapters(checkpoint, path)
     spec = checkpoint[METADATA]
     prefix = f"{spec['root']}." if spec["root"] else ""
     return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

@@ -8,9 +8,13 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
-from pera_lightning.errors import CheckpointError
 from pera_lightning.injection.state import METADATA, find_injected, inject_spec
-from pera_lightning.training.checkpoint_io import allow_missing_base, check_checkpoint, read_checkpoint
+from pera_lightning.training.checkpoint_io import (
+    allow_missing_base,
+    check_checkpoint,
+    check_has_adapters,
+    read_checkpoint,
+)
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
 
@@ -33,8 +37,7 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
         CheckpointError: where the file is missing, damaged, holds no adapters, or does not fit the module.
     """
     checkpoint = read_checkpoint(path)
-    if METADATA not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    check_has_adapters(checkpoint, path)
     if isinstance(module, type):
         # Not strict: adapters come afterwards, and the frozen base is not in the file. Both are checked below.
         with warnings.catch_warnings():
