@@ -180,17 +180,10 @@ class AdapterWrapPolicy:
     def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
         """Whether to look into a module (`recurse`), or else whether to wrap it."""
         # torch asks for the network first: then all are chosen.
-        if recurse and module not in self._chosen and find_injected(module) is not None:
-            self._chosen = set(wrapped_apart(module))
+        if recurse and module not in self._chosen and (found := find_injected(module)) is not None:
+            root = found[1]
+            self._chosen = set(units(root))
+            if any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters()):
+                self._chosen |= {a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()}
+                self._chosen |= {root.get_submodule(path) for path in injection_of(root).trained_modules}  # type: ignore[union-attr]
         return recurse or module in self._chosen
-
-
-def wrapped_apart(network: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP1 has to shard apart in a network, or in a module that contains it."""
-    _, root = find_injected(network) or ("", network)
-    mark = injection_of(root)
-    # Adapters and heads are in float32 always; over a base in float32 they share its units.
-    low = any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters())
-    apart = [a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()] if low else []
-    heads = [root.get_submodule(path) for path in mark.trained_modules] if low and mark else []
-    return [*units(root), *apart, *heads]
