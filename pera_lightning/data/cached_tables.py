@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pera_lightning.errors import DataError, shorten
+from pera_lightning.files import atomic_path
 
 if TYPE_CHECKING:
     import datasets
@@ -37,12 +36,8 @@ def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
+            with atomic_path(path) as temporary:  # several processes may write the same
                 write(temporary)
-                os.replace(temporary, path)  # no reader meets half of it, and several writers write the same
-            finally:
-                temporary.unlink(missing_ok=True)
         return datasets.Dataset.from_file(str(path))
     except (FileExistsError, NotADirectoryError) as error:
         file = next(folder for folder in path.parents if folder.exists())

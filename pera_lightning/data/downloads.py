@@ -7,11 +7,9 @@ that of the first download where none is published. What differs from it later i
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
@@ -19,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pera_lightning.errors import ConfigurationError, DataError, shorten
+from pera_lightning.files import atomic_path, atomic_write
 
 _TIMEOUT = 60  # seconds without a single byte
 _CHUNK = 1 << 20  # bytes
@@ -45,20 +44,15 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
         return verified(path, sha256=sha256)
     with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        given = _download(url, path, temporary)
-        expected = sha256 or recorded(path)
-        if expected is not None and given != expected:
-            raise DataError(
-                f"{url} has sha256 {given} and {expected} was expected: the file there has changed, or the download is "
-                f"damaged; try again, or put the right file at {path}"
-            )
-        _record(path, given)  # before the file, so that no file is without one
-        with _writable(path):
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_path(path) as temporary:
+            given = _download(url, path, temporary)
+            expected = sha256 or recorded(path)
+            if expected is not None and given != expected:
+                raise DataError(
+                    f"{url} has sha256 {given} and {expected} was expected: the file there has changed, or the "
+                    f"download is damaged; try again, or put the right file at {path}"
+                )
+            _record(path, given)  # before the file, so that no file is without one
     return path
 
 
@@ -108,15 +102,9 @@ def recorded(path: Path) -> str | None:
 
 
 def _record(path: Path, sha256: str) -> None:
-    if recorded(path) == sha256:
-        return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.sha256")
-    try:
+    if recorded(path) != sha256:
         with _writable(path):
-            temporary.write_text(f"{sha256}  {path.name}\n", encoding="utf-8")
-            os.replace(temporary, record_path(path))
-    finally:
-        temporary.unlink(missing_ok=True)
+            atomic_write(record_path(path), f"{sha256}  {path.name}\n".encode())
 
 
 def _download(url: str, path: Path, temporary: Path) -> str:

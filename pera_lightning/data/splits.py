@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.errors import DataError, UnknownNameError, closest
+from pera_lightning.files import atomic_write
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -205,12 +205,7 @@ def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) ->
     """
     path = Path(log_dir) / "splits" / f"{file_name(dataset)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write(path, (json.dumps(record) + "\n").encode())
     return path
 
 

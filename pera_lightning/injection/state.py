@@ -21,7 +21,7 @@ from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, closest, listed, shorten
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.injection.fingerprint import differing, fingerprint_of
 from pera_lightning.injection.inject import Injection, inject, injection_of, trained_parameter_names
 
@@ -187,8 +187,8 @@ def write_adapter(folder: str | Path, state: Mapping[str, Tensor], spec: Mapping
     # safetensors refuses shared memory, and tied heads share it.
     data = dump_tensors({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
     config = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **spec}
-    write_atomically(folder / WEIGHTS_FILE, data)
-    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
+    atomic_write(folder / WEIGHTS_FILE, data)
+    atomic_write(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
     return folder
 
 

@@ -1,19 +1,17 @@
 """The inputs of layers over several batches, in forward order, while the layers are being changed.
 
-Each layer is to see what the layers before it give once they are changed. The forward passes of all batches advance
-together for that, each in a thread of its own which stops at the layers asked for: one pass over the batches in all,
-at the price of keeping the activations of every batch. They take turns, so that one runs at a time. Layers that a pass
-calls more than once (shared ones) need the whole pass before they are changed, and one pass for each of them.
+Each layer is to see what the layers before it give once they are changed. So the batches go through the model anew for
+each group of layers that share an input, and a pass stops at the layer asked for. What runs before the first layer that
+is still to be changed gives the same in the next pass: its output is kept and not computed again.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -21,182 +19,145 @@ from torch import Tensor, nn
 
 Run = Callable[[Any], Any]  # the model's forward pass of a batch
 Group = list[nn.Module]
+# Called in the place of a module's forward, with the module, that forward, and its arguments.
+Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def inputs_in_order(
-    layers: Sequence[nn.Module], batches: Sequence[Any], run: Run
+    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Any], run: Run
 ) -> Iterator[tuple[Group, list[tuple[Tensor, int]]]]:
     """Yields layers and their inputs over all batches; what is done to the layers acts on what is yielded later.
 
     Args:
+        model: contains the layers; gives the same output for the same batch each time.
         layers: called with one tensor.
         batches: at least one.
-        run: see `Run`; called once for each batch to find the order, and then in other threads, one at a time.
+        run: see `Run`; called for each batch once to find the order, and once for each group.
 
     Yields:
         Layers that get the same input tensors in all batches (q, k and v), and these with the number of their batch.
         Layers that do not run for any batch are in no group.
     """
-    members, most = _order(layers, batches, run)
-    if most > 1:
-        yield from _one_by_one(list(members), batches, run)
-    else:
-        yield from _together(members, batches, run)
+    waiting = set(layers)
+    modules = [module for module in model.modules() if not waiting.isdisjoint(module.modules())]
+    passes = [_Passes(modules, partial(run, batch)) for batch in batches]
+    # One whole pass for each batch: which tensors, by their numbers, does each layer get?
+    inputs: dict[nn.Module, list[tuple[int, int]]] = {}  # (batch, tensor)
+    for number, each in enumerate(passes):
+        for layer, tensor in each.record(waiting):
+            inputs.setdefault(layer, []).append((number, tensor))
+    # Layers that get the same ones are a group, of which the first stands for all.
+    groups: dict[tuple[tuple[int, int], ...], Group] = {}
+    for layer, given in inputs.items():
+        groups.setdefault(tuple(given), []).append(layer)
+    first = {layer: group[0] for group in groups.values() for layer in group}
+    members = {group[0]: group for group in groups.values()}
+    # Then a pass for each group and batch, as far as the group.
+    orders = [list(dict.fromkeys(first[m] for m in each.calls if m in first)) for each in passes]
+    for layer in _one_order(orders):
+        reached = [(number, each) for number, each in enumerate(passes) if each.calls[layer]]
+        yield members[layer], [(x, number) for number, each in reached for x in each.inputs_of(layer, waiting)]
+        waiting.difference_update(members[layer])
 
 
-def _order(
-    layers: Sequence[nn.Module], batches: Sequence[Any], run: Run
-) -> tuple[dict[tuple[nn.Module, ...], set[int]], int]:
-    """Groups in the order of their first call with the numbers of their batches; and the most calls in a batch."""
-    inputs: dict[nn.Module, list[int]] = {}  # numbers of the tensors that a layer gets
-    within: dict[nn.Module, set[int]] = {}
-    most = 1
-    calls: Counter[nn.Module] = Counter()
-    tensors = itertools.count()
-    last: list[Any] = [None, 0]  # the input of the last call and its number
-
-    def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if last[0] is not args[0]:
-            last[:] = args[0], next(tensors)
-        inputs.setdefault(layer, []).append(last[1])
-        calls[layer] += 1
-
-    with _hooked(layers, called):
-        for number, batch in enumerate(batches):
-            calls.clear()
-            run(batch)
-            most = max(most, *calls.values(), 1)
-            for layer in calls:
-                within.setdefault(layer, set()).add(number)
-    groups: dict[tuple[int, ...], Group] = {}
-    for layer, seen in inputs.items():
-        groups.setdefault(tuple(seen), []).append(layer)
-    return {tuple(group): within[group[0]] for group in groups.values()}, most
+def _one_order(orders: Sequence[list[nn.Module]]) -> Iterator[nn.Module]:
+    """Merges the orders in which batches reach the layers; where they contradict one another, the first one counts."""
+    while orders := [order for order in orders if order]:
+        heads = [order[0] for order in orders]
+        # One that no other order has later, behind a layer that it depends on.
+        layer = next((head for head in heads if not any(head in order[1:] for order in orders)), heads[0])
+        yield layer
+        orders = [[other for other in order if other is not layer] for order in orders]
 
 
-def _one_by_one(
-    groups: Sequence[tuple[nn.Module, ...]], batches: Sequence[Any], run: Run
-) -> Iterator[tuple[Group, list[tuple[Tensor, int]]]]:
-    found: list[tuple[Tensor, int]] = []
-    current = 0
-
-    def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append((args[0], current))
-
-    for group in groups:
-        found.clear()
-        with _hooked(group[:1], called):
-            for number, batch in enumerate(batches):
-                current = number
-                run(batch)
-        yield list(group), list(found)
+class _Stop(BaseException):
+    """Ends a pass at the layer asked for; no `Exception`, which a model might catch."""
 
 
-def _together(
-    members: dict[tuple[nn.Module, ...], set[int]], batches: Sequence[Any], run: Run
-) -> Iterator[tuple[Group, list[tuple[Tensor, int]]]]:
-    passes = [_Pass(partial(run, batch)) for batch in batches]
-    running: list[_Pass] = []
-    of = {group[0]: group for group in members}  # all of a group get what its first layer gets
-    waiting = list(members)
-
-    def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.current_thread() is running[0] and of[layer] in waiting:
-            running[0].stop(layer, args[0])
-
-    def advance(one: _Pass) -> None:
-        running[:] = [one]
-        one.advance()
-
-    with _hooked(list(of), called):
-        try:
-            for one in passes:
-                advance(one)
-            while waiting and (there := {of[one.at] for one in passes if one.at is not None}):
-                # Those that no pass is still to come to, if any: passes may take other ways through the model.
-                whole = [g for g in waiting if g in there and all(passes[k].at is g[0] for k in members[g])]
-                group = whole[0] if whole else next(g for g in waiting if g in there)
-                here = [(number, one) for number, one in enumerate(passes) if one.at is group[0]]
-                yield list(group), [(one.x, number) for number, one in here]  # type: ignore[misc]
-                waiting.remove(group)
-                for _, one in here if waiting else ():  # else what is left of the passes is not needed
-                    advance(one)
-        finally:
-            for one in passes:
-                one.cancel()
-
-
-class _Cancelled(BaseException):
-    """Ends a pass that is not needed any more; no `Exception`, which a model might catch."""
-
-
-class _Pass(threading.Thread):
-    """A forward pass that stops where it is told to and goes on when it is told to.
+class _Passes:
+    """The forward passes of one batch.
 
     Args:
+        modules: the layers, and the modules that contain them.
         run: the pass.
 
     Attributes:
-        at: the layer that it stopped at; None where it has not begun, or has ended.
-        x: the input of that layer.
+        calls: how often each module runs in a pass, in the order of their first calls.
+        kept: output of the modules that no pass needs to run again.
     """
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._body = run
-        self._error: BaseException | None = None
-        self._cancelled = False
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._autocast = {kind: _autocast(kind) for kind in ("cpu", "cuda")}  # modes belong to threads
-        self.at: nn.Module | None = None
-        self.x: Tensor | None = None
+    def __init__(self, modules: Sequence[nn.Module], run: Callable[[], Any]) -> None:
+        self._modules, self._run = modules, run
+        self.calls: Counter[nn.Module] = Counter()
+        self.kept: dict[nn.Module, Any] = {}
 
-    def run(self) -> None:
-        try:
-            with torch.no_grad(), self._autocast["cpu"], self._autocast["cuda"]:
-                self._body()
-        except BaseException as error:  # handed on by `advance`
-            self._error = error
-        finally:
-            self.at = self.x = None
-            self._stopped.release()
+    def record(self, layers: set[nn.Module]) -> list[tuple[nn.Module, int]]:
+        """Runs a whole pass; gives the calls of the layers, with the number of the tensor that each gets."""
+        found: list[tuple[nn.Module, int]] = []
+        last: Tensor | None = None
 
-    def stop(self, layer: nn.Module, x: Tensor) -> None:
-        """Hands the turn back; called in this thread."""
-        self.at, self.x = layer, x
-        self._stopped.release()
-        self._go.acquire()
-        self.at = self.x = None
-        if self._cancelled:
-            raise _Cancelled
+        def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            nonlocal last
+            self.calls[module] += 1
+            if module in layers:
+                number = found[-1][1] if found else 0
+                found.append((module, number if args[0] is last else number + 1))
+                last = args[0]
+            return forward(*args, **kwargs)
 
-    def advance(self) -> None:
-        """Lets the pass run to its next stop, or to its end; raises its error."""
-        if self.ident is None:
-            self.start()
-        else:
-            self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
+        with torch.no_grad(), _forwards(self._modules, around):
+            self._run()
+        return found
 
-    def cancel(self) -> None:
-        """Ends the pass where it is."""
-        if self.at is not None:
-            self._cancelled = True
-            self._go.release()
-            self.join()
+    def inputs_of(self, layer: nn.Module, waiting: set[nn.Module]) -> list[Tensor]:
+        """Runs a pass as far as the last call of a layer; gives what the layer gets.
 
+        Args:
+            layer: runs in this batch.
+            waiting: layers that are still to be changed, this one among them.
+        """
+        found: list[Tensor] = []
+        final = True  # whether all that has run by now gives the same in later passes
 
-def _autocast(kind: str) -> torch.autocast:
-    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+        def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            nonlocal final
+            if module in self.kept:
+                return copy.deepcopy(self.kept[module])  # a model may go on to change it in place
+            if module is layer:
+                found.append(args[0])
+                if len(found) == self.calls[layer]:
+                    raise _Stop
+            final = final and module not in waiting
+            output = forward(*args, **kwargs)
+            if final and self.calls[module] == 1:
+                for inner in module.modules():  # these are not called any more
+                    self.kept.pop(inner, None)
+                self.kept[module] = copy.deepcopy(output)
+            return output
+
+        with torch.no_grad(), _forwards(self._modules, around), suppress(_Stop):
+            self._run()
+        return found
 
 
 @contextmanager
-def _hooked(layers: Sequence[nn.Module], called: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
-    hooks = [layer.register_forward_pre_hook(called) for layer in layers]
+def _forwards(modules: Sequence[nn.Module], around: Around) -> Iterator[None]:
+    """Within this context `around` is called in the place of the modules' forward."""
+    before = {module: vars(module).get("forward") for module in modules}  # other libraries set one, too
+    for module in modules:
+        module.forward = _replacement(module, module.forward, around)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _replacement(module: nn.Module, forward: Callable[..., Any], around: Around) -> Callable[..., Any]:
+    @wraps(forward)  # models look at signatures
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(module, forward, args, kwargs)
+
+    return replacement

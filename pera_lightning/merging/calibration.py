@@ -36,10 +36,10 @@ _TINY = 1e-6
 
 
 class Moments:
-    """What a linear fit of σ(A x) needs of the tokens, summed in float64: second moments of x with itself and with σ.
+    """Second moments of the tokens x with themselves and with σ(A x), summed in float64: all that a linear fit needs.
 
     Args:
-        adapters: of layers that get the same input.
+        adapters: adapters of layers that get the same input.
     """
 
     def __init__(self, adapters: Sequence[AuroRALayer]) -> None:
@@ -68,25 +68,28 @@ class Moments:
             self.ss[k] += sigma.square().sum()
 
     def fit(self, index: int, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
-        """The linear map of one adapter, see the file's head.
+        """Fits the linear map of one adapter, by the formula at the top of the file.
 
         Args:
-            index: of the adapter.
-            ridge: towards M A, as a share of an input feature's mean square.
+            index: number of the adapter.
+            ridge: pull towards M A, as a share of an input feature's mean square.
             constant: whether c is fitted; otherwise it is 0.
 
         Returns:
             N (r, in) and c (r,), float64; and the share of σ's variance (its mean square, without a constant) that
             they leave unexplained.
         """
+        # Second moments of x with itself and with σ, centred where there is a constant.
         mean_x, mean_s = self.x / self.n * constant, self.s[index] / self.n * constant
         raw = self.xx / self.n
         G = raw - torch.outer(mean_x, mean_x)  # (in, in)
         C = self.sx[index] / self.n - torch.outer(mean_s, mean_x)  # (r, in)
+        # M is σ's least squares fit on z = A x, and M A what the ridge pulls the fit on x towards.
         A = self.adapters[index].A.to(G)
         M = torch.cholesky_solve(A @ C.T, _factor(A @ G @ A.T, _TINY, A @ raw @ A.T)).T  # (r, r)
         N = M @ A
         N = N + torch.cholesky_solve((C - N @ G).T, _factor(G, max(ridge, _TINY), raw)).T
+        # Mean of |σ - N x - c|², expanded in the moments.
         variance = self.ss[index] / self.n - mean_s.square().sum()
         left = variance - 2 * (C * N).sum() + ((N @ G) * N).sum()
         return N, mean_s - N @ mean_x, (left / variance).clamp(min=0).item() if variance > 0 else 0.0
@@ -104,8 +107,8 @@ def calibrate(
 ) -> list[str]:
     """Fits a linear map to every AuroRA layer with dynamic inference and puts it in its place in eval mode.
 
-    All batches go through the model together, see `activation_capture`: their activations have to fit, and the second
-    moments of a layer's inputs, in x in x 8 bytes. Padding is left out where a batch is a mapping with an
+    The outputs of what is fitted are kept for all batches, see `activation_capture`, and have to fit into memory; so do
+    the second moments of a layer's inputs, in x in x 8 bytes. Padding is left out where a batch is a mapping with an
     ``attention_mask``.
 
     Args:
@@ -118,7 +121,7 @@ def calibrate(
         Notes, one line each.
 
     Raises:
-        NotMergeableError: for a layer that no batch reaches, or inputs that are no numbers.
+        NotMergeableError: for a layer that no batch reaches, or inputs that are not finite.
         ConfigurationError: for a negative ridge.
     """
     check_in_range(ridge, "ridge", ge=0)
@@ -126,44 +129,42 @@ def calibrate(
     def run(batch: Any) -> None:
         (forward or call)(model, on_device(batch, device_of(model)))
 
-    waiting = {layer: path for path, layer in model.named_modules() if _dynamic(layer)}
+    paths = {layer: path for path, layer in model.named_modules() if _is_dynamic(layer)}
     unexplained: dict[str, float] = {}
     fewest: tuple[int, int] | None = None  # tokens, input features
-    seen: set[nn.Module] = set()
     with evaluating(model), torch.no_grad():
-        for group, inputs in inputs_in_order(list(waiting), batches, run):
-            seen.update(group)
-            moments = Moments([a for layer in group for a in layer.adapters.values() if _fitted(a)])
+        for group, inputs in inputs_in_order(model, list(paths), batches, run):
+            # Layers with the same input share its moments.
+            owner = {adapter: layer for layer in group for adapter in layer.adapters.values() if _is_fitted(adapter)}
+            moments = Moments(list(owner))
             for x, number in inputs:
                 moments.add(unpadded(x, batches[number]))
             if not moments.n or not torch.isfinite(moments.xx).all():
                 what = "NaN or infinite inputs" if moments.n else "no token, but padding"
-                raise NotMergeableError(f"the calibration batches give {waiting[group[0]]} {what}")
-            of = {adapter: layer for layer in group for adapter in layer.adapters.values()}
-            fits = [moments.fit(k, ridge, of[a].bias is not None) for k, a in enumerate(moments.adapters)]
-            for adapter, (N, c, left) in zip(moments.adapters, fits, strict=True):
-                path = waiting[of[adapter]]
-                constant = None if of[adapter].bias is None else (adapter.scale * adapter.B.to(c) @ c).to(adapter.B)
+                raise NotMergeableError(f"the calibration batches give {paths[group[0]]} {what}")
+            # From here on the layers are linear, in what later layers see too.
+            fits = [moments.fit(k, ridge, layer.bias is not None) for k, layer in enumerate(owner.values())]
+            for (adapter, layer), (N, c, left) in zip(owner.items(), fits, strict=True):
+                constant = None if layer.bias is None else (adapter.scale * adapter.B.to(c) @ c).to(adapter.B)
                 adapter.calibrate(LowRankUpdate(N.to(adapter.A), adapter.B.detach().clone(), adapter.scale, constant))
-                unexplained[path] = max(left, unexplained.get(path, 0.0))
+                unexplained[paths[layer]] = max(left, unexplained.get(paths[layer], 0.0))
             fewest = min(fewest or (moments.n, len(moments.x)), (moments.n, len(moments.x)))
-    unseen = [path for layer, path in waiting.items() if layer not in seen]
-    if unseen:
+    if unseen := [path for path in paths.values() if path not in unexplained]:
         raise NotMergeableError(f"{len(unseen)} layers do not run for any batch: {listed(unseen, 3)}")
     tokens, features = fewest  # type: ignore[misc]
-    if tokens < 2 * features:  # they leave no room to say how good the fit is
+    if tokens < 2 * features:  # too few to say how good the fit is
         return [f"fitted to {tokens} tokens, few for {features} input features: give more batches"]
     mean = sum(unexplained.values()) / len(unexplained)
-    worst = max(unexplained, key=unexplained.get)  # type: ignore[arg-type]
+    worst = max(unexplained, key=unexplained.__getitem__)
     return [
         f"fitted to {tokens} tokens; of the variance of σ {mean:.1%} is not linear on average over the layers, at most "
         f"{unexplained[worst]:.1%} ({worst})"
     ]
 
 
-def _dynamic(layer: nn.Module) -> bool:
-    return isinstance(layer, AdaptedLayer) and any(_fitted(adapter) for adapter in layer.adapters.values())
+def _is_dynamic(layer: nn.Module) -> bool:
+    return isinstance(layer, AdaptedLayer) and any(map(_is_fitted, layer.adapters.values()))
 
 
-def _fitted(adapter: nn.Module) -> bool:
+def _is_fitted(adapter: nn.Module) -> bool:
     return isinstance(adapter, AuroRALayer) and adapter.inference_mode == "dynamic"

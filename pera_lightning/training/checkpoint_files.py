@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
 from pera_lightning.errors import CheckpointError, megabytes
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.training import _lightning_internals as internals
 
 _STARTED = time.time()
@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(file)
-            write_atomically(file, buffer.getbuffer())
+            atomic_write(file, buffer.getbuffer())
         except OSError as error:
             raise CheckpointError(_not_written(file, buffer.getbuffer().nbytes, error)) from None
 

@@ -20,7 +20,7 @@ from torch import nn
 from pera_lightning import __version__
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.aurora import acting_layers
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import find_injected
 
@@ -136,5 +136,5 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
     """Writes `results.json` into a run's folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    write_atomically(path, as_text(result).encode())
+    atomic_write(path, as_text(result).encode())
     return path

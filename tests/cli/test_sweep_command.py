@@ -361,7 +361,7 @@ def test_a_full_disk_is_one_line(play, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pera_lightning.cli.sweeps.folder.write_atomically", full)
+    monkeypatch.setattr("pera_lightning.cli.sweeps.folder.atomic_write", full)
     done = play("--seeds", "1")
     assert (done.code, done.calls) == (2, [])
     assert "sweep.json cannot be written (No space left on device): make room" in done.err

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pera_lightning.data import downloads
 from pera_lightning.data.downloads import fetch, record_path, verified
 from pera_lightning.errors import ConfigurationError, DataError
 from tests.tasks.causal_lm.text_helpers import one_line
@@ -165,7 +164,7 @@ def test_a_disk_that_takes_nothing(server, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(downloads.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(DataError) as error:
         fetch(f"{server.url}/f", tmp_path / "f")
     one_line(error, "No space left on device", "MiB are free", "make room")

@@ -101,7 +101,7 @@ def test_file_is_written_in_one_step(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(splits.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         splits.write_split(tmp_path, "org/name", {"seed": 4})
     assert json.loads(path.read_text()) == {"seed": 3}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pera_lightning import adapter_state_dict, inject, load_adapter, merge, merge_and_unload, save_adapter
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method, MoSLoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError
-from pera_lightning.files import write_atomically
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import forgive_missing_base, remember_unfrozen
 
@@ -181,20 +180,6 @@ def test_a_newer_format(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
         load_adapter(base(), tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_reloaded_adapter_can_be_trained(tmp_path: Path) -> None:

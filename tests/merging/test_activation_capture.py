@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -31,59 +31,123 @@ def batches(count: int = 3) -> list[Tensor]:
 
 def seen(model: nn.Module, layers: list[nn.Module], given: list[Any], run: Any = None) -> list[tuple[list, list]]:
     found = []
-    for group, inputs in inputs_in_order(layers, given, run or model):
+    for group, inputs in inputs_in_order(model, layers, given, run or model):
         found.append((group, [(x[0, 0].item(), number) for x, number in inputs]))
         for layer in group:
             doubled(layer)
     return found
 
 
+def is_untouched(model: nn.Module) -> bool:
+    return not any("forward" in vars(module) for module in model.modules())
+
+
 def test_each_layer_gets_what_the_changed_ones_before_it_give() -> None:
     model = line()
     expected = [([model[k]], [(2.0**k * (n + 1), n) for n in range(3)]) for k in range(3)]
     assert seen(model, list(model), batches()) == expected
-
-
-def test_no_thread_is_left() -> None:
-    before = threading.active_count()
-    model = line()
-    seen(model, list(model), batches())
-    assert threading.active_count() == before
-    for _ in inputs_in_order(list(model), batches(), model):
+    assert is_untouched(model)
+    for _ in inputs_in_order(model, list(model), batches(), model):
         break  # given up in the middle
-    assert threading.active_count() == before
+    assert is_untouched(model)
 
 
-def test_an_error_of_the_model_is_raised_and_ends_all() -> None:
-    before, model, calls = threading.active_count(), line(), []
+def test_an_error_of_the_model_is_raised_and_leaves_nothing_behind() -> None:
+    model, calls = line(), []
 
     def run(batch: Tensor) -> None:
         calls.append(batch)
         y = model[1](model[0](batch))
-        if len(calls) > 4:  # the second batch, after the order was found
+        if len(calls) > 7:  # after the order was found and the first layer was changed
             raise ValueError("the model says no")
         model[2](y)
 
     with pytest.raises(ValueError, match="the model says no"):
         seen(model, list(model), batches(), run)
-    assert threading.active_count() == before
+    assert len(calls) > 7
+    assert is_untouched(model)
 
 
-def test_passes_run_one_at_a_time_without_gradients_and_under_the_callers_autocast() -> None:
-    model, modes, inside = line(), set(), []
+def test_a_forward_that_another_library_has_set_is_called_and_stays() -> None:
+    model = line()
+    plain = model[0].forward
+    model[0].forward = lambda x: 10 * plain(x)
+    ours = model[0].forward
+    assert seen(model, list(model), batches(1))[1] == ([model[1]], [(20.0, 0)])
+    assert model[0].forward is ours
 
-    def watched(layer: nn.Module, args: Any) -> None:
-        modes.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+
+def test_a_model_that_catches_exceptions_is_stopped_too() -> None:
+    model = line(2)
 
     def run(batch: Tensor) -> None:
-        inside.append(threading.get_ident())
-        model(batch)
+        try:
+            model(batch)
+        except Exception:
+            pytest.fail("the model was told")
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model[1].register_forward_pre_hook(watched)
-        seen(model, list(model), batches(), run)
+    assert len(seen(model, list(model), batches(), run)) == 2
+
+
+def test_passes_run_without_gradients_and_under_the_callers_autocast() -> None:
+    model, modes = line(), set()
+
+    def watched(*_: Any) -> None:
+        modes.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+
+    model[1].register_forward_pre_hook(watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen(model, list(model), batches())
     assert modes == {(False, True, torch.bfloat16)}
-    assert len(set(inside)) > 1
+
+
+class Block(nn.Module):
+    """Two layers and a part that nobody changes; adds to what it got in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.fixed, self.two = line(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        y += self.fixed(x)
+        return self.two(y)
+
+
+def test_what_lies_behind_runs_once_more_only() -> None:
+    """For the order, as far as the second layer, and whole; then its output is kept, whatever is done to that."""
+    model = nn.Sequential(Block(), nn.ReLU(inplace=True), Block(), nn.Linear(2, 2), Block())
+    layers = [layer for block in (model[0], model[2], model[4]) for layer in (block.one, block.two)]
+    calls: Counter[nn.Module] = Counter()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+    assert len(seen(model, layers, batches())) == 6
+    assert [calls[block.fixed] for block in (model[0], model[2], model[4])] == [9, 9, 6]
+    assert calls[model[3]] == 9  # not within what is kept
+
+
+def test_what_is_kept_is_what_would_be_computed() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(3, 2) for _ in range(2)]
+
+    def built() -> nn.Sequential:
+        torch.manual_seed(1)
+        model = nn.Sequential(Block(), nn.ReLU(inplace=True), Block(), nn.Tanh(), Block())
+        for p in model.parameters():
+            nn.init.normal_(p)
+        return model
+
+    model = built()
+    layers = [layer for block in (model[0], model[2], model[4]) for layer in (block.one, block.two)]
+    with torch.no_grad():
+        for group, inputs in inputs_in_order(model, layers, given, model):
+            plain: list[Tensor] = []
+            hook = group[0].register_forward_pre_hook(lambda _, args, plain=plain: plain.append(args[0].clone()))
+            for batch in given:
+                model(batch)
+            hook.remove()
+            assert all(torch.equal(x, y) for (x, _), y in zip(inputs, plain, strict=True))
+            doubled(group[0])
 
 
 def test_a_layer_that_is_called_again_is_seen_whole_before_it_is_changed() -> None:
@@ -107,3 +171,17 @@ def test_batches_that_take_other_ways() -> None:
         ([model[1]], [(2.0, 1), (3.0, 2)]),
         ([model[2]], [(2.0, 0), (4.0, 1), (6.0, 2)]),
     ]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_batches_that_take_opposite_ways(swapped: bool) -> None:
+    """The first batch's order counts, and nothing is kept of what is still to change."""
+    model = line(2)
+
+    def run(batch: Tensor) -> None:
+        first, second = (0, 1) if bool(batch[0, 0] < 2) is not swapped else (1, 0)
+        model[second](model[first](batch))
+
+    first, second = (1, 0) if swapped else (0, 1)
+    found = seen(model, list(model), batches(2), run)
+    assert found == [([model[first]], [(1.0, 0), (2.0, 1)]), ([model[second]], [(2.0, 0), (2.0, 1)])]

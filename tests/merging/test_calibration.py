@@ -284,12 +284,12 @@ def calibrated(model: nn.Module, batches: list[Any], **options: Any) -> None:
         pass
 
 
-def test_the_batches_go_through_the_model_twice() -> None:
-    """Once to see the order of the layers, and once to fit them, as far as the last one."""
+def test_each_group_takes_one_more_pass_that_stops_at_it() -> None:
+    """Three batches: one pass each to see the order, one as far as q, k and v, and one as far as o."""
     model = moved(Attention())
     batches = list(tokens().split(100))
     counted = calls(model, lambda: calibrated(model, batches))
-    assert counted == {"embed": 6, "q_proj": 6, "k_proj": 6, "v_proj": 6, "o_proj": 3, "head": 3}
+    assert counted == {"embed": 9, "q_proj": 6, "k_proj": 6, "v_proj": 6, "o_proj": 3, "head": 3}
 
 
 def test_a_layer_that_runs_twice_is_fitted_to_both_inputs() -> None:

@@ -16,7 +16,7 @@ from pera_lightning.cli.sweeps.choice import best_settings
 from pera_lightning.cli.sweeps.plan import Run, differences
 from pera_lightning.cli.sweeps.summary import COMPLETE, as_csv, summarise
 from pera_lightning.errors import ConfigurationError, DataError, listed
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 
 FILE, TABLE, LOG, LOCK = "sweep.json", "sweep.csv", "sweep.log", ".sweep.lock"
 RESULTS = "results.json"
@@ -142,8 +142,8 @@ def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
     sweep["summary"] = summarise(sweep["runs"])
     sweep["best"], sweep["best_text"] = best_settings(sweep["summary"])
     try:
-        write_atomically(folder / FILE, (json.dumps(sweep, indent=1, allow_nan=False) + "\n").encode())
-        write_atomically(folder / TABLE, as_csv(sweep["runs"]).encode())
+        atomic_write(folder / FILE, (json.dumps(sweep, indent=1, allow_nan=False) + "\n").encode())
+        atomic_write(folder / TABLE, as_csv(sweep["runs"]).encode())
     except OSError as error:
         raise DataError(
             f"{folder / FILE} cannot be written ({error.strerror}): make room and give the same command again; the "

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pera_lightning.files import atomic_directory
+
 Record = Mapping[str, Any]
 
 
@@ -73,8 +75,7 @@ class PartialRecords:
 def write_records(folder: Path, records: Sequence[Record], others: Mapping[str, str] | None = None) -> list[Path]:
     """Writes a file a set, in the order given, in place of the whole folder: all in it is of one evaluation.
 
-    A reader sees the old files or the new ones, or for a moment none: a process that dies between the two renames
-    leaves the new folder beside as `.NAME.new`, and the old one as `.NAME.old` until the next write.
+    A reader sees the old files or the new ones, or for a moment none, see `atomic_directory`.
 
     Args:
         folder: for the files; what is there goes.
@@ -87,34 +88,10 @@ def write_records(folder: Path, records: Sequence[Record], others: Mapping[str, 
     texts = dict(others or {})
     for name, rows in by_set.items():
         texts[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)  # of a process that died
-    try:
-        new.mkdir(parents=True)
+    with atomic_directory(folder) as new:
         for name, text in texts.items():
-            with (new / name).open("wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        _swap(folder, new)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            (new / name).write_bytes(text.encode())
     return [folder / f"{name}.jsonl" for name in by_set]
-
-
-def _swap(folder: Path, new: Path) -> None:
-    """Puts a folder in the place of another, which goes only once the new one is there."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def unique(records: Iterable[Record], order: Sequence[str]) -> list[Record]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from pera_lightning.errors import ConfigurationError, DataError, listed, shorten
-from pera_lightning.files import png, read_text, write_atomically
+from pera_lightning.files import atomic_write, png, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ def save_images(images: Sequence[Image.Image], names: Sequence[str], folder: str
 def save_picture(image: Image.Image, path: Path) -> int:
     """Writes a PNG atomically; returns its bytes."""
     data = png(image)
-    write_atomically(path, data)
+    atomic_write(path, data)
     return len(data)
 
 
@@ -128,7 +128,7 @@ def write_images(folder: str | Path, generated: GeneratedImages) -> Path:
     """Writes `images.json`, atomically; by one rank, when the PNGs of all are there."""
     file = Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, (json.dumps(asdict(generated), indent=1) + "\n").encode())
+    atomic_write(file, (json.dumps(asdict(generated), indent=1) + "\n").encode())
     return file
 
 

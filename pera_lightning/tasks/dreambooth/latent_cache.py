@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pera_lightning.errors import DataError, listed, shorten
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.training.distributed import all_gather_object
 
 Tensors = dict[str, Tensor]
@@ -79,7 +79,7 @@ def write_in_one_step(path: Path, data: bytes) -> None:
         DataError: where it cannot be written.
     """
     try:
-        write_atomically(path, data)
+        atomic_write(path, data)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written: {error.strerror or error}; make room, or choose another folder"

@@ -19,7 +19,7 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
 from pera_lightning.training.distributed import all_gather_object
@@ -283,5 +283,5 @@ class ImageClassificationModule(AdapterModule):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("id", "label", "probability"))
         writer.writerows((i, label, f"{p:.6f}") for i, label, p in rows)
-        write_atomically(folder / "predictions.csv", text.getvalue().encode())
+        atomic_write(folder / "predictions.csv", text.getvalue().encode())
         print(f"Predictions of {len(rows)} images: {folder / 'predictions.csv'}", flush=True)

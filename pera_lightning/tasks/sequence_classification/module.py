@@ -18,7 +18,7 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.sequence_classification.loss import check_weights, example_losses
 from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
@@ -314,7 +314,7 @@ class SequenceClassificationModule(StepMeanModule):
         for index, name in zip(self._rows, names, strict=False):
             rows = merge_shards([own[index] for own in ranks])
             text = submission((row, written(prediction)) for row, prediction in rows)
-            write_atomically(folder / f"{name}.tsv", text.encode())
+            atomic_write(folder / f"{name}.tsv", text.encode())
             print(f"Predictions of {len(rows)} rows: {folder / name}.tsv", flush=True)
 
     # --- merging and export ---

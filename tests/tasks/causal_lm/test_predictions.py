@@ -135,7 +135,7 @@ def test_a_process_that_dies_between_the_renames(tmp_path, monkeypatch):
     folder, rename = tmp_path / "hira", Path.rename
     write_records(folder, [A])
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda path, to: os._exit(7) if path.name.endswith("new") else rename(path, to))
+        patch.setattr(Path, "rename", lambda path, to: os._exit(7) if ".writing-" in path.name else rename(path, to))
         child = os.fork()
         if not child:
             try:
@@ -143,8 +143,8 @@ def test_a_process_that_dies_between_the_renames(tmp_path, monkeypatch):
             finally:
                 os._exit(1)  # the child must not go on with pytest
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    kept = {path.name: json.loads((path / "x.jsonl").read_bytes()) for path in tmp_path.iterdir()}
-    assert kept == {".hira.old": A, ".hira.new": B}
+    kept = {path.name[:14]: json.loads((path / "x.jsonl").read_bytes()) for path in tmp_path.iterdir()}
+    assert kept == {".hira.replaced": A, ".hira.writing-": B}
     write_records(folder, [B])
     assert [path.name for path in tmp_path.iterdir()] == ["hira"]
     assert json.loads((folder / "x.jsonl").read_bytes()) == B
