@@ -160,6 +160,7 @@ def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
 # --- samplers ---
 
 
-def replace_sampler(distributed: DistributedSamplerWrapper, wrap: Callable[[Any], Any]) -> None:
-    """Wraps the sampler that Lightning draws from for all processes (`_DatasetSamplerWrapper`, 2.6.6)."""
-    distributed.dataset._sampler = wrap(distributed.dataset._sampler)  # type: ignore[attr-defined]
+def wrap_draws(sampler: DistributedSamplerWrapper, wrap: Callable[[Callable[[], None]], None]) -> None:
+    """Has `wrap` called with what draws an epoch's order for all processes (`_DatasetSamplerWrapper.reset`, 2.6.6)."""
+    draw = sampler.dataset.reset  # type: ignore[attr-defined]
+    sampler.dataset.reset = lambda: wrap(draw)  # type: ignore[attr-defined]

@@ -32,6 +32,7 @@ def saved_gradients(trainer: Trainer, module: torch.nn.Module, checkpoint: dict[
     are the mean, which is what the optimizer step takes in the end.
     """
     ranks = checkpoint.get(GRADIENTS, [])
+    # FSDP2 reduces the gradients of every batch: all processes have saved the same.
     sharded = any(isinstance(p, DTensor) for p in module.parameters())
     if len(ranks) == trainer.world_size and not sharded:
         return ranks[trainer.global_rank]
@@ -39,7 +40,7 @@ def saved_gradients(trainer: Trainer, module: torch.nn.Module, checkpoint: dict[
 
 
 def mean_gradients(ranks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean over processes; one that lacks a gradient counts as zero."""
+    """The mean over processes, of which one without a gradient counts as zero."""
     names = {name: None for own in ranks for name in own}
     return {name: sum(own[name] for own in ranks if name in own) / len(ranks) for name in names}
 
@@ -47,5 +48,5 @@ def mean_gradients(ranks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
 def put_gradients(module: torch.nn.Module, gradients: dict[str, torch.Tensor]) -> None:
     """Gives the parameters their gradients, sharded where they are."""
     for name, gradient in gradients.items():
-        parameter = module.get_parameter(name)
+        parameter = module.get_parameter(name)  # names: the checkpoint may be of another strategy
         parameter.grad = sharded_like(gradient.to(parameter.device), parameter)

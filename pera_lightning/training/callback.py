@@ -33,13 +33,7 @@ from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
 from pera_lightning.training.adapter_folder import write_adapter_folder
 from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
-from pera_lightning.training.checks import (
-    check_float32,
-    check_optimizers,
-    check_position,
-    check_precision,
-    check_unfrozen,
-)
+from pera_lightning.training.checks import check_before_fit, check_position, check_precision
 from pera_lightning.training.data_order import load_loader_states, resume_data_order
 from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
@@ -82,14 +76,8 @@ class AdapterInjection(Callback):
 
     def injector(self) -> partial:
         """Called with a network, it injects: what a module's hook is set to."""
-        return partial(
-            inject,
-            method=self.method,
-            targets=self.targets,
-            trainable=self.trainable,
-            fused=self.fused,
-            seed=self.seed,
-        )
+        names = {"targets": self.targets, "trainable": self.trainable, "fused": self.fused}
+        return partial(inject, method=self.method, seed=self.seed, **names)
 
     # --- before anything runs ---
 
@@ -100,6 +88,7 @@ class AdapterInjection(Callback):
             setattr(pl_module, HOOK, self.injector())
         else:
             self._inject_foreign(pl_module)
+        # Checkpoints are of what is trained: written so, and loaded without the base.
         allow_missing_base(pl_module)
         write_adapters_only(trainer.strategy)
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
@@ -111,20 +100,18 @@ class AdapterInjection(Callback):
             seed_ranks_apart(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
-        late = ConfigurationError(
-            f"{type(module).__name__} builds its network in configure_model, after the injection: add the class "
-            f"attribute `{HOOK} = None` to it, and at the end of building `if self.{HOOK} is not None: "
-            f"self.{HOOK}(self)`"
-        )
-        builds_late = is_overridden("configure_model", module)
-        if builds_late and next(module.parameters(), None) is None:
-            raise late
+        late = is_overridden("configure_model", module)
         try:
-            self.injector()(module)
+            if not late or next(module.parameters(), None) is not None:
+                self.injector()(module)
+                return
         except NoTargetMatched:
-            if builds_late:
-                raise late from None
-            raise
+            if not late:
+                raise
+        raise ConfigurationError(
+            f"{type(module).__name__} builds its network in configure_model, after the injection: add the class "
+            f"attribute `{HOOK} = None`, and at the end of building `if self.{HOOK} is not None: self.{HOOK}(self)`"
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = find_injected(pl_module)
@@ -133,9 +120,7 @@ class AdapterInjection(Callback):
                 f"{type(pl_module).__name__} has the hook `{HOOK}` and did not call it in configure_model"
             )
         rank_zero_only(print)(injection_of(found[1]).report, flush=True)  # type: ignore[union-attr]
-        check_float32(pl_module)
-        check_optimizers(trainer, pl_module)
-        check_unfrozen(pl_module)
+        check_before_fit(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)
@@ -152,7 +137,7 @@ class AdapterInjection(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._unused.after_batch("training")
-        self._rng = capture()
+        self._rng = capture()  # what follows, validation and other callbacks, may draw
         self.preemption.after_train_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,10 +161,7 @@ class AdapterInjection(Callback):
         self._unused.after_batch("evaluation")
         self.preemption.after_validation_batch(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_training(trainer)
-
-    def _restore_training(self, trainer: Trainer) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
             restore(self._rng)
 
@@ -197,8 +179,9 @@ class AdapterInjection(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unused.stop()
+        # A checkpoint of this stop is to hold the random state of training.
         if trainer.validating:
-            self._restore_training(trainer)
+            self.on_validation_end(trainer)
         self.preemption.save(trainer, exception)
         self.preemption.release(trainer)
 

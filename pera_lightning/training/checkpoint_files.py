@@ -34,6 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if file is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
+        # In memory first: adapters are small, and the size is known where the disk is full.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
@@ -46,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def with_atomic_writes(inner: CheckpointIO) -> CheckpointIO:
     """`AtomicCheckpointIO` in the place of Lightning's plain `TorchCheckpointIO`, also within one that wraps it."""
-    if type(inner) is TorchCheckpointIO:
+    if type(inner) is TorchCheckpointIO:  # a subclass writes as its author meant it
         return AtomicCheckpointIO()
     internals.replace_wrapped_io(inner, TorchCheckpointIO, AtomicCheckpointIO())
     return inner
@@ -59,7 +60,8 @@ def local_file(path: Any) -> Path | None:
 
 
 def remove_leftovers(file: Path) -> None:
-    """Removes what writing `file` has left in an earlier process that was killed; not what another writes now."""
+    """Removes what writing `file` has left beside it in an earlier process that was killed."""
+    # Younger ones may be another process's that writes now.
     for part in file.parent.glob(f".{escape(file.name)}.????????"):
         if part.stat().st_mtime < _STARTED:
             part.unlink(missing_ok=True)

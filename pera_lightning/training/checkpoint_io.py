@@ -40,10 +40,19 @@ def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
         checkpoint: what Lightning is about to write.
         module: the LightningModule, injected.
     """
+    # A copy: the strategy and the callbacks go on with the dict that they have.
     frozen = frozen_names(module)
     trimmed = {key: without(value, frozen) if key in _STATES else value for key, value in checkpoint.items()}
     trimmed[METADATA] = metadata(module, __version__)
     return trimmed
+
+
+def check_has_adapters(checkpoint: dict[str, Any], source: Any) -> None:
+    """Raises `CheckpointError` where a checkpoint was written without `AdapterInjection`."""
+    if METADATA not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{source} holds no adapters: it was written without AdapterInjection; give a checkpoint of this method"
+        )
 
 
 def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:
@@ -55,29 +64,25 @@ def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str)
         source: its file, for the message.
     """
     found = find_injected(module)
-    if found is None:
+    if found is None:  # not built yet: `on_load_checkpoint` checks
         return
     present = injection_of(found[1])
-    if METADATA not in checkpoint:
-        raise CheckpointError(
-            f"{source} holds no adapters (it was written without AdapterInjection); load such weights into the module "
-            "before training, or give a checkpoint of this method"
-        )
+    check_has_adapters(checkpoint, source)
     check_injection(checkpoint[METADATA], present, source)  # type: ignore[arg-type]
-    if "state_dict" in checkpoint:
-        strict = getattr(module, "strict_loading", True)
-        check_state(module, checkpoint["state_dict"], source, strict=strict)
+    strict = getattr(module, "strict_loading", True)
+    check_state(module, checkpoint["state_dict"], source, strict=strict)
 
 
 class AdapterCheckpointIO(CheckpointIO):
     """Trims what is saved and checks what is loaded; the files are another `CheckpointIO`'s.
 
     Args:
-        inner: reads and writes the files.
-        module: the LightningModule.
+        inner: what reads and writes the files.
+        module: the LightningModule, to be injected.
     """
 
     def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
+        # One trainer fits and then tests: its `CheckpointIO` is this one already.
         self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else with_atomic_writes(inner)
         self.module = module
 
@@ -126,11 +131,8 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
 
 
 def _is_folder(folder: Path) -> str:
-    if not (folder / CONFIG_FILE).is_file():
-        return (
-            f"{folder} is a folder, such as ModelParallelStrategy writes without AdapterInjection "
-            "(save_distributed_checkpoint=True), and holds no adapters; give a .ckpt file"
-        )
+    if not (folder / CONFIG_FILE).is_file():  # such as ModelParallelStrategy writes without AdapterInjection
+        return f"{folder} is a folder, perhaps of shards, and holds no adapters; give a .ckpt file"
     beside = listed(sorted(str(file) for file in (folder.parent / "checkpoints").glob("*.ckpt")), 3)
     have = f": {beside}" if beside else ""
     return f"{folder} is an adapter folder, for merge, export and load_adapter; here a checkpoint is needed{have}"
@@ -143,7 +145,8 @@ def _others(file: Path | None) -> str:
 
 
 def allow_missing_base(module: LightningModule) -> None:
-    """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
+    """Lets a LightningModule load state dicts that lack its frozen base."""
+    # Once: a module is set up for each fit and test.
     if forgive_missing_base not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(forgive_missing_base)
 
@@ -155,8 +158,7 @@ def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: where it is damaged, or was written without adapters.
     """
     checkpoint = read_checkpoint(path)
-    if METADATA not in checkpoint or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    check_has_adapters(checkpoint, path)
     spec = checkpoint[METADATA]
     prefix = f"{spec['root']}." if spec["root"] else ""
     return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

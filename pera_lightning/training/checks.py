@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import float32, float64, nn
+from torch import float32, float64
 
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.inject import adapter_parameter_names
@@ -37,8 +37,12 @@ def check_precision(trainer: Trainer) -> None:
         )
 
 
-def check_float32(module: nn.Module) -> None:
-    """Raises `ConfigurationError` where an adapter's parameter is in low precision."""
+def check_before_fit(trainer: Trainer, module: LightningModule) -> None:
+    """Checks the parameters of an injected module against precision and optimizers.
+
+    Raises:
+        ConfigurationError: where an adapter is in low precision, or a trained parameter in no optimizer.
+    """
     parameters = dict(module.named_parameters())
     low = [n for n in sorted(adapter_parameter_names(module)) if parameters[n].dtype not in (float32, float64)]
     if low:
@@ -46,23 +50,15 @@ def check_float32(module: nn.Module) -> None:
             f"{len(low)} adapter parameters are {parameters[low[0]].dtype}, float32 is needed: {listed(low, 2)}; "
             "cast the base before the injection, not after it"
         )
-
-
-def check_optimizers(trainer: Trainer, module: LightningModule) -> None:
-    """Raises `ConfigurationError` where a trained parameter is in no optimizer."""
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    left = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    left = [name for name, p in parameters.items() if p.requires_grad and id(p) not in held]
     if left and trainer.optimizers:
         raise ConfigurationError(
             f"{len(left)} trained parameters are in no optimizer: {listed(left, 3)}; give configure_optimizers all "
             "parameters with requires_grad"
         )
-
-
-def check_unfrozen(module: nn.Module) -> None:
-    """Warns where base parameters are trained besides adapters and heads; they are saved too."""
     loose = remember_unfrozen(module)
-    if loose:
+    if loose:  # wanted by some, forgotten by others
         rank_zero_warn(
             f"{len(loose)} base parameters are trained besides adapters and heads, and saved with them: "
             f"{listed(loose, 3)}; name their modules in trainable, or freeze them"

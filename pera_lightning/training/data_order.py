@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.distributed import all_gather_object
-from pera_lightning.training.random_state import capture, from_plain, restore, to_plain
+from pera_lightning.training.random_state import capture, restore
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,11 @@ class _Resumable:
         progress = self._progress()
         # A run that goes on with a validation has made the iterator already, and validation draws.
         now = capture(_generators(self)) if self._drawn else self._undrawn
-        start = now if self._epoch_start is None else self._epoch_start
         inner = getattr(self.plain_class, "state_dict", None)
         state = {
             "batches": 0 if progress.complete else progress.batches,
-            "epoch_start": to_plain(start),  # type: ignore[arg-type]
-            "now": to_plain(now),  # type: ignore[arg-type]
+            "epoch_start": now if self._epoch_start is None else self._epoch_start,
+            "now": now,
             "loader": inner(self) if inner is not None and not progress.complete else None,
         }
         return {"ranks": all_gather_object(state)}
@@ -121,8 +120,7 @@ class _Resumable:
                 "the order of the data and the random state are not restored"
             )
             return
-        own = state["ranks"][rank]
-        self._pending = {**own, "epoch_start": from_plain(own["epoch_start"]), "now": from_plain(own["now"])}
+        self._pending = state["ranks"][rank]
 
 
 def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:

@@ -1,9 +1,8 @@
 """Stopping on a signal: at the next batch boundary, with a checkpoint that the run goes on from to the bit.
 
-Lightning alone stops at SIGTERM without a checkpoint; its handlers talk to the other processes, each of which may be at
-another collective, and under SLURM write the checkpoint from within the handler, in the middle of whatever the
-optimizer was doing. Here a handler takes a note and nothing else, so that it disturbs no step and no write. After each
-batch the processes agree on the notes and stop together, whichever of them had the signal.
+Lightning alone stops at SIGTERM without a checkpoint; its handlers talk to processes that may be at another collective,
+and under SLURM write the checkpoint in the middle of whatever the optimizer was doing. Here a handler takes a note and
+nothing else. After each batch the processes agree on the notes and stop together, whichever of them had the signal.
 
 A validation is broken off (with several processes only before its first batch) and run again by the resumed run.
 """
@@ -41,7 +40,7 @@ class Preemption:
 
     def watch(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, which it registers when the fit begins."""
-        self._asked = self._agreed = GO_ON
+        self.release(trainer)
         internals.replace_signal_handlers(trainer, partial(self._note, STOP), partial(self._note, REQUEUE))
 
     def release(self, trainer: Trainer) -> None:
@@ -50,12 +49,12 @@ class Preemption:
         internals.restore_signal_handlers(trainer)
 
     def _note(self, wish: int, *_: Any) -> None:
-        self._asked = max(self._asked, wish)
+        self._asked = max(self._asked, wish)  # no more than that: it may interrupt a step or a write
 
     def _agree(self, trainer: Trainer) -> bool:
         """Whether to stop; every process must call it."""
         self._agreed = self._asked
-        if trainer.world_size > 1:
+        if trainer.world_size > 1:  # the signal may have come to some of them only
             asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
             self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
         return self._agreed > GO_ON
@@ -104,9 +103,10 @@ class Preemption:
             # The resumed run is to begin with all of the validation that was broken off.
             progress = _validation(trainer)
             progress.load_state_dict(_not_begun(progress.total.completed - progress.current.completed))
-        files = [file for file in (last_file(trainer),) if file]
-        for file in files:
-            trainer.save_checkpoint(file, weights_only=False)
+        files = []
+        if last := last_file(trainer):
+            trainer.save_checkpoint(last, weights_only=False)
+            files.append(last)
         if internals.is_requeued(trainer):
             if self._agreed == REQUEUE:
                 internals.requeue_job(trainer)

@@ -8,9 +8,13 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
-from pera_lightning.errors import CheckpointError
 from pera_lightning.injection.state import METADATA, find_injected, inject_spec
-from pera_lightning.training.checkpoint_io import allow_missing_base, check_checkpoint, read_checkpoint
+from pera_lightning.training.checkpoint_io import (
+    allow_missing_base,
+    check_checkpoint,
+    check_has_adapters,
+    read_checkpoint,
+)
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
 
@@ -23,8 +27,8 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
 
     Args:
         module: a LightningModule with its base weights, or a class that is built with the checkpoint's hyperparameters.
-        path: the checkpoint.
-        init_args: for a class, arguments that win over the checkpoint's.
+        path: the checkpoint file.
+        init_args: arguments for a class, which win over the checkpoint's.
 
     Returns:
         The module, adapted, in eval mode.
@@ -33,10 +37,9 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
         CheckpointError: where the file is missing, damaged, holds no adapters, or does not fit the module.
     """
     checkpoint = read_checkpoint(path)
-    if METADATA not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapters: it was written without AdapterInjection")
+    check_has_adapters(checkpoint, path)
     if isinstance(module, type):
-        # strict=False: adapters come afterwards, and the frozen base is not in the file. Both are checked below.
+        # Not strict: adapters come afterwards, and the frozen base is not in the file. Both are checked below.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found keys that are")
             module = module.load_from_checkpoint(path, map_location="cpu", strict=False, **init_args)
@@ -47,7 +50,7 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
 
 
 def inject_from(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Injects what a checkpoint describes into the part of a module that it names, and lets the base be missing.
+    """Injects what a checkpoint describes into the submodule that it names, and lets the base be missing.
 
     Args:
         module: a LightningModule whose network is built.

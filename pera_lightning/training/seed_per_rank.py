@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,20 @@ def seed_ranks_apart(trainer: Trainer) -> None:
                 seed_all(torch.get_rng_state().numpy().tobytes(), rank)
         sampler = getattr(loader, "sampler", None)
         if isinstance(sampler, DistributedSamplerWrapper) and sampler.num_replicas > 1:
-            internals.replace_sampler(sampler, lambda drawing: _AlikeOnAllRanks(drawing, sampler))
+            internals.wrap_draws(sampler, lambda draw: _draw_alike(draw, sampler.epoch))
         return loader
 
     internals.intercept_loaders(trainer, change)
+
+
+def _draw_alike(draw: Callable[[], None], epoch: int) -> None:
+    """Draws an order that depends on the run's seed and the epoch alone; dropout goes on as if nothing was drawn."""
+    own = capture()
+    seed_all(int(os.environ.get("PL_GLOBAL_SEED", 0)), epoch)
+    try:
+        draw()
+    finally:
+        restore(own)
 
 
 def share_first_ranks_generators() -> None:
@@ -61,36 +71,8 @@ def share_first_ranks_generators() -> None:
 
 def seed_all(*facts: int | bytes) -> None:
     """Seeds python's, numpy's and torch's generators (of every device) by a hash of some facts."""
+    # A hash: seeds that are near each other, such as 0 and 1, give generators that have nothing in common.
     digest = hashlib.sha256(repr(facts).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
     np.random.seed(int.from_bytes(digest[8:12], "little"))
     random.seed(digest[12:])
-
-
-class _AlikeOnAllRanks:
-    """A sampler whose draws depend on the run's seed and the epoch alone.
-
-    Args:
-        sampler: draws from the common generators.
-        distributed: Lightning's wrapper around it, which knows the epoch.
-    """
-
-    def __init__(self, sampler: Any, distributed: DistributedSamplerWrapper) -> None:
-        self._sampler, self._distributed = sampler, distributed
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_sampler":  # copying asks before there is one
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        own = capture()
-        seed_all(int(os.environ.get("PL_GLOBAL_SEED", 0)), self._distributed.epoch)
-        try:
-            examples = list(self._sampler)
-        finally:
-            restore(own)  # dropout goes on as if nothing had been drawn
-        return iter(examples)

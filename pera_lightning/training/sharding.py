@@ -26,20 +26,20 @@ from pera_lightning.injection.state import find_injected
 def units(network: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a network, which FSDP gathers and frees one at a time.
 
-    They are the members of each outermost `ModuleList` or `Sequential` whose members are of one class and have parts
-    of their own: the decoder layers of a language model, the blocks of a ViT, the stages of a Swin. What lies within a
-    block (experts that a router may skip) is no unit of its own, since every process has to gather the same ones.
+    They are the members of each outermost `ModuleList` or `Sequential` whose members are of one class and have
+    children: decoder layers of a language model, blocks of a ViT, stages of a Swin. What lies within a block (experts
+    that a router may skip) is not a unit of its own, since every process has to gather the same ones.
     """
     if isinstance(network, AdaptedLayer):
         return []
     members = list(network.children())
     repeated = isinstance(network, (nn.ModuleList, nn.Sequential)) and len(members) > 1
-    if repeated and len({type(m) for m in members}) == 1 and all(_has_parts(m) for m in members):
+    if repeated and len({type(m) for m in members}) == 1 and all(_has_children(m) for m in members):
         return members
     return [unit for member in members for unit in units(member)]
 
 
-def _has_parts(module: nn.Module) -> bool:
+def _has_children(module: nn.Module) -> bool:
     return not isinstance(module, AdaptedLayer) and next(module.children(), None) is not None
 
 
@@ -52,9 +52,9 @@ def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
     """Shards a network in place over a one-dimensional mesh, the values taken from its first process.
 
     Args:
-        network: with weights on the mesh's first process, on the meta device elsewhere; injected alike on all.
+        network: the network, with weights on the mesh's first process, on the meta device elsewhere; injected alike.
         mesh: a `DeviceMesh` of one dimension.
-        device: of this process.
+        device: the device of this process.
 
     Raises:
         ConfigurationError: where the processes built different networks, or a parameter has no dimension.
@@ -62,37 +62,38 @@ def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
     group = mesh.get_group()
     source = dist.get_global_rank(group, 0)
     _check_alike(network, group)
-    for unit, modules in _apart(network):
+    for unit, modules in _modules_of_units(network):
+        # All get the full tensors of one unit, and keep their shards of it before the next one comes.
         replace_tensors(modules, partial(_received, device=device, group=group, source=source))
         fully_shard(unit, mesh=mesh)
     mark = injection_of(network)
-    if mark is not None:  # on the meta device there was nothing to take it from
+    if mark is not None:  # the meta device had no values to take a fingerprint of
         fingerprint = [mark.fingerprint]
         dist.broadcast_object_list(fingerprint, source, group)
         set_fingerprint(network, fingerprint[0])
 
 
-def _apart(network: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+def _modules_of_units(network: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Each unit, the network itself last, with the modules that are in it and in no unit before it."""
     seen: set[nn.Module] = set()
-    parts = []
+    owners: dict[nn.Parameter, nn.Module] = {}
+    found = []
     for unit in (*units(network), network):
-        parts.append((unit, [module for module in unit.modules() if module not in seen]))
-        seen.update(parts[-1][1])
-    homes: dict[nn.Parameter, nn.Module] = {}
-    for unit, modules in parts:
+        modules = [module for module in unit.modules() if module not in seen]
         for parameter in (p for module in modules for p in module.parameters(recurse=False)):
-            if homes.setdefault(parameter, unit) is not unit:
+            if owners.setdefault(parameter, unit) is not unit:
                 name = next(name for name, p in network.named_parameters() if p is parameter)
                 raise ConfigurationError(f"FSDP cannot shard {name}, which two blocks of the network share")
-    return parts
+        seen.update(modules)
+        found.append((unit, modules))
+    return found
 
 
 def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> None:
     """Replaces the parameters and buffers of modules themselves, not of those within; what they share stays shared.
 
     Args:
-        modules: changed in place.
+        modules: the modules to change in place.
         make: gives the new tensor for an old one, of the same shape; called once for each.
     """
     made: dict[Tensor, Tensor] = {}
@@ -109,6 +110,7 @@ def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tenso
 
 def _received(tensor: Tensor, *, device: torch.device, group: Any, source: int) -> Tensor:
     """The source's values of a tensor, on the device."""
+    # Only the first process has values, the others have tensors on the meta device.
     value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
     value = value.contiguous()
     if value.numel():
@@ -118,6 +120,7 @@ def _received(tensor: Tensor, *, device: torch.device, group: Any, source: int) 
 
 
 def _check_alike(network: nn.Module, group: Any) -> None:
+    """Raises where a broadcast would mix up tensors: every process must have the same ones in the same order."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     scalars = [name for name, value in network.named_parameters() if not value.dim()]
     if scalars:
@@ -138,7 +141,7 @@ def full_tensors(value: Any, *, keep: bool = True) -> Any:
     """Gathers the sharded tensors of a dict or list, or one, onto the CPU; every process must call it.
 
     Args:
-        value: what may hold sharded tensors; anything else stays as it is.
+        value: what may hold sharded tensors; all else stays as it is.
         keep: False gives None for sharded tensors, on processes that only take part.
     """
     if isinstance(value, dict):
@@ -147,6 +150,7 @@ def full_tensors(value: Any, *, keep: bool = True) -> Any:
         return type(value)(full_tensors(item, keep=keep) for item in value)
     if not isinstance(value, DTensor):
         return value
+    # Also where it is not kept: every process sends its shards.
     gathered = value.full_tensor()
     return gathered.detach().cpu() if keep else None
 
@@ -155,8 +159,8 @@ def sharded_like(value: Tensor, like: Tensor | None) -> Tensor:
     """A full tensor as shards where `like` is sharded; every process must call it.
 
     Args:
-        value: the same on all processes.
-        like: of the same shape.
+        value: the full tensor, the same on all processes.
+        like: a tensor of the same shape, sharded or not.
     """
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
@@ -174,17 +178,12 @@ class AdapterWrapPolicy:
         self._chosen: set[nn.Module] = set()
 
     def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        """What torch asks: whether to look into a module, the whole network first, or else to wrap it."""
-        if recurse and module not in self._chosen and find_injected(module) is not None:
-            self._chosen = set(wrapped_apart(module))
+        """Whether to look into a module (`recurse`), or else whether to wrap it."""
+        # torch asks for the network first: then all are chosen.
+        if recurse and module not in self._chosen and (found := find_injected(module)) is not None:
+            root = found[1]
+            self._chosen = set(units(root))
+            if any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters()):
+                self._chosen |= {a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()}
+                self._chosen |= {root.get_submodule(path) for path in injection_of(root).trained_modules}  # type: ignore[union-attr]
         return recurse or module in self._chosen
-
-
-def wrapped_apart(network: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP1 has to shard apart in a network, or in a module that contains it."""
-    _, root = find_injected(network) or ("", network)
-    mark = injection_of(root)
-    low = any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters())
-    apart = [a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()] if low else []
-    heads = [root.get_submodule(path) for path in mark.trained_modules] if low and mark else []
-    return [*units(root), *apart, *heads]

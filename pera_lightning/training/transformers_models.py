@@ -28,7 +28,7 @@ def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Has the activations of each block computed again in the backward.
+    """Has the activations of each block computed again in the backward, instead of kept.
 
     Raises:
         ConfigurationError: where the model's class cannot.
@@ -40,22 +40,22 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def check_extremes(model: PreTrainedModel, longest: int, highest: int) -> None:
-    """Raises `ConfigurationError` where rows are longer than the context or have ids that the model has not.
+    """Raises `ConfigurationError` where examples are longer than the context or have ids that the model lacks.
 
     Args:
         model: the network.
-        longest: tokens of the longest training or validation row.
+        longest: number of tokens of the longest training or validation example.
         highest: the highest token id among them, padding included.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest > context:
         raise ConfigurationError(
-            f"training rows have up to {longest} tokens, and the model's context is {context}; set the data's "
+            f"training examples have up to {longest} tokens, and the model's context is {context}; set the data's "
             f"max_length to {context} or less"
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     if highest >= vocabulary:
         raise ConfigurationError(
-            f"the rows have token id {highest}, and the model has embeddings for ids up to {vocabulary - 1}; give the "
-            "tokenizer of this model"
+            f"the examples have token id {highest}, and the model has embeddings for ids up to {vocabulary - 1}; "
+            "give the tokenizer of this model"
         )

@@ -43,6 +43,7 @@ class UnusedLayers:
         if kind in self._checked:
             return
         self.stop()
+        # Nothing waits in a compiled model, so nothing is missed.
         if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
             return
         for path, module in model.named_modules():
@@ -63,6 +64,7 @@ class UnusedLayers:
         if id(optimizer) in self._checked:
             return
         self._checked.add(id(optimizer))
+        # `grad is None`, not zero: PERA's A and h begin with gradients that are exactly zero.
         without = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is None}
         names = {n for n, p in model.named_parameters() if p.requires_grad and id(p) in without}
         silent = sorted(names.intersection(adapter_parameter_names(model)))

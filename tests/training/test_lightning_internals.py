@@ -250,11 +250,22 @@ def test_shard_over_all_processes() -> None:
         assert "self._data_parallel_size" in inspect.getsource(ModelParallelStrategy.setup_environment)
 
 
-def test_replace_sampler() -> None:
-    with canary(internals.replace_sampler):
-        distributed = DistributedSamplerWrapper(RandomSampler(range(6)), num_replicas=2, rank=1, shuffle=False)
-        internals.replace_sampler(distributed, lambda drawing: [10 + k for k in range(len(drawing))])
-        assert list(distributed) == [11, 13, 15]
+def test_wrap_draws() -> None:
+    """Every epoch draws once, through ours."""
+    drawn: list[int] = []
+
+    def wrap(draw: Callable[[], None]) -> None:
+        torch.manual_seed(5)
+        draw()
+        drawn.append(1)
+
+    with canary(internals.wrap_draws):
+        sampler = DistributedSamplerWrapper(RandomSampler(range(6)), num_replicas=2, rank=1, shuffle=False)
+        internals.wrap_draws(sampler, wrap)
+        torch.manual_seed(5)
+        expected = list(RandomSampler(range(6)))[1::2]
+        assert [list(sampler), list(sampler)] == [expected, expected]
+        assert drawn == [1, 1]
 
 
 def test_what_the_command_line_overrides() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, AuroRA, HiRA
 from pera_lightning.injection.state import adapter_state_dict
-from pera_lightning.training.random_state import capture, from_plain, restore, to_plain
+from pera_lightning.training.random_state import capture, restore
 from tests.training.foreign import Noisy, Plain, train_loader, val_loader
 
 
@@ -186,12 +187,12 @@ def test_random_state_round_trip() -> None:
         return random.random(), random.gauss(0, 1), np.random.randn(), torch.rand(2).tolist()
 
     draw()
-    state = to_plain(capture())
-    buffer = __import__("io").BytesIO()
+    state = capture()
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     first = draw()
     draw()
-    restore(from_plain(torch.load(__import__("io").BytesIO(buffer.getvalue()), weights_only=True)))
+    restore(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
     assert draw() == first
 
 

@@ -21,6 +21,7 @@ from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging.merge import merged_layers
 from pera_lightning.training.sharding import AdapterWrapPolicy, full_tensors, reads_weights, shard, sharded_like, units
 from tests.training.distributed.ddp_helpers import assert_close
+from tests.training.distributed.rounding import BFLOAT16, FLOAT32, assert_within
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
@@ -139,8 +140,10 @@ def test_the_others_get_the_values_of_the_first(tmp_path, method, tied, dtype):
     assert one["trained"] == other["trained"] == trained
     assert one["tied"] is other["tied"] is tied
     logits = network(input_ids=torch.arange(8)[None]).logits.detach()
-    assert torch.equal(one["logits"], logits)
-    assert torch.equal(other["logits"], logits)
+    # The weights lie elsewhere in memory, so equal to rounding: `rounding` counts what a forward of 3 blocks adds up.
+    off = (3 * 228 + 402) * FLOAT32[1] if dtype == torch.float32 else (3 * 12 + 3) * BFLOAT16[1]
+    for found in (one["logits"], other["logits"]):
+        assert_within({"logits": logits}, {"logits": found}, {"logits": 2 * off * logits.abs().max()})
 
 
 def test_full_and_sharded_tensors_are_inverse(tmp_path):

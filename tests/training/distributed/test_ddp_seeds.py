@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, Sampler, SubsetRandomSampler
 
 from pera_lightning.adapters import PERA, LoRA
-from pera_lightning.training.random_state import capture, to_plain
+from pera_lightning.training.random_state import capture
 from tests.training.distributed.ddp_helpers import Keeps, Steps, assert_equal, kept, make, seeded, trained
 
 ROWS = 24
@@ -64,7 +64,7 @@ class Seen(Keeps):
 
     def on_fit_end(self, trainer, pl_module):
         self.hook.remove()
-        self.add("after", to_plain(capture()))
+        self.add("after", capture())
 
 
 def fit(folder, vit, world, data=None, method=None, base_dropout=0.0, callbacks=(), ckpt=None, **options):
