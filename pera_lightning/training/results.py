@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from pera_lightning import __version__
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.aurora import acting_layers
-from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.files import atomic_write
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import find_injected
@@ -72,7 +72,7 @@ def about(module: LightningModule, task: str) -> dict[str, Any]:
     checkpoint = module.trainer.ckpt_path
     return {
         "task": task,
-        "model_name": module.settings["model_name"],  # type: ignore[index]
+        "model_name": module.hparams["model_name"],  # type: ignore[index]
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
 

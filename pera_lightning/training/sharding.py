@@ -1,4 +1,4 @@
-"""A network sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its tensors as whole ones.
+"""A network sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its full tensors.
 
 One process reads the base weights and injects with them; the others build the same network on the meta device. Unit
 after unit is then sent to all and sharded, so that no process but the first ever holds more than its shards and one
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.inject import injection_of, set_fingerprint
 from pera_lightning.injection.state import find_injected
@@ -134,17 +134,17 @@ def _check_alike(network: nn.Module, group: Any) -> None:
             )
 
 
-def whole(value: Any, *, keep: bool = True) -> Any:
-    """A tensor, or a dict or list with tensors, as whole ones on the CPU; every process must call it.
+def full_tensors(value: Any, *, keep: bool = True) -> Any:
+    """Gathers the sharded tensors of a dict or list, or one, onto the CPU; every process must call it.
 
     Args:
         value: what may hold sharded tensors; anything else stays as it is.
         keep: False gives None for sharded tensors, on processes that only take part.
     """
     if isinstance(value, dict):
-        return {key: whole(item, keep=keep) for key, item in value.items()}
+        return {key: full_tensors(item, keep=keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(item, keep=keep) for item in value)
+        return type(value)(full_tensors(item, keep=keep) for item in value)
     if not isinstance(value, DTensor):
         return value
     gathered = value.full_tensor()
@@ -152,7 +152,7 @@ def whole(value: Any, *, keep: bool = True) -> Any:
 
 
 def sharded_like(value: Tensor, like: Tensor | None) -> Tensor:
-    """A whole tensor as shards where `like` is sharded; every process must call it.
+    """A full tensor as shards where `like` is sharded; every process must call it.
 
     Args:
         value: the same on all processes.
@@ -185,6 +185,6 @@ def wrapped_apart(network: nn.Module) -> list[nn.Module]:
     _, root = find_injected(network) or ("", network)
     mark = injection_of(root)
     low = any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters())
-    apart = [m for m in root.modules() if isinstance(m, LinearAdapter)] if low else []
+    apart = [a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()] if low else []
     heads = [root.get_submodule(path) for path in mark.trained_modules] if low and mark else []
     return [*units(root), *apart, *heads]

@@ -127,7 +127,7 @@ def test_one_line(message, expected):
 def test_options_that_are_handed_on_are_listed_too():
     from pera_lightning.cli.messages import _parameters
 
-    names = _parameters("pera_lightning.data", "CommonsenseDataModule")
+    names = _parameters("pera_lightning", "CommonsenseDataModule")
     assert {"folder", "train", "protocol", "batch_size", "max_length"} <= set(names)
     assert not {"self", "options", "kwargs"} & set(names)
     assert names.count("protocol") == 1
