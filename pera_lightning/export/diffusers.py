@@ -27,6 +27,7 @@ from pera_lightning.export.low_rank import MAX_ERROR, padded
 from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.merging.merge import adapted_layers
 from pera_lightning.merging.merge_error import Forward
+from pera_lightning.validation import renamed
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 _ROOM = 1 << 20  # bytes of names
@@ -34,13 +35,14 @@ _ROOM = 1 << 20  # bytes of names
 _TEXT_LAYER = re.compile(r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]))")
 
 
+@renamed("method", "mode")
 def export_diffusers(
     model: nn.Module,
     folder: str | Path,
     *,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    method: str | None = None,
+    mode: str | None = None,
     batches: Iterable[Any] | None = None,
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -54,9 +56,9 @@ def export_diffusers(
         folder: made, whole or not at all, with ``pytorch_lora_weights.safetensors``.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
         max_error: the largest relative error of a layer that is taken then.
-        method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
-        measure_on: other inputs to measure the drift on.
+        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
+        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
+        measure_on: other inputs to measure the error on.
         forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         overwrite: replaces an earlier export.
 
@@ -74,9 +76,9 @@ def export_diffusers(
     _check_sdxl(root)
     names = {path: _name(path) for path, _ in adapted_layers(root)}
     options = {"batches": batches, "measure_on": measure_on, "forward": forward}
-    linear = linear_updates(model, root, rank=rank, max_error=max_error, method=method, **options)  # type: ignore
-    updates = as_diffusers({path: each.update for path, each in linear.found.items()})
-    ranks = {path: each.update.rank for path, each in linear.found.items()}
+    linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
+    updates = as_diffusers(linear.updates)
+    ranks = {path: update.rank for path, update in linear.updates.items()}
     tensors = _tensors(updates, names)
     size = sum(tensor.nbytes for layers in tensors.values() for tensor in layers.values())
     with output_folder(folder, overwrite=overwrite, needed=size + _ROOM) as made:
@@ -85,9 +87,9 @@ def export_diffusers(
         folder=Path(folder),
         size=size,
         ranks={path: update.rank for path, update in updates.items()},
-        errors=linear.errors(),
-        method=method,
-        drift=linear.drift,
+        errors=dict(linear.errors),
+        mode=mode,
+        merge_error=linear.merge_error,
         notes=[*linear.notes, *_notes(root, updates, ranks)],
     )
 

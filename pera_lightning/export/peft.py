@@ -26,12 +26,13 @@ from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
 from pera_lightning.injection.inject import Injection
 from pera_lightning.merging.merge import adapted_layers
 from pera_lightning.merging.merge_error import Forward
-from pera_lightning.validation import check_choice
+from pera_lightning.validation import check_choice, renamed
 
 TARGETS = ("peft", "vllm")
 _CONFIG_ROOM = 1 << 20  # bytes
 
 
+@renamed("method", "mode")
 def export_peft(
     model: nn.Module,
     folder: str | Path,
@@ -40,7 +41,7 @@ def export_peft(
     base_revision: str | None = None,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    method: str | None = None,
+    mode: str | None = None,
     batches: Iterable[Any] | None = None,
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -56,9 +57,9 @@ def export_peft(
         base_revision: branch, tag or commit of the base on the hub.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
         max_error: the largest relative error of a layer that is taken then.
-        method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
-        measure_on: other inputs to measure the drift on.
+        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
+        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
+        measure_on: other inputs to measure the error on.
         forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         target: "peft", or "vllm", which refuses what vLLM does not take.
         overwrite: replaces an earlier export.
@@ -79,8 +80,8 @@ def export_peft(
     if target == "vllm":
         vllm.check_model(root, mark)
     options = {"batches": batches, "measure_on": measure_on, "forward": forward}
-    linear = linear_updates(model, root, rank=rank, max_error=max_error, method=method, **options)  # type: ignore
-    updates, notes = {path: each.update for path, each in linear.found.items()}, linear.notes
+    linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
+    updates, notes = linear.updates, linear.notes
     max_lora_rank = None
     if target == "vllm":
         updates, max_lora_rank, more = vllm.served_updates(updates, mark)
@@ -97,10 +98,10 @@ def export_peft(
         folder=Path(folder),
         size=len(data),
         ranks={path: update.rank for path, update in updates.items()},
-        errors=linear.errors(),
+        errors=dict(linear.errors),
         heads=tuple(saved),
-        method=method,
-        drift=linear.drift,
+        mode=mode,
+        merge_error=linear.merge_error,
         max_lora_rank=max_lora_rank,
         notes=notes,
     )

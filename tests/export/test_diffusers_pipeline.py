@@ -205,5 +205,5 @@ def test_a_dynamic_aurora_as_a_merged_pipeline(base, tmp_path):
         export_pipeline(copy.deepcopy(model), tmp_path / "out", base)
     options = {"method": "calibrated", "batches": [batch(rows=6, seed=1)], "forward": by_pixel}
     report = export_pipeline(model, tmp_path / "out", base, **options)
-    assert report.merge.drift is not None
+    assert report.merge.merge_error is not None
     assert apart(predicted(pipeline(tmp_path / "out").unet), predicted(model.unet)) <= 1e-6
