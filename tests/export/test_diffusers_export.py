@@ -184,7 +184,7 @@ def test_constants_of_a_text_encoder(base, tmp_path):
     def forward(model, ids):
         return model.text_encoder(ids).last_hidden_state
 
-    options = {"method": "calibrated", "batches": [ids], "forward": forward}
+    options = {"mode": "calibrated", "batches": [ids], "forward": forward}
     export_diffusers(model, tmp_path / "out", **options)
     theirs = embeddings(with_lora(base, tmp_path / "out"))
     merge(model, **options)
@@ -249,11 +249,11 @@ def test_networks_that_are_not_sdxl_s(base, tmp_path):
         export_diffusers(network(base), tmp_path / "out")
     alone = network(base).unet
     inject(alone, LoRA(rank=2), ["to_q"])
-    with pytest.raises(ConfigurationError, match=r"UNet2DConditionModel has the parts .* SDXL network has unet, text"):
+    with pytest.raises(ConfigurationError, match=r"has the components .* SDXL network has unet, text"):
         export_diffusers(alone, tmp_path / "out")
     more = network(base, ("unet", "vae"))
     inject(more, LoRA(rank=2), ["unet.**.to_q"])
-    with pytest.raises(ConfigurationError, match="has the parts unet, vae, and an SDXL network has"):
+    with pytest.raises(ConfigurationError, match="has the components unet, vae, and an SDXL network has"):
         export_diffusers(more, tmp_path / "out")
     changes = {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
     other = Network(unet=UNet2DConditionModel(**{**sdxl.UNET, **changes}))
