@@ -115,8 +115,9 @@ def _download(url: str, path: Path, temporary: Path) -> str:
         for chunk in _chunks(response, url, path):
             total.update(chunk)
             size += file.write(chunk)
+    # Reading piece by piece, the library does not notice that bytes are missing.
     announced = response.headers.get("Content-Length")
-    if announced is not None and int(announced) != size:  # reading piece by piece, the library does not notice
+    if announced is not None and int(announced) != size:
         raise DataError(f"{url}: the download broke off after {size} of {announced} bytes; try again")
     return total.hexdigest()
 

@@ -84,6 +84,7 @@ def require_folder(folder: str) -> Path:
         return path
     if path.exists():
         raise DataError(f"{folder} is a file, not a folder of images; unpack it and give the folder")
+    # The first folder above that exists, to name what lies beside the one that is missing.
     parent = path.absolute().parent
     missing = path.name
     while not parent.is_dir():

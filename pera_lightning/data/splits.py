@@ -122,19 +122,13 @@ def cut(
 
 # ---- who selects and who scores, where a test set has no labels ------------------------------------------------------
 
+# Called with the number of validation examples and a seed; gives the indices of the examples that select and of those
+# that are scored on, both sorted. None stands for a test set with labels.
 Cut = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 def full_validation(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The full validation set selects and is scored on, as AuroRA and many others do: results are too good.
-
-    Args:
-        count: number of validation examples.
-        seed: unused; nothing is drawn.
-
-    Returns:
-        Indices of the examples that select and of those that are scored on, sorted.
-    """
+    """The full validation set selects and is scored on, as AuroRA and many others do: results are too good."""
     return np.arange(count), np.arange(count)
 
 
@@ -142,10 +136,6 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Above 2,000 examples 1,000 select, else one half (the larger); the others are scored on.
 
     The protocol of RED (arXiv 2402.15179), ReFT, DeLoRA and PERA. The draw is ours: theirs are not published.
-
-    Args:
-        count: number of validation examples.
-        seed: seed of the draw.
 
     Raises:
         DataError: for fewer than four examples; a half of one example has no correlation.
@@ -161,12 +151,7 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def own_test(count: int, seed: int) -> tuple[np.ndarray, None]:
-    """The full validation set selects; a test set with labels, of one's own, is scored on.
-
-    Args:
-        count: number of validation examples.
-        seed: unused; nothing is drawn.
-    """
+    """The full validation set selects; a test set with labels, of one's own, is scored on."""
     return np.arange(count), None
 
 

@@ -51,7 +51,7 @@ def export_diffusers(
             or a module that contains it. Not merged.
         folder: made, whole or not at all, with ``pytorch_lora_weights.safetensors``.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
-        max_error: the largest relative error of a layer that is taken then.
+        max_error: largest relative error that is taken of a layer then.
         mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
         batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
         measure_on: other inputs to measure the error on.
@@ -67,12 +67,14 @@ def export_diffusers(
             exists.
         CheckpointError: where the disk has no room.
     """
+    # What can be refused is refused before a calibration.
     check_export(folder, rank=rank, max_error=max_error, overwrite=overwrite)
     root, _ = exportable(model, what="a LoRA file of diffusers", reader="diffusers", heads=False)
     check_sdxl(root)
     names = {path: _name(path) for path, _ in adapted_layers(root)}
     options = {"batches": batches, "measure_on": measure_on, "forward": forward}
     linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
+    # One rank and no scale within a component, by diffusers' names.
     updates = as_diffusers(linear.updates)
     ranks = {path: update.rank for path, update in linear.updates.items()}
     tensors = _tensors(updates, names)
@@ -164,6 +166,7 @@ def check_sdxl(network: nn.Module) -> None:
 
 def _notes(root: nn.Module, updates: Mapping[str, LowRankUpdate], ranks: Mapping[str, int]) -> list[str]:
     notes = []
+    # What a reader of the file may stumble on.
     if grown := [path for path, update in updates.items() if update.rank > ranks[path]]:
         notes.append(f"{len(grown)} layers have a smaller rank and are filled up with zeros: readers take one rank")
     if any(update.bias is not None for update in updates.values()):

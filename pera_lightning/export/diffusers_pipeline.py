@@ -76,6 +76,7 @@ def write_pipeline(
     shared = pipeline_files(base, own, revision=revision, variant=variant)  # before anything is written
     notes = []
     for name, component in own.items():
+        # diffusers loads a component in one dtype: that of most of its weights.
         weights: Counter[Any] = Counter()
         for parameter in component.parameters():
             weights[parameter.dtype] += parameter.numel()
@@ -86,6 +87,7 @@ def write_pipeline(
         component.save_pretrained(folder / name)
         without_path(folder / name / "config.json")
     copy_files(shared, folder)
+    # A scheduler that predicts otherwise than the UNet was trained would give noise.
     if prediction_type is not None:
         file = folder / "scheduler" / "scheduler_config.json"
         scheduler = {**json.loads(file.read_text(encoding="utf-8")), "prediction_type": prediction_type}

@@ -108,6 +108,7 @@ def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tupl
     Raises:
         ConfigurationError: where there is nothing to export, or something that it would not hold.
     """
+    # One injected part, with adapters that are not merged, and values on this process.
     found = find_injected(model)
     if found is None:
         raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
@@ -126,11 +127,13 @@ def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tupl
     for path, layer in layers.items():
         if any(p.is_meta or isinstance(p, DTensor) for p in layer.adapters.parameters()):
             raise ConfigurationError(f"{path} is sharded or on the meta device: export on one process, with weights")
+    # Readers look layers up by name, one place each.
     paths = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     if twice := [path for path, layer in layers.items() if paths[id(layer)] > 1]:
         raise ConfigurationError(
             f"{listed(twice, 3)} is used in several places, of which {reader} would adapt one: export merged weights"
         )
+    # Whatever was trained besides would be lost.
     ours = adapter_parameter_names(root)
     kept = {name for name, _ in root.named_parameters(remove_duplicate=False)} - frozen_names(root) - ours
     held = tuple(f"{head}." for head in mark.trained_modules) if heads else ()
@@ -153,17 +156,9 @@ def linear_updates(
     measure_on: Iterable[Any] | None,
     forward: Forward | None,
 ) -> LinearUpdates:
-    """The updates of `root` within `model` as LoRAs; the model is afterwards as it was.
+    """The updates of `root`, the injected part of `model`, as LoRAs; the model is afterwards as it was.
 
-    Args:
-        model: as `forward` takes it.
-        root: its injected part.
-        rank: cuts larger updates, and those of no low rank, to this rank by SVD.
-        max_error: largest relative error that is taken of a layer then.
-        mode: "static" or "calibrated", for AuroRA with dynamic inference.
-        batches: inputs to calibrate with and, without `measure_on`, to measure the error on.
-        measure_on: other inputs to measure the error on.
-        forward: how the model is called.
+    The options are those of `export_peft`.
 
     Raises:
         NotMergeableError: where an update is no LoRA, or its error is too large.

@@ -59,6 +59,7 @@ def low_rank_updates(
             found[path] = _exported(layer, rank)
         except NotMergeableError as error:
             raise NotMergeableError(f"{path}: {error}") from None
+    # A cut that loses too much is refused, naming the worst layers.
     too_large = {path: each.error for path, each in found.items() if each.error and each.error > max_error}
     if too_large:
         worst = sorted(too_large, key=lambda path: -too_large[path])
@@ -108,6 +109,7 @@ def full_update(layer: AdaptedLayer) -> LowRankUpdate:
         same = update.scale == first.scale
         column[layer.slices[name]] = update.B if same else update.B * update.scale / first.scale
         columns.append(column)
+    # The constants of a calibration, zero where a slice has none.
     bias = None
     if any(update.bias is not None for update in updates.values()):
         bias = first.B.new_zeros(rows)
@@ -141,6 +143,7 @@ def cut_update(update: LowRankUpdate, rank: int) -> tuple[LowRankUpdate, float]:
     """
     q_b, r_b = torch.linalg.qr(update.B.double())  # (out, k), (k, R)
     q_a, r_a = torch.linalg.qr(update.A.double().T)  # (in, k'), (k', R)
+    # A matrix of R x R and not of out x in.
     u, sigma, vh = torch.linalg.svd(update.scale * r_b @ r_a.T, full_matrices=False)
     found, error = _cut(q_b @ u, sigma, vh @ q_a.T, rank)
     dtype = update.A.dtype
@@ -164,7 +167,7 @@ def padded(updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
     scale = scales.pop() if len(scales) == 1 else 1.0
     even = {}
     for path, update in updates.items():
-        more = rank - update.rank
+        more = rank - update.rank  # rows of A and columns of B that change nothing
         B = update.B if update.scale == scale else update.B * (update.scale / scale)
         even[path] = LowRankUpdate(F.pad(update.A, (0, 0, 0, more)), F.pad(B, (0, more)), scale, update.bias)
     return even

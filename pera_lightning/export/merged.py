@@ -1,7 +1,7 @@
 """Export of merged weights: a folder that the network's own library loads, with no trace of this package.
 
-What is the same for every library: the merge, its error, and a folder that is whole or not there. Who writes the files
-is in `huggingface.py` and `timm.py`.
+What is the same for every library: the merge, its error, and the output folder. Who writes the files is in
+`transformers.py`, `timm.py` and `diffusers_pipeline.py`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def export_merged(
         CheckpointError: where the disk has no room.
     """
     check_output_folder(folder, overwrite=overwrite)
+    # Merged in place, since a second copy of a large model may not fit.
     options = {"mode": mode, "batches": batches, "measure_on": measure_on, "forward": forward}
     given = {name: value for name, value in options.items() if value is not None}
     if any(adapted_layers(model)):
@@ -87,6 +88,7 @@ def export_merged(
             raise ConfigurationError(f"mode={mode!r} acts on AuroRA only, and no layers are adapted: leave it out")
         report = MergeReport(0, notes=["its method adapts no layers: the weights are written as they were trained"])
     merge_and_unload(model)  # raises for a model that was never injected
+    # The disk's room is checked before anything is written.
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied weights count once
     needed = sum(sizes.values()) + _BESIDES
     with output_folder(folder, overwrite=overwrite, needed=needed) as made:

@@ -45,6 +45,7 @@ def pipeline_files(
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigurationError(f"{index} is damaged: {shorten(str(error))}") from None
+    # An entry [library, class] is a component; one of nulls is an optional one that this pipeline does without.
     components = [name for name, entry in entries.items() if isinstance(entry, list) and all(entry)]
     if absent := [name for name in without if name not in components]:
         raise ConfigurationError(f"the pipeline {base} has no {listed(absent)}, it has {listed(components, 9)}")

@@ -127,7 +127,7 @@ def test_with_an_output_it_writes_what_it_measured(pera, vit_run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "AuroRA in dynamic mode is no linear map"),
+        ([], "AuroRA in dynamic mode is not a linear map"),
         (["--overwrite"], "--overwrite acts with --output only"),
         (["--batches", "0"], "batches=0: a positive integer is needed"),
         (["--method", "statik"], "one of 'static', 'calibrated' is needed; given statik; closest: static"),
