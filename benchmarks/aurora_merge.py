@@ -25,7 +25,7 @@ from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.cli.main import main as command
 from pera_lightning.cli.trained_run import Trained, TrainedCLI
 from pera_lightning.merging.merge import merge, unmerge
-from pera_lightning.merging.merge_error import Measured, drift, evaluating
+from pera_lightning.merging.merge_error import Measured, evaluating, merge_error
 
 ROWS = ("dynamic", "static", "calibrated", "adapter removed")
 
@@ -73,16 +73,16 @@ def measure(run: Trained, batches: int) -> dict[str, dict[str, float]]:
     loader = run.data.test_dataloader()
     *figures, before = score(network, loader)
     rows = {"dynamic": [*figures, 0.0, 0.0]}
-    for method in ("static", "calibrated"):
+    for mode in ("static", "calibrated"):
         started = time.perf_counter()
-        merge(network, method=method, batches=fit if method == "calibrated" else None, forward=forward)
+        merge(network, mode=mode, batches=fit if mode == "calibrated" else None, forward=forward)
         seconds = time.perf_counter() - started
         *figures, after = score(network, loader)
-        rows[method] = [*figures, drift(before, after).outputs, seconds]
+        rows[mode] = [*figures, merge_error(before, after).outputs, seconds]
         unmerge(network)
     with removed(network):
         *figures, after = score(network, loader)
-    rows["adapter removed"] = [*figures, drift(before, after).outputs, 0.0]
+    rows["adapter removed"] = [*figures, merge_error(before, after).outputs, 0.0]
     return {name: dict(zip(("accuracy", "loss", "change", "seconds"), rows[name], strict=True)) for name in ROWS}
 
 

@@ -26,7 +26,7 @@ _NAMES = {
     "adapter_state_dict": "pera_lightning.injection.state",
     "export_diffusers": "pera_lightning.export.diffusers",
     "export_peft": "pera_lightning.export.peft",
-    "export_pipeline": "pera_lightning.export.diffusers",
+    "export_pipeline": "pera_lightning.export.diffusers_pipeline",
     "export_timm": "pera_lightning.export.timm",
     "export_transformers": "pera_lightning.export.transformers",
     "inject": "pera_lightning.injection.inject",

@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def renamed(old: str, new: str) -> Callable[[Function], Function]:
+    """Lets a function take a keyword by its old name too, which warns in one line.
+
+    Args:
+        old: name that the keyword had.
+        new: name that it has.
+    """
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def with_alias(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                if new in kwargs:
+                    raise ConfigurationError(f"{old} is the old name of {new}: give {new} alone")
+                warnings.warn(f"{function.__name__}: {old}= is now {new}=", FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return with_alias  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_positive_int(value: Any, name: str) -> None:

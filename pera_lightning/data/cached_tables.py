@@ -1,4 +1,4 @@
-"""Arrow tables kept in files: made once, whole or not at all, and mapped into memory ever after."""
+"""Arrow tables in files: written once, atomically, and mapped into memory ever after."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def cache_folder() -> Path:
-    """Where tokenised rows are kept: beside what the library datasets keeps, so ``HF_HOME`` moves both."""
+    """Where tokenised examples are cached: beside the cache of datasets, so ``HF_HOME`` moves both."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "pera_lightning"
 
 
 def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
-    """The table in an Arrow file, which is made first where it is not there.
+    """Reads the table in an Arrow file, which is written first where it is missing.
 
     Args:
-        path: of the file.
-        write: called with another path beside it, which becomes the file in one step.
+        path: the file.
+        write: called with a path beside it to write to.
 
     Raises:
         DataError: where the folder cannot be written, or the file is damaged.
@@ -39,15 +39,12 @@ def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
             with atomic_path(path) as temporary:  # several processes may write the same
                 write(temporary)
         return datasets.Dataset.from_file(str(path))
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(folder for folder in path.parents if folder.exists())
-        raise DataError(
-            f"tokenised rows cannot be kept in {path.parent}: {file} is a file and no folder; choose another cache_dir"
-        ) from error
     except OSError as error:
+        reason = f"{error.strerror or error}; make room, or"
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = f"{next(folder for folder in path.parents if folder.exists())} is a file and no folder;"
         raise DataError(
-            f"tokenised rows cannot be kept in {path.parent}: {error.strerror or error}; make room, or choose another "
-            "cache_dir"
+            f"tokenised examples cannot be kept in {path.parent}: {reason} choose another cache_dir"
         ) from error
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error

@@ -26,19 +26,18 @@ _CHUNK = 1 << 20  # bytes
 def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
     """Downloads a file unless it is there, and holds it to its checksum either way.
 
-    Any number of processes may do so at once: each writes a file of its own and puts it in place in one step.
+    Any number of processes may do so at once.
 
     Args:
-        url: of the file.
+        url: address of the file.
         path: where it goes.
-        sha256: its checksum (hex) where one is published; otherwise the recorded one counts, which the first download
-            makes.
+        sha256: published checksum (hex); without one that of the first download counts.
 
     Returns:
         `path`.
 
     Raises:
-        DataError: the host or file cannot be had, the folder cannot be written, or the checksum is another.
+        DataError: where the file cannot be had or written, or has another checksum.
     """
     if path.is_file():
         return verified(path, sha256=sha256)
@@ -49,19 +48,19 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
             expected = sha256 or recorded(path)
             if expected is not None and given != expected:
                 raise DataError(
-                    f"{url} has sha256 {given} and {expected} was expected: the file there has changed, or the "
-                    f"download is damaged; try again, or put the right file at {path}"
+                    f"{url} has sha256 {given} and {expected} was expected: the file there has changed, or it is "
+                    f"damaged; try again, or put the right file at {path}"
                 )
             _record(path, given)  # before the file, so that no file is without one
     return path
 
 
 def verified(path: Path, *, sha256: str | None = None) -> Path:
-    """Holds a file that is there to its checksum; one that was put there by hand is recorded.
+    """Holds an existing file to its checksum, which is recorded where there is none yet.
 
     Args:
         path: the file.
-        sha256: as in `fetch`.
+        sha256: published checksum (hex); without one the recorded one counts.
 
     Raises:
         DataError: with both checksums, where they differ.
@@ -83,7 +82,7 @@ def verified(path: Path, *, sha256: str | None = None) -> Path:
 
 
 def record_path(path: Path) -> Path:
-    """Where the checksum of a file is kept."""
+    """The file that holds the checksum of another."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -116,8 +115,9 @@ def _download(url: str, path: Path, temporary: Path) -> str:
         for chunk in _chunks(response, url, path):
             total.update(chunk)
             size += file.write(chunk)
+    # Reading piece by piece, the library does not notice that bytes are missing.
     announced = response.headers.get("Content-Length")
-    if announced is not None and int(announced) != size:  # reading piece by piece, the library does not notice
+    if announced is not None and int(announced) != size:
         raise DataError(f"{url}: the download broke off after {size} of {announced} bytes; try again")
     return total.hexdigest()
 
@@ -133,7 +133,7 @@ def _chunks(response: HTTPResponse, url: str, path: Path) -> Iterator[bytes]:
 
 @contextmanager
 def _readable(url: str, path: Path) -> Iterator[None]:
-    """Words what goes wrong on the net."""
+    """Turns what goes wrong on the net into a `DataError` in words."""
     host = urlsplit(url).netloc or url
     try:
         yield
@@ -154,7 +154,7 @@ def _readable(url: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Words what goes wrong on the disk."""
+    """Turns what goes wrong on the disk into a `DataError` in words."""
     try:
         yield
     except OSError as error:

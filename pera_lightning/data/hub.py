@@ -1,4 +1,4 @@
-"""Data sets of the hub: one split of one, from the cache where it is there, and every way to fail put into words."""
+"""Loading a split of a data set of the hub, with every way to fail put into words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def load_table(repository: str, config_name: str | None, split: str, *, instead: str) -> datasets.Dataset:
-    """Loads one split of a data set of the hub, from the cache where it is there.
+    """Loads one split of a data set of the hub, from the cache if possible.
 
     Args:
         repository: ``org/name``.
-        config_name: a configuration of it, where it has several.
-        split: a split of it.
+        config_name: configuration of the data set, where it has several.
+        split: name of the split.
         instead: what can be given in place of a data set of the hub, such as "a local folder"; ends messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Image files under a folder: found, checked by their headers, and read upright and in RGB."""
+"""Image files under a folder: finding them, checking their headers, and reading them upright and in RGB."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns a picture of any mode upright (EXIF) and into RGB.
+    """Turns an image of any mode upright (EXIF) and into RGB.
 
     Transparency is dropped, as torchvision, timm and datasets do; 16-bit grey is scaled down to 8 (Pillow would clip
     it to white).
@@ -38,7 +38,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Picture files under a folder at any depth: sorted relative paths; hidden files and other types are left out."""
+    """Image files under a folder at any depth: sorted relative paths; hidden files and other types are left out."""
     found = []
     for top in sorted(folder.iterdir()):
         if top.is_dir():  # walked one by one, so that links to folders at the top are followed and loops are not
@@ -55,10 +55,10 @@ def _hidden(path: Path) -> bool:
 
 
 def check_headers(root: Path, files: list[str]) -> None:
-    """Opens every picture's header (a tenth of a millisecond each) and names those that are broken.
+    """Opens every image's header (a tenth of a millisecond each) and names those that are broken.
 
     Raises:
-        DataError: where one is not a picture. Damage further in shows when it is decoded, and is named there.
+        DataError: where one is not an image. Damage further in shows when it is decoded, and is named there.
     """
     from PIL import Image
 
@@ -77,13 +77,14 @@ def require_folder(folder: str) -> Path:
     """The folder as a path.
 
     Raises:
-        DataError: where there is none, with the closest names beside it; where it is a file.
+        DataError: where it does not exist, with the closest names beside it, or is a file.
     """
     path = Path(folder).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise DataError(f"{folder} is a file, not a folder of images; unpack it and give the folder")
+    # The first folder above that exists, to name what lies beside the one that is missing.
     parent = path.absolute().parent
     missing = path.name
     while not parent.is_dir():

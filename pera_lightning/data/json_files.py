@@ -1,4 +1,4 @@
-"""JSON files: one list, or one value a line."""
+"""Reading JSON files: one list, or one value a line."""
 
 from __future__ import annotations
 
@@ -14,28 +14,20 @@ def read_json(path: Path) -> list[Any]:
     """The entries of a JSON list, or of a file with one JSON value a line.
 
     Raises:
-        DataError: where the file is missing, empty or neither.
+        DataError: where the file is missing, empty or something else.
     """
     text = read_text(path)
-    entries = _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
-    if not entries:
-        raise DataError(f"{path} has no rows; give a file with at least one")
-    return entries
-
-
-def _json_list(path: Path, text: str) -> list[Any]:
+    entries, where = [], ""
     try:
-        return json.loads(text)
+        if text.lstrip().startswith("["):
+            entries = json.loads(text)
+        else:
+            # Not splitlines(), which also splits at characters that JSON lets stand inside a text, such as U+2028.
+            for number, line in enumerate(text.split("\n"), start=1):
+                where = f", and its line {number} no JSON"
+                entries += [json.loads(line)] if line.strip() else []
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is no JSON list: {error}") from error
-
-
-def _json_lines(path: Path, text: str) -> list[Any]:
-    entries = []
-    # Not splitlines(), which also splits at characters that JSON lets stand inside a text, such as U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            entries += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is no JSON list, and its line {number} no JSON: {error.msg}") from error
+        raise DataError(f"{path} is no JSON list{where}: {error.msg if where else error}") from error
+    if not entries:
+        raise DataError(f"{path} has no examples; give a file with at least one")
     return entries

@@ -1,7 +1,7 @@
 """Seeded splits, independent of every global random state, and the file that records them.
 
 The order comes from the raw doubles of PCG64, which numpy keeps stable, and not from `Generator.permutation`, which
-it may change. The indices are saved all the same: they are the only proof of which rows a result rests on.
+it may change. The indices are saved all the same: they are the only proof of which examples a result rests on.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def held_out_size(count: int, fraction: float) -> int:
-    """Rows to hold out of `count`, rounded up as scikit-learn and datasets do.
+    """Number of examples to hold out of `count`, rounded up as scikit-learn and datasets do.
 
     Args:
-        count: rows there are.
-        fraction: between 0 and 1, both excluded.
+        count: number of examples.
+        fraction: share to hold out, between 0 and 1, both excluded.
     """
-    # Rounded first: 0.1 times a multiple of ten must not become one row more through the last bit of a float.
+    # Rounded first: 0.1 times a multiple of ten must not become one more through the last bit of a float.
     return math.ceil(round(fraction * count, 6))
 
 
@@ -39,40 +39,42 @@ def random_order(generator: np.random.Generator, count: int) -> np.ndarray:
 
 
 def hold_out(
-    rows: np.ndarray, fraction: float, generator: np.random.Generator, labels: np.ndarray | None = None
+    indices: np.ndarray, fraction: float, generator: np.random.Generator, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts rows in two at random.
+    """Splits examples in two at random.
 
     Args:
-        rows: (n,) row numbers.
-        fraction: the part to hold out, between 0 and 1, both excluded; rounded up.
+        indices: (n,) numbers of the examples.
+        fraction: share to hold out, between 0 and 1, both excluded; rounded up.
         generator: where the order comes from; it advances.
-        labels: (n,) classes of these rows. With them every class gives its share (to one row), and none gives its
-            last row; without them rows are drawn regardless of class.
+        labels: (n,) classes of these examples. With them every class gives its share (to one example), and none gives
+            its last example; without them examples are drawn regardless of class.
 
     Returns:
-        The rows kept and the rows held out, both sorted.
+        The indices kept and those held out, both sorted.
 
     Raises:
         DataError: where one of the two would be empty.
     """
-    order = random_order(generator, len(rows))
-    size = held_out_size(len(rows), fraction)
-    if not 0 < size < len(rows):
-        raise DataError(f"{len(rows)} images cannot be split: {fraction:g} held out leaves one side empty; add images")
+    order = random_order(generator, len(indices))
+    size = held_out_size(len(indices), fraction)
+    if not 0 < size < len(indices):
+        raise DataError(
+            f"{len(indices)} images cannot be split: {fraction:g} held out leaves one side empty; add images"
+        )
     if labels is not None:
         order = _stratified(order, np.asarray(labels), size)
-    held = np.zeros(len(rows), dtype=bool)
-    held[order[:size]] = True
-    return np.sort(rows[~held]), np.sort(rows[held])
+    return np.sort(indices[order[size:]]), np.sort(indices[order[:size]])
 
 
 def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     """Reorders so that the first `size` entries have every class in proportion; ties go to who comes first."""
+    # Each class gives its share, rounded down, and never its last example.
     classes, first, index, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
     quota = counts * (size / len(order))
     take = np.minimum(np.floor(quota).astype(int), counts - 1)
-    for one in np.lexsort((first, np.floor(quota) - quota)):  # largest remainder first
+    # What is missing then is given by the classes with the largest remainders.
+    for one in np.lexsort((first, np.floor(quota) - quota)):
         if take.sum() < size and take[one] < counts[one] - 1:
             take[one] += 1
     if take.sum() < size:
@@ -80,14 +82,15 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
             f"{len(order)} images of {len(classes)} classes are too few to hold out {size} and keep one of each class; "
             "add images"
         )
-    place = np.empty(len(order), dtype=int)  # of each row among the rows of its class, in this order
+    # Number of each example among those of its class, in this order.
+    place = np.empty(len(order), dtype=int)
     place[np.argsort(index, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     front = place < take[index]
     return np.concatenate([order[front], order[~front]])
 
 
 def cut(
-    rows: Mapping[str, np.ndarray],
+    existing: Mapping[str, np.ndarray],
     labels: np.ndarray,
     *,
     validation_fraction: float,
@@ -95,61 +98,51 @@ def cut(
     seed: int,
     stratify: bool,
 ) -> dict[str, np.ndarray]:
-    """Completes train, validation and test by cutting what is missing from the training rows, test first.
+    """Completes train, validation and test by holding out what is missing of the training examples, test first.
 
     Args:
-        rows: row numbers of the splits that exist; "train" always does.
-        labels: classes of all rows of the training source.
-        validation_fraction: of what remains after the test rows; unused where "validation" exists.
-        test_fraction: of the training rows; unused where "test" exists.
-        seed: of this split alone.
-        stratify: every class gives its share.
+        existing: indices of the splits that exist; "train" always does.
+        labels: classes of all examples of the training source.
+        validation_fraction: share of what remains after the test split; unused where "validation" exists.
+        test_fraction: share of the training examples; unused where "test" exists.
+        seed: seed of the split alone.
+        stratify: whether every class gives its share.
 
     Returns:
-        Sorted row numbers of "train", "validation" and "test".
+        Sorted indices of "train", "validation" and "test".
     """
     generator = np.random.Generator(np.random.PCG64(seed))
-    done = dict(rows)
+    done = dict(existing)
     for split, fraction in (("test", test_fraction), ("validation", validation_fraction)):
         if split not in done:
-            of_rows = labels[done["train"]] if stratify else None
-            done["train"], done[split] = hold_out(done["train"], fraction, generator, of_rows)
+            own = labels[done["train"]] if stratify else None
+            done["train"], done[split] = hold_out(done["train"], fraction, generator, own)
     return {split: done[split] for split in ("train", "validation", "test")}
 
 
 # ---- who selects and who scores, where a test set has no labels ------------------------------------------------------
 
+# Called with the number of validation examples and a seed; gives the indices of the examples that select and of those
+# that are scored on, both sorted. None stands for a test set with labels.
 Cut = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 def full_validation(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole validation set selects and is scored on, as AuroRA and many others do: results are too good.
-
-    Args:
-        count: rows of the validation set.
-        seed: unused; nothing is drawn.
-
-    Returns:
-        The rows that select and the rows that are scored on, sorted.
-    """
+    """The full validation set selects and is scored on, as AuroRA and many others do: results are too good."""
     return np.arange(count), np.arange(count)
 
 
 def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Above 2,000 rows 1,000 select, else one half (the larger); the others are scored on.
+    """Above 2,000 examples 1,000 select, else one half (the larger); the others are scored on.
 
     The protocol of RED (arXiv 2402.15179), ReFT, DeLoRA and PERA. The draw is ours: theirs are not published.
 
-    Args:
-        count: rows of the validation set.
-        seed: of the draw.
-
     Raises:
-        DataError: for fewer than four rows; a half of one row has no correlation.
+        DataError: for fewer than four examples; a half of one example has no correlation.
     """
     if count < 4:
         raise DataError(
-            f"split protocol 'red' halves the validation set, and {count} rows are too few; four or more are needed, "
+            f"split protocol 'red' halves the validation set, and {count} examples are too few; give four or more, "
             "or protocol=full_validation"
         )
     order = random_order(np.random.Generator(np.random.PCG64(seed)), count)
@@ -158,12 +151,7 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def own_test(count: int, seed: int) -> tuple[np.ndarray, None]:
-    """The whole validation set selects; a test set with labels, of one's own, is scored on.
-
-    Args:
-        count: rows of the validation set.
-        seed: unused; nothing is drawn.
-    """
+    """The full validation set selects; a test set with labels, of one's own, is scored on."""
     return np.arange(count), None
 
 
@@ -185,7 +173,7 @@ def split_protocol(name: str) -> Cut:
 
 
 def selected_on_test(cut: Cut) -> bool:
-    """Whether a split protocol scores on rows that selected."""
+    """Whether a split protocol scores on examples that selected."""
     selection, scored = cut(8, 0)
     return scored is not None and bool(np.intersect1d(selection, scored).size)
 
@@ -200,8 +188,8 @@ def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) ->
 
     Args:
         log_dir: the run's folder.
-        dataset: names the file, through `file_name`.
-        record: what goes into it; primitives only.
+        dataset: name of the data set, which names the file.
+        record: content; primitives only.
     """
     path = Path(log_dir) / "splits" / f"{file_name(dataset)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,9 +201,9 @@ def record_run(trainer: Trainer | None, dataset: str, record: Callable[[], Mappi
     """Writes a run's split into its log folder, on one process; every process must call it.
 
     Args:
-        trainer: of the run; without one, in a fast_dev_run or without a log folder nothing is written.
-        dataset: names the file.
-        record: makes what goes into it.
+        trainer: the run's; without one, in a fast_dev_run or without a log folder nothing is written.
+        dataset: name of the data set, which names the file.
+        record: makes the content.
     """
     if trainer is None or trainer.fast_dev_run:
         return

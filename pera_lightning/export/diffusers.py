@@ -1,4 +1,4 @@
-"""Export to diffusers: a LoRA file for `load_lora_weights`, and merged weights as a whole pipeline.
+"""Export to diffusers: a LoRA file for `load_lora_weights`; merged weights are in `diffusers_pipeline.py`.
 
 A LoRA file of diffusers holds A and B of linear layers of the UNet and the text encoders, and nothing else. What is a
 LoRA exactly and what is cut by SVD is as for PEFT, see `low_rank.py`.
@@ -8,9 +8,7 @@ Shapes: in, out features of a layer; R rank of its update.
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,27 +18,27 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.export.diffusers_base import base_parts, copy_parts, without_path
 from pera_lightning.export.folder import output_folder
 from pera_lightning.export.lora import LoraReport, check_export, exportable, linear_updates
 from pera_lightning.export.low_rank import MAX_ERROR, padded
-from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.merging.merge import adapted_layers
 from pera_lightning.merging.merge_error import Forward
+from pera_lightning.validation import renamed
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _ROOM = 1 << 20  # bytes of names
 # Of a text encoder diffusers reads these only. transformers 5 has dropped "text_model." in one class of two.
 _TEXT_LAYER = re.compile(r"(?:text_model\.)?(encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]))")
 
 
+@renamed("method", "mode")
 def export_diffusers(
     model: nn.Module,
     folder: str | Path,
     *,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    method: str | None = None,
+    mode: str | None = None,
     batches: Iterable[Any] | None = None,
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -53,10 +51,10 @@ def export_diffusers(
             or a module that contains it. Not merged.
         folder: made, whole or not at all, with ``pytorch_lora_weights.safetensors``.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
-        max_error: the largest relative error of a layer that is taken then.
-        method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
-        measure_on: other inputs to measure the drift on.
+        max_error: largest relative error that is taken of a layer then.
+        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
+        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
+        measure_on: other inputs to measure the error on.
         forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         overwrite: replaces an earlier export.
 
@@ -69,25 +67,29 @@ def export_diffusers(
             exists.
         CheckpointError: where the disk has no room.
     """
+    # What can be refused is refused before a calibration.
     check_export(folder, rank=rank, max_error=max_error, overwrite=overwrite)
     root, _ = exportable(model, what="a LoRA file of diffusers", reader="diffusers", heads=False)
-    _check_sdxl(root)
+    check_sdxl(root)
     names = {path: _name(path) for path, _ in adapted_layers(root)}
     options = {"batches": batches, "measure_on": measure_on, "forward": forward}
-    linear = linear_updates(model, root, rank=rank, max_error=max_error, method=method, **options)  # type: ignore
-    updates = as_diffusers({path: each.update for path, each in linear.found.items()})
-    ranks = {path: each.update.rank for path, each in linear.found.items()}
+    linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
+    # One rank and no scale within a component, by diffusers' names.
+    updates = as_diffusers(linear.updates)
+    ranks = {path: update.rank for path, update in linear.updates.items()}
     tensors = _tensors(updates, names)
     size = sum(tensor.nbytes for layers in tensors.values() for tensor in layers.values())
     with output_folder(folder, overwrite=overwrite, needed=size + _ROOM) as made:
-        _pipeline_class().save_lora_weights(made, **{f"{part}_lora_layers": each for part, each in tensors.items()})
+        _pipeline_class().save_lora_weights(
+            made, **{f"{component}_lora_layers": own for component, own in tensors.items()}
+        )
     return LoraReport(
         folder=Path(folder),
         size=size,
         ranks={path: update.rank for path, update in updates.items()},
-        errors=linear.errors(),
-        method=method,
-        drift=linear.drift,
+        errors=dict(linear.errors),
+        mode=mode,
+        merge_error=linear.merge_error,
         notes=[*linear.notes, *_notes(root, updates, ranks)],
     )
 
@@ -98,61 +100,61 @@ def how_to_load(folder: str | Path) -> str:
 
 
 def as_diffusers(updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """The same updates with scale 1 everywhere and, within each part, one rank: by the path of the layer.
+    """The same updates with scale 1 everywhere and, within each component, one rank; by the path of the layer.
 
-    Diffusers 0.32 reads no alpha from such a file: the rank of a part's first layer becomes the alpha of all. Newer
-    versions read it from metadata that others, such as ComfyUI, do not know. With the scale in B and one rank in a
-    part, alpha = rank is right for every reader, and nothing has to be carried.
+    Diffusers 0.32 reads no alpha from such a file: the rank of a component's first layer becomes the alpha of all.
+    Newer versions read it from metadata that others, such as ComfyUI, do not know. With the scale in B and one rank in
+    a component, alpha = rank is right for every reader, and nothing has to be carried.
     """
     plain = {path: replace(each, B=each.B * each.scale, scale=1.0) for path, each in updates.items()}
     even: dict[str, LowRankUpdate] = {}
-    for part in dict.fromkeys(_part(path) for path in plain):
-        even |= padded({path: each for path, each in plain.items() if _part(path) == part})
+    for component in dict.fromkeys(map(_component, plain)):
+        even |= padded({path: each for path, each in plain.items() if _component(path) == component})
     return even
 
 
 def _tensors(updates: Mapping[str, LowRankUpdate], names: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-    """Part to its tensors by diffusers' names: A (R, in), B (out, R), and where a part has constants, these (out,)."""
-    constant = {_part(path) for path, update in updates.items() if update.bias is not None}
+    """Each component's tensors by diffusers' names: A (R, in), B (out, R); constants (out,) where one has any."""
+    constant = {_component(path) for path, update in updates.items() if update.bias is not None}
     tensors: dict[str, dict[str, Tensor]] = {}
     for path, update in updates.items():
-        part = _part(path)
+        component = _component(path)
         # The forms that every reader takes: of a UNet peft's, of text encoders the one that diffusers turns into it.
-        down, up = ("lora_A", "lora_B") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
-        name, own = names[path], tensors.setdefault(part, {})
+        is_unet = component == "unet"
+        down, up = ("lora_A", "lora_B") if is_unet else ("lora_linear_layer.down", "lora_linear_layer.up")
+        name, own = names[path], tensors.setdefault(component, {})
         own[f"{name}.{down}.weight"], own[f"{name}.{up}.weight"] = update.A, update.B
-        if part in constant:
+        if component in constant:
             own[f"{name}.{up}.bias"] = update.B.new_zeros(len(update.B)) if update.bias is None else update.bias
     # safetensors refuses shared memory.
-    return {part: {k: v.detach().clone().contiguous() for k, v in own.items()} for part, own in tensors.items()}
+    return {c: {k: v.detach().clone().contiguous() for k, v in own.items()} for c, own in tensors.items()}
 
 
-def _part(path: str) -> str:
+def _component(path: str) -> str:
     return path.partition(".")[0]
 
 
 def _name(path: str) -> str:
-    """What diffusers calls a layer within its part; raises `ConfigurationError` for one that a file cannot hold."""
-    part, _, inside = path.partition(".")
-    if part == "unet":
+    """What diffusers calls a layer within its component; raises `ConfigurationError` where a file cannot hold it."""
+    component, _, inside = path.partition(".")
+    if component == "unet":
         return inside
     layer = _TEXT_LAYER.fullmatch(inside)
-    if part not in PARTS or layer is None:
-        held = "the UNet, and attention (q_proj … out_proj) and MLP (fc1, fc2) of the text encoders"
+    if component not in COMPONENTS or layer is None:
         raise ConfigurationError(
-            f"{path} is adapted, and a LoRA file of diffusers holds layers of {held}: export merged weights"
+            f"{path} is adapted, and a LoRA file of diffusers holds layers of the UNet, and attention (q_proj … "
+            "out_proj) and MLP (fc1, fc2) of the text encoders: export merged weights"
         )
     return f"text_model.{layer[1]}"
 
 
-def _check_sdxl(network: nn.Module) -> None:
+def check_sdxl(network: nn.Module) -> None:
     """Raises `ConfigurationError` for a network without a UNet of SDXL, or with more than a pipeline takes."""
-    name, unet = type(network).__name__, getattr(network, "unet", None)
-    parts = [part for part, _ in network.named_children()]
-    if not isinstance(unet, nn.Module) or set(parts) - set(PARTS):
+    unet, children = getattr(network, "unet", None), [name for name, _ in network.named_children()]
+    if not isinstance(unet, nn.Module) or set(children) - set(COMPONENTS):
         raise ConfigurationError(
-            f"{name} has the parts {listed(parts, 4) or 'none'}, and an SDXL network has {', '.join(PARTS)}, the text "
-            "encoders only where they are adapted: see SDXLNetwork"
+            f"{type(network).__name__} has the components {listed(children, 4) or 'none'}, and an SDXL network has "
+            f"{', '.join(COMPONENTS)}, the text encoders only where they are adapted: see SDXLNetwork"
         )
     kind = getattr(getattr(unet, "config", None), "addition_embed_type", None)
     if kind != "text_time":
@@ -164,97 +166,18 @@ def _check_sdxl(network: nn.Module) -> None:
 
 def _notes(root: nn.Module, updates: Mapping[str, LowRankUpdate], ranks: Mapping[str, int]) -> list[str]:
     notes = []
+    # What a reader of the file may stumble on.
     if grown := [path for path, update in updates.items() if update.rank > ranks[path]]:
         notes.append(f"{len(grown)} layers have a smaller rank and are filled up with zeros: readers take one rank")
     if any(update.bias is not None for update in updates.values()):
         notes.append("the constants of the calibration are lora_B.bias, which ComfyUI and others leave out")
-        parts = {_part(path) for path, update in updates.items() if update.bias is not None}
-        bare = [path for path, layer in adapted_layers(root) if _part(path) in parts and layer.bias is None]
+        constant = {_component(path) for path, update in updates.items() if update.bias is not None}
+        bare = [path for path, layer in adapted_layers(root) if _component(path) in constant and layer.bias is None]
         if bare:
             notes.append(
                 f"{len(bare)} adapted layers have no bias ({listed(bare, 2)}): diffusers makes images with this file, "
                 "but fuse_lora refuses it; export merged weights for that"
             )
-    return notes
-
-
-def export_pipeline(
-    network: nn.Module,
-    folder: str | Path,
-    base: str | Path,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    **options: Any,
-) -> MergedReport:
-    """Merges an SDXL network and writes a pipeline that `StableDiffusionXLPipeline.from_pretrained` loads.
-
-    Args:
-        network: injected; merged in place, so hand over a copy to keep it.
-        folder: made, whole or not at all.
-        base: see `write_pipeline`, as the next three.
-        revision: of the base.
-        variant: of the base's weights.
-        prediction_type: what the UNet was trained to predict.
-        options: of `pera_lightning.export.merged.export_merged`.
-    """
-
-    def write(made: Path) -> list[str]:
-        how = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
-        return write_pipeline(network, made, base, **how)
-
-    return export_merged(network, folder, write, **options)
-
-
-def write_pipeline(
-    network: nn.Module,
-    folder: Path,
-    base: str | Path,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-) -> list[str]:
-    """Writes a plain SDXL network with everything else of its base: a whole pipeline.
-
-    The network's parts are written as they are, in the type of their weights; the other parts are the base's files,
-    copied without being loaded. A variant's files get the plain names, so that no variant is to be given.
-
-    Args:
-        network: without adapters, with a child `unet` and, where they were trained, the text encoders.
-        folder: exists.
-        base: folder of the pipeline that the network is from, or its id on the hub.
-        revision: branch, tag or commit on the hub.
-        variant: of the base's weights, such as "fp16".
-        prediction_type: what the UNet was trained to predict, where it is not what the base's scheduler says.
-
-    Returns:
-        Notes, one line each.
-
-    Raises:
-        ConfigurationError: where it is no SDXL network, or the base is not there or lacks a part.
-    """
-    _check_sdxl(network)
-    own = dict(network.named_children())
-    parts = base_parts(base, own, revision=revision, variant=variant)  # before anything is written
-    notes = []
-    for name, part in own.items():
-        weights: Counter[Any] = Counter()
-        for parameter in part.parameters():
-            weights[parameter.dtype] += parameter.numel()
-        dtype = weights.most_common(1)[0][0]
-        if len(weights) > 1:  # modules trained whole are float32 over a base of any type
-            part.to(dtype)
-            notes.append(f"all weights of the {name} are {str(dtype).removeprefix('torch.')}, as most of them were")
-        part.save_pretrained(folder / name)
-        without_path(folder / name / "config.json")
-    copy_parts(parts, folder)
-    if prediction_type is not None:
-        file = folder / "scheduler" / "scheduler_config.json"
-        scheduler = {**json.loads(file.read_text(encoding="utf-8")), "prediction_type": prediction_type}
-        file.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
-        notes.append(f"the scheduler has prediction_type={prediction_type}, as the training")
     return notes
 
 

@@ -59,6 +59,7 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False, apart: Ite
     """
     if not str(path).strip():
         raise ConfigurationError(f"{str(path)!r} is no name of a folder: give another --output")
+    # Never over the base, the checkpoint or the data that the command reads.
     target = Path(path).resolve()
     for other in (Path(other).resolve() for other in apart if Path(other).exists()):
         if target.is_relative_to(other) or other.is_relative_to(target):
@@ -71,6 +72,7 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False, apart: Ite
         raise ConfigurationError(f"{path} is a file: give another --output")
     if not overwrite:
         raise ConfigurationError(f"{path} exists; give another --output, or --overwrite")
+    # Overwritten is an earlier export only: nobody's home, photos, code, nor an adapter that was trained.
     here, home = Path.cwd().resolve(), Path.home().resolve()
     if any(folder.is_relative_to(target) for folder in (here, home)):
         raise ConfigurationError(f"{path} holds the working directory or the home: it is not overwritten")

@@ -1,4 +1,4 @@
-"""What the exports as LoRA share, to PEFT and to diffusers: what can be exported, its linear maps, and the report."""
+"""What the exports as LoRA share, to PEFT and to diffusers: what can be exported, its updates, and the report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import ConfigurationError, listed, megabytes
 from pera_lightning.export.folder import check_output_folder
-from pera_lightning.export.low_rank import ExportedUpdate, low_rank_updates
+from pera_lightning.export.low_rank import low_rank_updates
 from pera_lightning.injection.inject import Injection, adapter_parameter_names, injection_of
 from pera_lightning.injection.state import find_injected, frozen_names
-from pera_lightning.merging.merge import adapted_layers, linearised, merged_layers
-from pera_lightning.merging.merge_error import Drift, Forward, drift, measure, taken
+from pera_lightning.merging.linearised import linearised
+from pera_lightning.merging.merge import adapted_layers, merged_layers
+from pera_lightning.merging.merge_error import Forward, MergeError, batch_list, measure, measuring_notes, merge_error
 from pera_lightning.validation import check_in_range, check_positive_int
 
 
@@ -30,10 +32,10 @@ class LoraReport:
         size: bytes of its tensors.
         ranks: path of each layer to the rank of its LoRA.
         errors: path of each layer that was cut by SVD to its relative error; empty where all are exact.
-        heads: paths of the modules that travel whole.
-        method: how AuroRA's nonlinear layers became linear maps; None where there were none.
-        drift: how far the linear maps are from them; None where it was not measured.
-        max_lora_rank: what vLLM is to be started with; None for others.
+        heads: paths of the modules trained in full that go with it.
+        mode: how AuroRA's nonlinear layers became linear; None where there were none.
+        merge_error: how far the linear maps are from them; None where it was not measured.
+        max_lora_rank: `--max-lora-rank` of vLLM; None for other readers.
         notes: one line for each thing that a reader should know.
     """
 
@@ -42,14 +44,14 @@ class LoraReport:
     ranks: dict[str, int]
     errors: dict[str, float] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
-    method: str | None = None
-    drift: Drift | None = None
+    mode: str | None = None
+    merge_error: MergeError | None = None
     max_lora_rank: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
-        how = "exact" if self.method is None else f"of the {self.method} linear maps"
+        how = "exact" if self.mode is None else f"of the {self.mode} linear maps"
         lines = [
             f"Wrote {self.folder} ({megabytes(self.size)}): LoRA of rank {listed(map(str, ranks))} "
             f"on {len(self.ranks)} layers" + ("" if self.errors else f", {how}")
@@ -62,8 +64,8 @@ class LoraReport:
             )
         if self.heads:
             lines.append(f"  with the heads {', '.join(self.heads)}")
-        if self.drift is not None:
-            lines.append(f"  {self.drift}")
+        if self.merge_error is not None:
+            lines.append(f"  {self.merge_error}")
         if self.max_lora_rank is not None:
             lines.append(f"  vLLM needs --max-lora-rank {self.max_lora_rank}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
@@ -74,18 +76,16 @@ class LinearUpdates:
     """The updates of a model as LoRAs, and how they came about.
 
     Attributes:
-        found: by the path of the layer.
-        drift: how far linear maps are from AuroRA's layers; None where it was not measured.
+        updates: update of each layer, by path.
+        errors: relative error of each layer that was cut by SVD, by path.
+        merge_error: how far linear maps are from AuroRA's layers; None where it was not measured.
         notes: one line for each thing that a reader should know.
     """
 
-    found: Mapping[str, ExportedUpdate]
-    drift: Drift | None
+    updates: Mapping[str, LowRankUpdate]
+    errors: Mapping[str, float]
+    merge_error: MergeError | None
     notes: list[str]
-
-    def errors(self) -> dict[str, float]:
-        """Relative error of each layer that was cut by SVD."""
-        return {path: each.error for path, each in self.found.items() if each.error is not None}
 
 
 def check_export(folder: str | Path, *, rank: int | None, max_error: float, overwrite: bool) -> None:
@@ -103,11 +103,12 @@ def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tupl
         model: injected, or a model that contains an injected one.
         what: the export, in words: "a PEFT folder".
         reader: who reads it: "peft".
-        heads: whether it holds modules trained whole.
+        heads: whether it holds modules trained in full.
 
     Raises:
         ConfigurationError: where there is nothing to export, or something that it would not hold.
     """
+    # One injected part, with adapters that are not merged, and values on this process.
     found = find_injected(model)
     if found is None:
         raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
@@ -126,11 +127,13 @@ def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tupl
     for path, layer in layers.items():
         if any(p.is_meta or isinstance(p, DTensor) for p in layer.adapters.parameters()):
             raise ConfigurationError(f"{path} is sharded or on the meta device: export on one process, with weights")
+    # Readers look layers up by name, one place each.
     paths = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     if twice := [path for path, layer in layers.items() if paths[id(layer)] > 1]:
         raise ConfigurationError(
             f"{listed(twice, 3)} is used in several places, of which {reader} would adapt one: export merged weights"
         )
+    # Whatever was trained besides would be lost.
     ours = adapter_parameter_names(root)
     kept = {name for name, _ in root.named_parameters(remove_duplicate=False)} - frozen_names(root) - ours
     held = tuple(f"{head}." for head in mark.trained_modules) if heads else ()
@@ -148,38 +151,27 @@ def linear_updates(
     *,
     rank: int | None,
     max_error: float,
-    method: str | None,
+    mode: str | None,
     batches: Iterable[Any] | None,
     measure_on: Iterable[Any] | None,
     forward: Forward | None,
 ) -> LinearUpdates:
-    """The updates of `root` within `model` as LoRAs; the model is afterwards as it was.
+    """The updates of `root`, the injected part of `model`, as LoRAs; the model is afterwards as it was.
 
-    Args:
-        model: as `forward` takes it.
-        root: its injected part.
-        rank: cuts larger updates, and those of no low rank, to this rank by SVD.
-        max_error: the largest relative error of a layer that is taken then.
-        method: for AuroRA with dynamic inference: "static" or "calibrated".
-        batches: inputs to calibrate with and, without `measure_on`, to measure the drift on.
-        measure_on: other inputs to measure the drift on.
-        forward: how the model is called.
+    The options are those of `export_peft`.
 
     Raises:
         NotMergeableError: where an update is no LoRA, or its error is too large.
         ConfigurationError: for batches that would not act.
     """
-    fit, held_out = taken(batches), taken(measure_on)
-    if method is None and (fit or held_out):
-        raise ConfigurationError("batches act with method='static' or 'calibrated' only: leave them out")
+    fit, held_out = batch_list(batches), batch_list(measure_on)
     measured = held_out or fit
-    before = measure(model, measured, forward) if method and measured else None
-    with linearised(model, method, fit, forward) as notes:
-        after = measure(model, measured, forward) if before else None
+    if mode is None and measured:
+        raise ConfigurationError("batches act with mode='static' or 'calibrated' only: leave them out")
+    before = measure(model, measured, forward)
+    with linearised(model, mode, fit, forward) as notes:
+        error = merge_error(before, measure(model, measured, forward))
         found = low_rank_updates(root, rank, max_error)
-    notes = list(notes)
-    if method is not None and not measured:
-        notes.append(f"the drift of the {method} linear maps was not measured: give batches")
-    elif method == "calibrated" and not held_out:
-        notes.append("the drift was measured on the batches of the calibration: measure_on takes others")
-    return LinearUpdates(found, drift(before, after) if before and after else None, notes)
+    updates = {path: each.update for path, each in found.items()}
+    errors = {path: each.error for path, each in found.items() if each.error is not None}
+    return LinearUpdates(updates, errors, error, [*notes, *measuring_notes(mode, error, held_out)])

@@ -1,8 +1,8 @@
 """The updates of an adapted model as LoRAs, one for each projection, for formats that know nothing else.
 
-Most updates are a LoRA exactly (see `LinearAdapter.low_rank_update`). The row blocks of a fused projection become one
-LoRA of the whole projection, with zeros in the rows of no block. Where a rank is given, larger updates are cut to it by
-a truncated SVD, the best approximation of that rank there is, with the relative error ‖ΔW' − ΔW‖ / ‖ΔW‖ (Frobenius).
+Most updates are a LoRA exactly (see `LinearAdapter.low_rank_update`). The slices of a fused projection become one LoRA
+of the full projection, zero in what is not adapted. Where a rank is given, larger updates are cut to it by a truncated
+SVD, the best approximation of that rank there is, with the relative error ‖ΔW' − ΔW‖ / ‖ΔW‖ (Frobenius).
 
 Shapes: in, out features of a projection; R rank of an update.
 """
@@ -30,7 +30,7 @@ class ExportedUpdate:
     """The update of one projection.
 
     Attributes:
-        update: of the whole projection, on the CPU.
+        update: update of the full projection, on the CPU.
         error: relative error of the cut; None where the update is exact.
     """
 
@@ -59,67 +59,72 @@ def low_rank_updates(
             found[path] = _exported(layer, rank)
         except NotMergeableError as error:
             raise NotMergeableError(f"{path}: {error}") from None
-    broken = [path for path, each in found.items() if not _finite(each.update)]
-    if broken:
-        raise NotMergeableError(f"the updates of {listed(broken, 3)} have NaN or infinite values")
-    wrong = {path: each.error for path, each in found.items() if each.error is not None and each.error > max_error}
-    if wrong:
-        worst = sorted(wrong, key=lambda path: -wrong[path])
+    # A cut that loses too much is refused, naming the worst layers.
+    too_large = {path: each.error for path, each in found.items() if each.error and each.error > max_error}
+    if too_large:
+        worst = sorted(too_large, key=lambda path: -too_large[path])
         raise NotMergeableError(
-            f"cut to rank {rank}, {len(wrong)} of {len(found)} layers lose more than max_error={max_error:g}: "
-            f"{listed([f'{path} {wrong[path]:.2g}' for path in worst], 3)} (relative); take a larger rank, raise "
+            f"cut to rank {rank}, {len(too_large)} of {len(found)} layers lose more than max_error={max_error:g}: "
+            f"{listed([f'{path} {too_large[path]:.2g}' for path in worst], 3)} (relative); take a larger rank, raise "
             "max_error, or export merged weights"
         )
     return found
 
 
 def _exported(layer: AdaptedLayer, rank: int | None) -> ExportedUpdate:
+    """The exact update of a layer where it has one of the rank, else the nearest one."""
+    error = None
     try:
-        update = whole_update(layer)
-    except NotMergeableError as error:
-        matrix = whole_matrix(layer)  # raises where there is no matrix either
+        update = full_update(layer)
+    except NotMergeableError as reason:
+        matrix = full_matrix(layer)  # raises where there is no matrix either
         if rank is None:
-            hint = "give a rank to cut it to by SVD, with the error reported, or export merged weights"
-            raise NotMergeableError(f"{error}: {hint}") from None
-        update, cut = cut_matrix(matrix, rank)
-        return ExportedUpdate(_on_cpu(update), cut)
-    if rank is None or update.rank <= rank:
-        return ExportedUpdate(_on_cpu(update))
-    update, cut = cut_update(update, rank)
-    return ExportedUpdate(_on_cpu(update), cut)
+            raise NotMergeableError(
+                f"{reason}: give a rank to cut it to by SVD, with the error reported, or export merged weights"
+            ) from None
+        update, error = cut_matrix(matrix, rank)
+    else:
+        _check_finite(update.A, update.B, update.bias)
+        if rank is not None and update.rank > rank:
+            update, error = cut_update(update, rank)
+    A, B, bias = (None if tensor is None else tensor.detach().cpu() for tensor in (update.A, update.B, update.bias))
+    return ExportedUpdate(LowRankUpdate(A, B, update.scale, bias), error)  # type: ignore[arg-type]
 
 
-def whole_update(layer: AdaptedLayer) -> LowRankUpdate:
-    """The exact update of all rows of a layer: A (R, in) and B (out, R), R the sum of the row blocks' ranks.
+def full_update(layer: AdaptedLayer) -> LowRankUpdate:
+    """The exact update of a layer: A (R, in) and B (out, R), R the sum of the ranks of its slices.
 
     Raises:
-        NotMergeableError: where the update of a row block is no LoRA.
+        NotMergeableError: where the update of a slice is no LoRA.
     """
-    parts = {block: adapter.low_rank_update() for block, adapter in layer.adapters.items()}  # type: ignore[operator]
+    updates = {name: adapter.low_rank_update() for name, adapter in layer.adapters.items()}  # type: ignore[operator]
     rows = layer.base_weight().shape[0]
-    first = next(iter(parts.values()))
-    if len(parts) == 1 and first.B.shape[0] == rows:
+    first = next(iter(updates.values()))
+    if len(updates) == 1 and first.B.shape[0] == rows:
         return first
+    # The slices' A one below the other, and beside each other their B, each in its own rows.
     columns = []
-    for block, part in parts.items():
-        column = part.B.new_zeros(rows, part.rank)
-        column[layer.slices[block]] = part.B if part.scale == first.scale else part.B * part.scale / first.scale
+    for name, update in updates.items():
+        column = update.B.new_zeros(rows, update.rank)
+        same = update.scale == first.scale
+        column[layer.slices[name]] = update.B if same else update.B * update.scale / first.scale
         columns.append(column)
+    # The constants of a calibration, zero where a slice has none.
     bias = None
-    if any(part.bias is not None for part in parts.values()):
+    if any(update.bias is not None for update in updates.values()):
         bias = first.B.new_zeros(rows)
-        for block, part in parts.items():
-            if part.bias is not None:
-                bias[layer.slices[block]] = part.bias
-    return LowRankUpdate(torch.cat([part.A for part in parts.values()]), torch.cat(columns, 1), first.scale, bias)
+        for name, update in updates.items():
+            if update.bias is not None:
+                bias[layer.slices[name]] = update.bias
+    return LowRankUpdate(torch.cat([update.A for update in updates.values()]), torch.cat(columns, 1), first.scale, bias)
 
 
-def whole_matrix(layer: AdaptedLayer) -> Tensor:
-    """ΔW of all rows of a layer, (out, in), at least float32."""
+def full_matrix(layer: AdaptedLayer) -> Tensor:
+    """ΔW of a layer, (out, in), at least float32."""
     weight = layer.base_weight()
     matrix = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    for block, adapter in layer.adapters.items():
-        rows = layer.slices[block]
+    for name, adapter in layer.adapters.items():
+        rows = layer.slices[name]
         matrix[rows] = adapter.delta_weight(weight[rows])  # type: ignore[operator]
     return matrix
 
@@ -136,9 +141,9 @@ def cut_update(update: LowRankUpdate, rank: int) -> tuple[LowRankUpdate, float]:
 
     With B = Q_b R_b and Aᵀ = Q_a R_a, the singular values of ΔW are those of the small matrix s · R_b R_aᵀ.
     """
-    _check_finite(update.A, update.B)
     q_b, r_b = torch.linalg.qr(update.B.double())  # (out, k), (k, R)
     q_a, r_a = torch.linalg.qr(update.A.double().T)  # (in, k'), (k', R)
+    # A matrix of R x R and not of out x in.
     u, sigma, vh = torch.linalg.svd(update.scale * r_b @ r_a.T, full_matrices=False)
     found, error = _cut(q_b @ u, sigma, vh @ q_a.T, rank)
     dtype = update.A.dtype
@@ -151,6 +156,7 @@ def _cut(u: Tensor, sigma: Tensor, vh: Tensor, rank: int) -> tuple[LowRankUpdate
     total = float(squares.sum())
     root = sigma[:rank].sqrt()
     update = LowRankUpdate(root[:, None] * vh[:rank], u[:, :rank] * root)
+    # The error is what was cut away: the other singular values.
     return update, (float(squares[rank:].sum()) / total) ** 0.5 if total else 0.0
 
 
@@ -159,25 +165,15 @@ def padded(updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
     rank = max(update.rank for update in updates.values())
     scales = {update.scale for update in updates.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    return {path: _padded(update, rank, scale) for path, update in updates.items()}
+    even = {}
+    for path, update in updates.items():
+        more = rank - update.rank  # rows of A and columns of B that change nothing
+        B = update.B if update.scale == scale else update.B * (update.scale / scale)
+        even[path] = LowRankUpdate(F.pad(update.A, (0, 0, 0, more)), F.pad(B, (0, more)), scale, update.bias)
+    return even
 
 
-def _padded(update: LowRankUpdate, rank: int, scale: float) -> LowRankUpdate:
-    more = rank - update.rank
-    B = update.B if update.scale == scale else update.B * (update.scale / scale)
-    return LowRankUpdate(F.pad(update.A, (0, 0, 0, more)), F.pad(B, (0, more)), scale, update.bias)
-
-
-def _on_cpu(update: LowRankUpdate) -> LowRankUpdate:
-    bias = None if update.bias is None else update.bias.detach().cpu()
-    return LowRankUpdate(update.A.detach().cpu(), update.B.detach().cpu(), update.scale, bias)
-
-
-def _finite(update: LowRankUpdate) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in (update.A, update.B, update.bias) if t is not None)
-
-
-def _check_finite(*tensors: Tensor) -> None:
+def _check_finite(*tensors: Tensor | None) -> None:
     # LAPACK does not come back from NaN with a message that a reader could use.
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None):
         raise NotMergeableError("the update has NaN or infinite values")

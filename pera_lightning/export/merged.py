@@ -1,7 +1,7 @@
 """Export of merged weights: a folder that the network's own library loads, with no trace of this package.
 
-What is the same for every library: the merge, its drift, and a folder that is whole or not there. Who writes the files
-is in `huggingface.py` and `timm.py`.
+What is the same for every library: the merge, its error, and the output folder. Who writes the files is in
+`transformers.py`, `timm.py` and `diffusers_pipeline.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.merging.merge import MergeReport, adapted_layers, merge, merge_and_unload
 from pera_lightning.merging.merge_error import Forward
+from pera_lightning.validation import renamed
 
 _BESIDES = 32 << 20  # bytes of configuration and tokenizer, at most
 # Called with the folder to write into; gives notes, one line each.
@@ -44,13 +45,14 @@ class MergedReport:
         return "\n".join([str(self.merge), wrote, *(f"  note: {note}" for note in self.notes)])
 
 
+@renamed("method", "mode")
 def export_merged(
     model: nn.Module,
     folder: str | Path,
     write: Write,
     *,
     overwrite: bool = False,
-    method: str | None = None,
+    mode: str | None = None,
     batches: Iterable[Any] | None = None,
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -62,9 +64,9 @@ def export_merged(
         folder: made, whole or not at all.
         write: writes the files of the plain model.
         overwrite: replaces an earlier export.
-        method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
-        measure_on: other inputs to measure the drift on.
+        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
+        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
+        measure_on: other inputs to measure the error on.
         forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
 
     Returns:
@@ -76,15 +78,17 @@ def export_merged(
         CheckpointError: where the disk has no room.
     """
     check_output_folder(folder, overwrite=overwrite)
-    options = {"method": method, "batches": batches, "measure_on": measure_on, "forward": forward}
+    # Merged in place, since a second copy of a large model may not fit.
+    options = {"mode": mode, "batches": batches, "measure_on": measure_on, "forward": forward}
     given = {name: value for name, value in options.items() if value is not None}
     if any(adapted_layers(model)):
         report = merge(model, keep_base=False, **given)
     else:
-        if method is not None:
-            raise ConfigurationError(f"method={method!r} acts on AuroRA only, and no layers are adapted: leave it out")
+        if mode is not None:
+            raise ConfigurationError(f"mode={mode!r} acts on AuroRA only, and no layers are adapted: leave it out")
         report = MergeReport(0, notes=["its method adapts no layers: the weights are written as they were trained"])
     merge_and_unload(model)  # raises for a model that was never injected
+    # The disk's room is checked before anything is written.
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied weights count once
     needed = sum(sizes.values()) + _BESIDES
     with output_folder(folder, overwrite=overwrite, needed=needed) as made:

@@ -26,12 +26,13 @@ from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
 from pera_lightning.injection.inject import Injection
 from pera_lightning.merging.merge import adapted_layers
 from pera_lightning.merging.merge_error import Forward
-from pera_lightning.validation import check_choice
+from pera_lightning.validation import check_choice, renamed
 
 TARGETS = ("peft", "vllm")
 _CONFIG_ROOM = 1 << 20  # bytes
 
 
+@renamed("method", "mode")
 def export_peft(
     model: nn.Module,
     folder: str | Path,
@@ -40,7 +41,7 @@ def export_peft(
     base_revision: str | None = None,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    method: str | None = None,
+    mode: str | None = None,
     batches: Iterable[Any] | None = None,
     measure_on: Iterable[Any] | None = None,
     forward: Forward | None = None,
@@ -52,13 +53,13 @@ def export_peft(
     Args:
         model: injected, or a model that contains an injected one; not merged.
         folder: made, whole or not at all.
-        base_name: name of the base on a hub, or its folder, for the config.
+        base_name: name of the base on a hub, or its folder; goes into the config.
         base_revision: branch, tag or commit of the base on the hub.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
-        max_error: the largest relative error of a layer that is taken then.
-        method: for AuroRA with dynamic inference: "static" or "calibrated", as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the drift on.
-        measure_on: other inputs to measure the drift on.
+        max_error: largest relative error that is taken of a layer then.
+        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
+        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
+        measure_on: other inputs to measure the error on.
         forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         target: "peft", or "vllm", which refuses what vLLM does not take.
         overwrite: replaces an earlier export.
@@ -68,9 +69,10 @@ def export_peft(
 
     Raises:
         NotMergeableError: where an update is no LoRA, or its error is too large.
-        ConfigurationError: where there is nothing that a PEFT folder can hold, it would not be all, or `folder` exists.
+        ConfigurationError: where a PEFT folder would hold nothing, or not all that was trained, or `folder` exists.
         CheckpointError: where the disk has no room.
     """
+    # What can be refused is refused first: a calibration takes minutes.
     check_choice(target, "target", TARGETS)
     if not str(base_name or "").strip():
         raise ConfigurationError(f"base_name={base_name!r}: the base's name on a hub, or its folder, is needed")
@@ -78,13 +80,15 @@ def export_peft(
     root, mark = exportable(model, what="a PEFT folder", reader="peft", heads=True)
     if target == "vllm":
         vllm.check_model(root, mark)
+    # The updates as LoRAs, by layer.
     options = {"batches": batches, "measure_on": measure_on, "forward": forward}
-    linear = linear_updates(model, root, rank=rank, max_error=max_error, method=method, **options)  # type: ignore
-    updates, notes = {path: each.update for path, each in linear.found.items()}, linear.notes
+    linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
+    updates, notes = linear.updates, linear.notes
     max_lora_rank = None
     if target == "vllm":
         updates, max_lora_rank, more = vllm.served_updates(updates, mark)
         notes += more
+    # Config and tensors by peft's names, with the heads.
     saved = heads(mark.trained_modules, plain_modules(root))
     config = lora_config(root, mark, updates, base_name, base_revision)
     tensors = lora_tensors(root, updates, saved)
@@ -97,10 +101,10 @@ def export_peft(
         folder=Path(folder),
         size=len(data),
         ranks={path: update.rank for path, update in updates.items()},
-        errors=linear.errors(),
+        errors=dict(linear.errors),
         heads=tuple(saved),
-        method=method,
-        drift=linear.drift,
+        mode=mode,
+        merge_error=linear.merge_error,
         max_lora_rank=max_lora_rank,
         notes=notes,
     )
@@ -109,9 +113,9 @@ def export_peft(
 def _notes(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate], saved: Sequence[str]) -> list[str]:
     notes = []
     layers = dict(adapted_layers(root))
-    if blocks := [path for path, layer in layers.items() if "all" not in layer.slices]:
+    if fused := [path for path, layer in layers.items() if "all" not in layer.slices]:
         notes.append(
-            f"{len(blocks)} fused projections are adapted in some rows only; the LoRA is zero in the others, which "
+            f"{len(fused)} fused projections are adapted in some slices only; the LoRA is zero in the others, which "
             "training it further in peft would change"
         )
     if any(update.bias is not None for update in updates.values()):

@@ -30,9 +30,9 @@ def lora_config(
     Args:
         root: the injected model.
         mark: what was injected.
-        updates: path to update of every adapted layer.
-        base_name: of the base.
-        revision: of the base.
+        updates: update of every adapted layer, by path.
+        base_name: name of the base on a hub, or its folder.
+        revision: branch, tag or commit of the base on the hub.
 
     Raises:
         ConfigurationError: where peft would take other layers or heads than ours, or is not installed.
@@ -44,9 +44,11 @@ def lora_config(
         raise ConfigurationError("the export to PEFT needs peft: pip install 'pera-lightning[peft]'") from None
     modules = plain_modules(root)
     targets = shortest_targets(updates, modules)
+    # The most frequent rank and alpha are the config's, the others go into its patterns.
     ranks = {path: update.rank for path, update in updates.items()}
     alphas = {path: alpha_of(update) for path, update in updates.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    # lora_bias and modules_to_save hold for the adapter as a whole, rank and alpha can differ by layer.
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -63,6 +65,7 @@ def lora_config(
         inference_mode=True,
     )
     config.target_modules = targets  # peft makes a set of it, which is written in another order each time
+    # peft's own matching has to find the layers that are adapted here, and no others.
     taken_by_peft = {path for path in modules if check_target_module_exists(config, path)}
     if taken_by_peft != set(updates):
         other = sorted(taken_by_peft ^ set(updates))
@@ -70,6 +73,7 @@ def lora_config(
             f"peft's target_modules and modules_to_save cannot tell these layers from the heads "
             f"{list(mark.trained_modules)}: {listed(other, 3)}; export merged weights"
         )
+    # Within a head, or instead of one, peft would adapt nothing.
     saved = heads(mark.trained_modules, modules)
     inside = [path for path in [*updates, *saved] if any(path.startswith(f"{head}.") for head in saved)]
     if clash := sorted({*inside, *(set(saved) & set(updates))}):

@@ -1,4 +1,4 @@
-"""Reading a PEFT folder: its config, and its tensors as the factors of layers and what else there is. Needs no peft.
+"""Reading a PEFT folder: its config, the factors of its layers, and its other tensors. Does without peft.
 
 Shapes: in, out features of a layer; r its rank.
 """
@@ -32,7 +32,14 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of peft's: its names of A (r, in), B (out, r) and dropout, and whether it has a scale, lora_alpha / r."""
+    """A type of peft's adapters.
+
+    Attributes:
+        A: name of A (r, in).
+        B: name of B (out, r).
+        dropout: name of its dropout.
+        scaled: whether it has a scale, lora_alpha / r.
+    """
 
     A: str
     B: str
@@ -47,10 +54,10 @@ KINDS = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a PEFT folder.
+    """Reads the config of a PEFT folder.
 
     Raises:
-        CheckpointError: where it is missing, damaged, or not of peft.
+        CheckpointError: where it is missing, damaged, or not peft's.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -70,16 +77,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checked_kind(config: Mapping[str, Any], folder: Path) -> Kind:
-    """The kind of an adapter; raises `CheckpointError` for one that cannot be loaded whole."""
+    """The kind of an adapter; raises `CheckpointError` for one that cannot be loaded completely."""
     kind = KINDS.get(config["peft_type"])
     if kind is None:
         raise CheckpointError(f"{folder} is a {config['peft_type']} of peft: LORA and HIRA can be loaded")
+    # Some initial values are taken out of the base's weights, which are not in the folder.
     init = config.get("init_lora_weights", True)
     if init not in _INITS:
         raise CheckpointError(
             f"{folder} was trained with init_lora_weights={init!r}, which changes the base weights: save it from peft "
             "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
+    # A setting that is not known here could change what the adapter computes.
     known = _READ | _IDLE | {"init_lora_weights"}
     strange = {k: v for k, v in config.items() if k not in known and v not in NOTHING}
     if strange:
@@ -112,10 +121,10 @@ def _check_values(config: Mapping[str, Any], kind: Kind, file: Path) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder, by their names in the base.
+    """Reads the tensors of a PEFT folder, by their names in the base.
 
     Raises:
-        CheckpointError: where they are missing, damaged, pickled or called otherwise.
+        CheckpointError: where they are missing, damaged, pickled or named otherwise.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
@@ -138,7 +147,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def split_factors(
     tensors: Mapping[str, Tensor], kind: Kind, folder: Path
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A (r, in) and B (out, r) of every layer, by its path; and the tensors that are neither."""
+    """Splits tensors into A (r, in) and B (out, r) of every layer, by its path, and those that are neither."""
     found: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for name, value in tensors.items():
@@ -147,6 +156,7 @@ def split_factors(
             rest[name] = value
         else:
             found.setdefault(name.removesuffix(f".{end}"), {})[end] = value
+    # A layer with one factor is damage, not an adapter.
     halves = [path for path, both in found.items() if len(both) != 2]
     if halves or not found:
         what = f"{listed(halves, 3)} have one factor of two" if halves else f"there is no {kind.A}"

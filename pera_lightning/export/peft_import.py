@@ -1,7 +1,7 @@
-"""Import from PEFT: a folder with a LoRA becomes this package's `LoRA`, one with a HiRA its `HiRA`. Needs no peft.
+"""Import from PEFT: a folder with a LoRA becomes this package's `LoRA`, one with a HiRA its `HiRA`. Does without peft.
 
-What is in the folder is loaded whole or refused: a setting that is not known here, a tensor with no place, and a layer
-that the config names and the file lacks are errors.
+A folder is loaded completely or refused: a setting that is not known here, a tensor with no place, and a layer that the
+config names and the file lacks are errors.
 
 peft's LoRA is lora_alpha / r (or, rank-stabilised, lora_alpha / √r) · B A, with ranks and alphas that can differ by
 layer. Here all layers have one: smaller ones get zero rows, which stay zero in training, and other scales go into B.
@@ -64,6 +64,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         CheckpointError: where the folder is missing, damaged, of another kind, or does not fit the model.
         ConfigurationError: where a rank is larger than a layer.
     """
+    # The folder is read, and compared with the model, before that is touched.
     folder = Path(folder)
     config = read_config(folder)
     kind = checked_kind(config, folder)
@@ -76,7 +77,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     saved = heads(config.get("modules_to_save") or [], modules)
     _check_heads(rest, saved, config, model, folder)
     _check_ties(rest, model, folder)
-    updates, method = _ours(layers, config, kind)
+    # Then the model is adapted in the same places, and gets the values.
+    updates, method = _as_method(layers, config, kind)
     targets = shortest_targets(layers, modules)
     targets = targets if isinstance(targets, list) else [f"re:{targets}"]
     inject(model, method, targets, [f"re:{re.escape(path)}" for path in saved])
@@ -99,6 +101,7 @@ def _check_layers(
     model: nn.Module,
     folder: Path,
 ) -> None:
+    # Each adapted layer has to be a linear layer of the model, in one place.
     linear = {path: module for path, module in modules.items() if is_linear(module)}
     absent = [path for path in layers if path not in linear]
     if absent:
@@ -109,6 +112,7 @@ def _check_layers(
     places = Counter(id(module) for module in modules.values())
     if shared := [path for path in layers if places[id(linear[path])] > 1]:
         raise CheckpointError(f"{listed(shared, 3)} is used in several places, of which peft adapts one: not supported")
+    # And each that the config names has to be in the file.
     missing = [path for path in linear if path not in layers and _targeted(path, config)]
     if missing:
         raise CheckpointError(
@@ -135,8 +139,8 @@ def _targeted(path: str, config: Mapping[str, Any]) -> bool:
     if excluded and _named(excluded, path):
         return False
     # peft never adapts what is within a head.
-    whole = config.get("modules_to_save") or []
-    return _named(targets, path) and not any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in whole)
+    saved = config.get("modules_to_save") or []
+    return _named(targets, path) and not any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in saved)
 
 
 def _named(expression: str | list[str], path: str) -> bool:
@@ -162,6 +166,7 @@ def _check_heads(
             f"{folder} has the heads {listed(given)}, and {type(model).__name__} none of that name: load the base with "
             "the class that it was trained in"
         )
+    # The file holds all tensors of the heads and nothing else.
     state = model.state_dict()
     wanted = {name: state[name] for name in state if name.startswith(tuple(f"{path}." for path in saved))}
     unexpected = [name for name in rest if name not in wanted]
@@ -192,10 +197,10 @@ def _check_ties(rest: Mapping[str, Tensor], model: nn.Module, folder: Path) -> N
             )
 
 
-def _ours(
+def _as_method(
     layers: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any], kind: Kind
 ) -> tuple[dict[str, LowRankUpdate], Method]:
-    """The factors with one rank and one scale, and the method that they are of."""
+    """The factors with one rank and one scale, and the method of this package that has them."""
     updates = {}
     for path, (A, B) in layers.items():
         scale = 1.0
@@ -203,6 +208,7 @@ def _ours(
             alpha = _by_pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
             scale = alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
         updates[path] = LowRankUpdate(A.float(), B.float(), scale)
+    # Layers of this package have one rank and one scale.
     even = padded(updates)
     if len({(update.rank, update.scale) for update in updates.values()}) > 1:
         warnings.warn(

@@ -41,8 +41,9 @@ def shortest_targets(layers: Iterable[str], modules: Collection[str]) -> list[st
     for path in sorted(layers):
         parts = path.split(".")
         ends = (".".join(parts[k:]) for k in range(len(parts) - 1, -1, -1))
+        # The shortest end that no module has but these layers.
         name = next((end for end in ends if all(m in layers for m in modules if names(end, m))), None)
-        if name is None:  # the whole path is the end of another one
+        if name is None:  # the full path is the end of another one
             return "|".join(re.escape(path) for path in sorted(layers))
         found.add(name)
     return sorted(found)
@@ -54,7 +55,7 @@ def names(target: str, path: str) -> bool:
 
 
 def heads(modules_to_save: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Paths of the modules that peft saves whole."""
+    """Paths of the modules that peft saves in full."""
     ends = tuple(modules_to_save)
     return [path for path in modules if path.endswith(ends)] if ends else []
 

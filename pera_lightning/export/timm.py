@@ -30,7 +30,7 @@ def export_timm(
         folder: made, whole or not at all.
         data_config: see `write_timm`.
         class_names: see `write_timm`.
-        options: of `pera_lightning.export.merged.export_merged`.
+        options: options of `pera_lightning.export.merged.export_merged`.
     """
     return export_merged(network, folder, lambda made: write_timm(network, made, data_config, class_names), **options)
 
@@ -77,11 +77,11 @@ def write_timm(
 
 
 def as_data_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """What our evaluation does to a picture, in timm's words.
+    """What our evaluation does to an image, in timm's words.
 
     Args:
         preprocessing: `size` (H, W), `mean`, `std`, `interpolation` and `crop_pct`; where that is None the whole
-            picture is resized to the exact size, which timm calls "squash".
+            image is resized to the exact size, which timm calls "squash".
     """
     kept = {name: preprocessing[name] for name in ("mean", "std", "interpolation")}
     crop = preprocessing["crop_pct"]

@@ -21,7 +21,7 @@ def export_transformers(
         model: injected; merged in place, so hand over a copy to keep it.
         folder: made, whole or not at all.
         tokenizer: written with it.
-        options: of `pera_lightning.export.merged.export_merged`.
+        options: options of `pera_lightning.export.merged.export_merged`.
     """
     return export_merged(model, folder, lambda made: write_transformers(model, made, tokenizer), **options)
 
@@ -32,9 +32,9 @@ def write_transformers(
     """Writes a plain model, its configuration and its tokenizer.
 
     Args:
-        model: without adapters, in the types that its weights are to be loaded in.
+        model: without adapters, in the dtypes that its weights are to be loaded in.
         folder: exists.
-        tokenizer: of the model; None writes none.
+        tokenizer: the model's; None writes none.
 
     Returns:
         Notes, one line each.

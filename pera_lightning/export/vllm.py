@@ -45,6 +45,7 @@ def served_updates(
             f"the updates of {mark.method} are LoRAs of rank {rank}, and vLLM takes at most {RANKS[-1]}: cut them with "
             f"rank={RANKS[-1]} (the error is reported), or {_INSTEAD}"
         )
+    # One rank for all layers, and one of those that the server can be started with.
     uneven = any(update.rank != rank for update in updates.values())
     notes = ["ranks differ by layer, and vLLM takes one: the smaller ones are filled up with zeros"] if uneven else []
     return padded(updates), next(allowed for allowed in RANKS if allowed >= rank), notes

@@ -1,9 +1,10 @@
-"""How far a changed model is from what it was: its outputs and its loss on the same batches, before and after."""
+"""The error of a merge: how far the outputs and the loss of a model on some batches are from those before."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +13,21 @@ from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, shorten
 
-ROWS = 256  # of outputs that are kept from a batch
+ROWS = 256  # rows of outputs that are kept of a batch
 
 # Called with the model and a batch; gives the outputs (..., C), or them and the mean loss.
 Forward = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, Tensor | None]"]
 
 
 @dataclass(frozen=True)
-class Drift:
-    """What a merge changed, measured on batches.
+class MergeError:
+    """What a merge changed, measured on batches; a number, not an exception.
 
     Attributes:
         outputs: ‖y' − y‖ / ‖y‖ over the outputs of all batches, y before and y' after.
-        loss_before: mean loss of the batches; None where the model or its batches give none.
-        loss_after: likewise.
-        batches: how many were measured on.
+        loss_before: mean loss of the batches before; None where the model or its batches give none.
+        loss_after: mean loss of the batches after; None where there is none before.
+        batches: number of batches.
     """
 
     outputs: float
@@ -58,7 +59,7 @@ def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     first member, or the tensor itself) and `loss` are read.
 
     Raises:
-        ConfigurationError: where there is no tensor to read.
+        ConfigurationError: where no tensor comes back.
     """
     if hasattr(model, "outputs_and_loss"):
         return model.outputs_and_loss(model.model, batch)
@@ -81,7 +82,7 @@ def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     first = given[0] if isinstance(given, (tuple, list)) else given
     if not isinstance(first, Tensor):
         raise ConfigurationError(
-            f"{type(model).__name__} gives a {type(given).__name__}, of which no tensor is known: give "
+            f"{type(model).__name__} gives a {type(given).__name__} without a known tensor: give "
             "forward=function(model, batch) that returns its outputs, or (outputs, loss)"
         )
     return first, loss
@@ -127,22 +128,39 @@ def unpadded(values: Tensor, batch: Any) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def drift(before: Measured, after: Measured) -> Drift:
-    """The change from one measurement to another on the same batches."""
+def merge_error(before: Measured, after: Measured) -> MergeError | None:
+    """The change from one measurement to another on the same batches; None where there were no batches."""
     pairs = [(y.double(), other.double()) for y, other in zip(before.outputs, after.outputs, strict=True)]
+    if not pairs:
+        return None
     changed, size = sum(float((b - a).square().sum()) for a, b in pairs), sum(float(a.square().sum()) for a, _ in pairs)
     losses = [
-        None if not values or None in values else math.fsum(values) / len(values)  # type: ignore[arg-type]
+        None if None in values else math.fsum(values) / len(values)  # type: ignore[arg-type]
         for values in (before.losses, after.losses)
     ]
-    return Drift(math.sqrt(changed / size) if size else math.inf if changed else 0.0, *losses, batches=len(pairs))
+    return MergeError(math.sqrt(changed / size) if size else math.inf if changed else 0.0, *losses, batches=len(pairs))
 
 
-def taken(batches: Iterable[Any] | None) -> list[Any]:
+def measuring_notes(mode: str | None, error: MergeError | None, held_out: Sequence[Any]) -> list[str]:
+    """What a reader should know of the error of an approximate merge or export.
+
+    Args:
+        mode: "static" or "calibrated"; None for an exact one, of which there is nothing to tell.
+        error: its error, where that was measured.
+        held_out: batches to measure on that were not calibrated with.
+    """
+    if mode is not None and error is None:
+        return [f"the error of the {mode} merge was not measured: give batches"]
+    if mode == "calibrated" and not held_out:
+        return ["the error was measured on the batches of the calibration: measure_on takes others"]
+    return []
+
+
+def batch_list(batches: Iterable[Any] | None) -> list[Any]:
     """Batches as a list, since they are run more than once.
 
     Raises:
-        ConfigurationError: where there are none in an iterable that was given.
+        ConfigurationError: where an iterable was given that has none.
     """
     if batches is None:
         return []
@@ -159,17 +177,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-class evaluating:
-    """A context in which every module of a model is in eval mode; each has its own mode back afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._training: list[nn.Module] = []
-
-    def __enter__(self) -> None:
-        self._training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._training:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context every module of a model is in eval mode; each has its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
             module.training = True

@@ -17,7 +17,7 @@ from pera_lightning.adapters import AdaptedLayer, LinearMethod, LowRankUpdate
 from pera_lightning.adapters.adapted_layer import base_weight
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.merging.merge import linearised
+from pera_lightning.merging.linearised import linearised
 from tests.adapters import reference
 from tests.adapters.cases import (
     IN,
@@ -88,8 +88,8 @@ def test_merge_and_unmerge(method: LinearMethod, kind: str, dtype: torch.dtype) 
     start, before = bits(model), model(x)
     with torch.no_grad(), linearised(model, how(method)):
         adapted_output, expected = model(x), expected_weight(model.proj)
-    report = merge(model, method=how(method))
-    assert (report.layers, report.drift) == (1, None)
+    report = merge(model, mode=how(method))
+    assert (report.layers, report.merge_error) == (1, None)
     assert torch.equal(base_weight(model.proj), expected)  # one cast of a sum in (at least) float32, bit for bit
     assert not torch.equal(model.proj.weight, start[0])
     assert model.proj.weight.dtype == dtype
@@ -100,13 +100,13 @@ def test_merge_and_unmerge(method: LinearMethod, kind: str, dtype: torch.dtype) 
         assert torch.equal(model(x)[..., OUT : 2 * OUT], before[..., OUT : 2 * OUT])
 
     merged = bits(model)
-    assert merge(model, method=how(method)).layers == 0  # twice is once
+    assert merge(model, mode=how(method)).layers == 0  # twice is once
     assert same(bits(model), merged)
     assert unmerge(model) == 1
     assert same(bits(model), start)
     assert torch.equal(model(x), before)
     assert unmerge(model) == 0
-    merge(model, method=how(method))
+    merge(model, mode=how(method))
     assert same(bits(model), merged)
 
 
@@ -133,7 +133,7 @@ def test_the_merged_weight_is_the_references(method: LinearMethod, kind: str) ->
     tensors = dict(adapter.named_parameters()) | dict(adapter.named_buffers())
     static = dataclasses.replace(method, inference_mode="static") if dynamic(method) else method
     columns = reference.output(static, tensors, torch.eye(IN, dtype=torch.float64), weight, None)
-    merge(model, method=how(method))
+    merge(model, mode=how(method))
     torch.testing.assert_close(base_weight(model.proj).double(), columns.T, rtol=1e-5, atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_unloading_leaves_no_trace(method: LinearMethod, kind: str, merged_befor
     with linearised(model, how(method)):
         wanted = model(x)
     if merged_before:
-        merge(model, method=how(method))
+        merge(model, mode=how(method))
     assert merge_and_unload(model, **({} if merged_before else {"method": how(method)})) is model
     assert model.proj is layer
     assert model.proj.weight is weight

@@ -116,8 +116,8 @@ def predictions(folder, pictures):
 
 def test_merged_image_classifier(export, vit_run, tmp_path):
     result = export(vit_run.checkpoint, "merged", "--method", "static")
-    assert "by the static method" in result.out
-    assert "the drift of the static merge was not measured" in result.out
+    assert "layers, static" in result.out
+    assert "the error of the static merge was not measured" in result.out
     assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in result.out
     from pera_lightning.adapters.aurora import static_inference
 
@@ -159,9 +159,9 @@ def test_a_calibrated_merge_takes_training_images_without_augmentation(export, v
     monkeypatch.setattr(ImageDataModule, "_part", watched)
     result = export(run.checkpoint, "merged", "--method", "calibrated", "--batches", "2")
     assert asked == [("train", False), ("validation", False)]
-    assert "by the calibrated method" in result.out
+    assert "layers, calibrated" in result.out
     assert "(relative, on 2 batches); loss" in result.out
-    assert "the drift was measured on the batches of the calibration" not in result.out
+    assert "the error was measured on the batches of the calibration" not in result.out
     # The data were read, so the classes have names.
     assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["5", "6", "7", "8", "9"]
 

@@ -13,7 +13,8 @@ from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.cli.commands.methods import NONE, capabilities, example, table
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.export.low_rank import low_rank_updates
-from pera_lightning.merging.merge import linearised, merge
+from pera_lightning.merging.linearised import linearised
+from pera_lightning.merging.merge import merge
 from tests.run_helpers import ROOT
 
 METHODS = registered_methods()
@@ -64,7 +65,7 @@ def test_each_cell_is_true(rows, name):
         with pytest.raises(NotMergeableError):
             merge(model)
         for how in ("static", "calibrated"):
-            merge(layer(method)[0], method=how, batches=[torch.randn(40, 24)])
+            merge(layer(method)[0], mode=how, batches=[torch.randn(40, 24)])
     with linearised(model, how, [torch.randn(40, 24)] if how == "calibrated" else []):
         if exact == NONE:
             with pytest.raises(NotMergeableError):

@@ -156,25 +156,25 @@ def test_what_a_file_cannot_hold_of_a_text_encoder(base, tmp_path):
 # --- AuroRA, whose dynamic layers are no matrices ---
 
 
-@pytest.mark.parametrize("method", ["static", "calibrated"])
+@pytest.mark.parametrize("mode", ["static", "calibrated"])
 @pytest.mark.parametrize("targets", [["unet.**.to_q"], ["unet.**.to_out.0"], ATTENTION], ids=["no", "all", "some"])
-def test_linear_maps_of_aurora(base, tmp_path, method, targets):
-    """diffusers has what `merge` makes by the same method: with constants where layers have biases."""
+def test_linear_maps_of_aurora(base, tmp_path, mode, targets):
+    """diffusers has what `merge` makes by the same mode: with constants where layers have biases."""
     model = adapted(base, AuroRA(rank=2), targets)
     dynamic = predicted(model.unet)
     with pytest.raises(NotMergeableError, match=r"'calibrated'.*'static'"):
         export_diffusers(model, tmp_path / "out")
-    options = {"method": method, "batches": [batch(rows=6, seed=1)], "forward": by_pixel}
+    options = {"mode": mode, "batches": [batch(rows=6, seed=1)], "forward": by_pixel}
     report = export_diffusers(model, tmp_path / "out", **options)
     assert torch.equal(predicted(model.unet), dynamic)
-    with_constants = method == "calibrated" and targets != ["unet.**.to_q"]
+    with_constants = mode == "calibrated" and targets != ["unet.**.to_q"]
     assert any("fuse_lora refuses" in note for note in report.notes) == (with_constants and len(targets) > 1)
     assert any("lora_B.bias" in note for note in report.notes) == with_constants
     theirs = predicted(with_lora(base, tmp_path / "out").unet)
     merged = merge(model, **options)
     assert apart(theirs, predicted(model.unet)) <= 1e-5
     assert apart(theirs, dynamic) > 1e-3
-    assert report.drift.outputs == pytest.approx(merged.drift.outputs, rel=1e-3)
+    assert report.merge_error.outputs == pytest.approx(merged.merge_error.outputs, rel=1e-3)
 
 
 def test_constants_of_a_text_encoder(base, tmp_path):
@@ -184,15 +184,15 @@ def test_constants_of_a_text_encoder(base, tmp_path):
     def forward(model, ids):
         return model.text_encoder(ids).last_hidden_state
 
-    options = {"method": "calibrated", "batches": [ids], "forward": forward}
+    options = {"mode": "calibrated", "batches": [ids], "forward": forward}
     export_diffusers(model, tmp_path / "out", **options)
     theirs = embeddings(with_lora(base, tmp_path / "out"))
     merge(model, **options)
     assert all(apart(a, b) <= 1e-5 for a, b in zip(theirs, embeddings(pipeline(base), model), strict=True))
 
 
-def test_the_drift_that_was_not_measured_is_said(base, tmp_path):
-    report = export_diffusers(adapted(base, AuroRA(rank=2)), tmp_path / "out", method="static")
+def test_the_error_that_was_not_measured_is_said(base, tmp_path):
+    report = export_diffusers(adapted(base, AuroRA(rank=2)), tmp_path / "out", mode="static")
     assert "not measured" in str(report)
     with pytest.raises(ConfigurationError, match="leave them out"):
         export_diffusers(adapted(base, LoRA(rank=2)), tmp_path / "o", batches=[batch()])
@@ -249,11 +249,11 @@ def test_networks_that_are_not_sdxl_s(base, tmp_path):
         export_diffusers(network(base), tmp_path / "out")
     alone = network(base).unet
     inject(alone, LoRA(rank=2), ["to_q"])
-    with pytest.raises(ConfigurationError, match=r"UNet2DConditionModel has the parts .* SDXL network has unet, text"):
+    with pytest.raises(ConfigurationError, match=r"has the components .* SDXL network has unet, text"):
         export_diffusers(alone, tmp_path / "out")
     more = network(base, ("unet", "vae"))
     inject(more, LoRA(rank=2), ["unet.**.to_q"])
-    with pytest.raises(ConfigurationError, match="has the parts unet, vae, and an SDXL network has"):
+    with pytest.raises(ConfigurationError, match="has the components unet, vae, and an SDXL network has"):
         export_diffusers(more, tmp_path / "out")
     changes = {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
     other = Network(unet=UNet2DConditionModel(**{**sdxl.UNET, **changes}))

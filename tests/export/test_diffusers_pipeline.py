@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from pera_lightning import export_pipeline, inject
 from pera_lightning.adapters import PERA, AuroRA, HiRA, LoRA
 from pera_lightning.errors import ConfigurationError, NotMergeableError
-from pera_lightning.export import diffusers_base
+from pera_lightning.export.pipeline_files import pipeline_files
 from pera_lightning.merging.merge import adapted_layers
 from tests.export.peft_models import stir
 from tests.export.sdxl_models import (
@@ -130,7 +130,7 @@ def test_a_variant_gets_plain_names(tmp_path):
     theirs = pipeline(tmp_path / "out", torch_dtype=torch.float16)
     assert all(torch.equal(p, q) for p, q in zip(theirs.unet.parameters(), model.unet.parameters(), strict=True))
     with pytest.raises(ConfigurationError, match=r"text_encoder of .* has no model\.safetensors .* give the variant"):
-        diffusers_base.base_parts(half, ["unet"])
+        pipeline_files(half, ["unet"])
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -176,14 +176,14 @@ def test_a_base_from_the_hub_s_cache(base, tmp_path, monkeypatch):
 def test_bases_that_are_not_whole(base, tmp_path):
     def refused(folder, words, without=("unet",)):
         with pytest.raises(ConfigurationError, match=words):
-            diffusers_base.base_parts(folder, without)
+            pipeline_files(folder, without)
 
     refused(tmp_path, "no pipeline of diffusers: model_index.json is missing")
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     refused(broken, "has no text_encoder_3, it has scheduler", ["text_encoder_3"])
     shutil.rmtree(broken / "tokenizer_2")
-    refused(broken, "tokenizer_2 of .* is not there")
+    refused(broken, "tokenizer_2 of .* is missing")
     (broken / "model_index.json").write_text("{")
     refused(broken, r"model_index\.json is damaged")
 
@@ -203,7 +203,7 @@ def test_a_dynamic_aurora_as_a_merged_pipeline(base, tmp_path):
     model = adapted(base, AuroRA(rank=2))
     with pytest.raises(NotMergeableError, match=r"'calibrated'.*'static'"):
         export_pipeline(copy.deepcopy(model), tmp_path / "out", base)
-    options = {"method": "calibrated", "batches": [batch(rows=6, seed=1)], "forward": by_pixel}
+    options = {"mode": "calibrated", "batches": [batch(rows=6, seed=1)], "forward": by_pixel}
     report = export_pipeline(model, tmp_path / "out", base, **options)
-    assert report.merge.drift is not None
+    assert report.merge.merge_error is not None
     assert apart(predicted(pipeline(tmp_path / "out").unet), predicted(model.unet)) <= 1e-6

@@ -8,7 +8,7 @@ from pera_lightning import inject
 from pera_lightning.adapters import PERA, AuroRA, HiRA, LinearAdapter, LoRA
 from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import NotMergeableError
-from pera_lightning.export.low_rank import cut_matrix, cut_update, low_rank_updates, padded, whole_update
+from pera_lightning.export.low_rank import cut_matrix, cut_update, full_update, low_rank_updates, padded
 
 
 def update(rank, scale=1.0, out=7, features=5, bias=False, seed=0):
@@ -31,7 +31,7 @@ def fused(method, blocks):
 
 def test_row_blocks_become_one_update():
     layer = fused(PERA(rank=2, alpha=3.0), "v,q").qkv
-    whole = whole_update(layer)
+    whole = full_update(layer)
     assert whole.rank == 10
     expected = torch.zeros(9, 5)
     for name, rows in layer.slices.items():
@@ -52,7 +52,7 @@ def test_blocks_of_different_scales_and_constants():
     layer = fused(LoRA(rank=2), "q,v").qkv
     q, v = update(2, scale=0.5, out=4, bias=True), update(3, scale=2.0, out=3, seed=1)
     layer.adapters = nn.ModuleDict({"q": Fixed(q), "v": Fixed(v)})
-    whole = whole_update(layer)
+    whole = full_update(layer)
     expected = torch.cat([q.delta_weight(), torch.zeros(2, 5), v.delta_weight()])
     assert torch.allclose(whole.delta_weight(), expected, atol=1e-6)
     assert torch.equal(whole.bias, torch.cat([q.bias, torch.zeros(5)]))

@@ -117,6 +117,6 @@ def test_an_old_timm_is_told(vit, tmp_path, monkeypatch):
 
 def test_static_aurora(vit, tmp_path):
     network = adapted(vit, AuroRA(rank=3))
-    report = export_timm(network, tmp_path / "out", method="static", measure_on=[vision.Images(6).x])
-    assert report.merge.drift.outputs > 0
+    report = export_timm(network, tmp_path / "out", mode="static", measure_on=[vision.Images(6).x])
+    assert report.merge.merge_error.outputs > 0
     assert close(loaded(tmp_path / "out"), network)

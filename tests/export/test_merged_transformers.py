@@ -134,18 +134,16 @@ def test_methods_without_layers_write_what_they_trained(tmp_path, method, traina
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) - before).abs().max() < 1e-4
 
 
-def test_the_drift_of_a_static_merge_is_told(tmp_path):
+def test_the_error_of_a_static_merge_is_told(tmp_path):
     model = adapted(text.save_tiny(tmp_path / "base"), AuroRA(rank=3))
     before = logits(model)
     with pytest.raises(NotMergeableError, match="calibrated"):
         export_transformers(model, tmp_path / "out")
     assert torch.equal(logits(model), before)
-    report = export_transformers(
-        model, tmp_path / "out", method="static", measure_on=[{"input_ids": IDS, "labels": IDS}]
-    )
+    report = export_transformers(model, tmp_path / "out", mode="static", measure_on=[{"input_ids": IDS, "labels": IDS}])
     after = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert report.merge.drift.outputs == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3)
-    assert "by the static method" in str(report)
+    assert report.merge.merge_error.outputs == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3)
+    assert "layers, static" in str(report)
     assert "loss" in str(report)
 
 

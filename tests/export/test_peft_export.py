@@ -178,21 +178,21 @@ def test_dynamic_aurora_needs_a_method(tmp_path):
 
 
 @pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("method", ["static", "calibrated"])
-def test_linear_maps_of_aurora(tmp_path, name, method):
-    """peft has what `merge` makes by the same method: with constants where the base has biases, without in Llama."""
+@pytest.mark.parametrize("mode", ["static", "calibrated"])
+def test_linear_maps_of_aurora(tmp_path, name, mode):
+    """peft has what `merge` makes by the same mode: with constants where the base has biases, without in Llama."""
     model, x = adapted(name, AuroRA(rank=2)), inputs(name)
     dynamic = outputs(model, x)
     batches = [inputs(name, rows=20)]
-    report = export_peft(model, tmp_path / "out", base_name="base", method=method, batches=batches)
+    report = export_peft(model, tmp_path / "out", base_name="base", mode=mode, batches=batches)
     theirs = in_peft(BASES[name](), tmp_path / "out")
     assert torch.equal(outputs(model, x), dynamic)  # the model is as it was
     given = outputs(theirs, x)
-    merged = merge(model, method=method, batches=batches)
+    merged = merge(model, mode=mode, batches=batches)
     assert apart(given, outputs(model, x)) <= 1e-5
-    assert report.drift.outputs == pytest.approx(merged.drift.outputs, rel=1e-3)
-    assert config(tmp_path / "out")["lora_bias"] == (method == "calibrated" and name != "llama")
-    if method == "calibrated" and name != "llama":
+    assert report.merge_error.outputs == pytest.approx(merged.merge_error.outputs, rel=1e-3)
+    assert config(tmp_path / "out")["lora_bias"] == (mode == "calibrated" and name != "llama")
+    if mode == "calibrated" and name != "llama":
         assert apart(outputs(theirs.merge_and_unload(), x), given) <= 1e-5
     unmerge(model)
 
@@ -207,17 +207,17 @@ def test_constants_beside_a_layer_without_bias(tmp_path):
     model, x = base(), torch.randn(30, 6)
     inject(model, AuroRA(rank=2), ["0", "2"])
     stir(model)
-    report = export_peft(model, tmp_path / "out", base_name="base", method="calibrated", batches=[x])
+    report = export_peft(model, tmp_path / "out", base_name="base", mode="calibrated", batches=[x])
     assert any("refuses to merge" in note and "(2)" in note for note in report.notes)
-    merge(model, method="calibrated", batches=[x])
+    merge(model, mode="calibrated", batches=[x])
     with pytest.warns(UserWarning, match="has no bias"):
         theirs = in_peft(base(), tmp_path / "out")
     assert apart(outputs(theirs, x), outputs(model, x)) <= 1e-5
 
 
-def test_the_drift_that_was_not_measured_is_said(tmp_path):
-    report = export_peft(adapted("llama", AuroRA(rank=2)), tmp_path / "out", base_name="base", method="static")
-    assert report.drift is None
+def test_the_error_that_was_not_measured_is_said(tmp_path):
+    report = export_peft(adapted("llama", AuroRA(rank=2)), tmp_path / "out", base_name="base", mode="static")
+    assert report.merge_error is None
     assert "not measured" in str(report)
 
 
@@ -371,7 +371,7 @@ def test_an_existing_folder_is_told_before_the_work(tmp_path):
 
     model, batches = adapted("llama", AuroRA(rank=2)), [inputs("llama")]
     with pytest.raises(ConfigurationError, match="exists"):
-        export_peft(model, tmp_path, base_name="b", method="calibrated", batches=batches, forward=forward)
+        export_peft(model, tmp_path, base_name="b", mode="calibrated", batches=batches, forward=forward)
 
 
 def test_the_same_export_is_the_same_bytes(tmp_path):

@@ -76,8 +76,8 @@ def test_a_head(tmp_path):
 def test_constants(tmp_path):
     model, batches = adapted("gpt2", AuroRA(rank=2)), [inputs("gpt2", rows=20)]
     with pytest.raises(ConfigurationError, match=r"no constants.*merged"):
-        export_peft(model, tmp_path / "o", base_name="b", target="vllm", method="calibrated", batches=batches)
-    export_peft(model, tmp_path / "o", base_name="b", target="vllm", method="static")
+        export_peft(model, tmp_path / "o", base_name="b", target="vllm", mode="calibrated", batches=batches)
+    export_peft(model, tmp_path / "o", base_name="b", target="vllm", mode="static")
 
 
 def test_another_library(tmp_path):

@@ -18,7 +18,7 @@ from pera_lightning.adapters import AdaptedLayer, AuroRA
 from pera_lightning.adapters.aurora import AuroRALayer
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.merging.calibration import Moments
-from pera_lightning.merging.merge import linearised
+from pera_lightning.merging.linearised import linearised
 from tests.merging.helpers import WIDTH, Stack, adapters, moved, tokens
 
 RIDGE, TINY = 1e-3, 1e-6  # by default; and what keeps the fit on z well-posed
@@ -122,9 +122,9 @@ def test_a_linear_update_is_found_exactly(bias: bool) -> None:
             p.abs_()
     x = tokens().abs()
     before = model(x)
-    report = merge(model, method="calibrated", batches=[x])
+    report = merge(model, mode="calibrated", batches=[x])
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
-    assert report.drift.outputs < 1e-5
+    assert report.merge_error.outputs < 1e-5
 
 
 METHODS = [AuroRA(rank=2), AuroRA(rank=3, activation="relu"), AuroRA(rank=2, fixed=False)]
@@ -134,23 +134,23 @@ METHODS = [AuroRA(rank=2), AuroRA(rank=3, activation="relu"), AuroRA(rank=2, fix
 def test_calibrated_beats_static_and_leaving_the_adapter_out(method: AuroRA) -> None:
     """On inputs that were not calibrated with."""
     held_out = tokens(500, seed=9)
-    drifts = {}
+    errors = {}
     for how, options in (("static", {}), ("calibrated", {"batches": [tokens(2000)]})):
-        drifts[how] = merge(moved(Stack(3), method), method=how, measure_on=[held_out], **options).drift.outputs
-    assert drifts["calibrated"] < 0.6 * drifts["static"]
-    assert drifts["calibrated"] < 0.8 * without_adapters(moved(Stack(3), method), held_out)
+        errors[how] = merge(moved(Stack(3), method), mode=how, measure_on=[held_out], **options).merge_error.outputs
+    assert errors["calibrated"] < 0.6 * errors["static"]
+    assert errors["calibrated"] < 0.8 * without_adapters(moved(Stack(3), method), held_out)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["tanh", "relu", "spline"])
 def test_through_the_origin_a_layer_still_gains(method: AuroRA) -> None:
-    """Without a bias σ's constant has no place, and a stack can drift far; a layer alone gains all the same."""
+    """Without a bias σ's constant has no place, and a stack can go far wrong; a layer alone gains all the same."""
     torch.manual_seed(0)
     plain, x = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), tokens(1000)
-    drifts = {}
+    errors = {}
     for how, batches in (("static", None), ("calibrated", [x])):
         model = moved(copy.deepcopy(plain), method, ["0"])
-        drifts[how] = merge(model, method=how, batches=batches, measure_on=[x]).drift.outputs
-    assert drifts["calibrated"] < min(drifts["static"], without_adapters(moved(plain, method, ["0"]), x))
+        errors[how] = merge(model, mode=how, batches=batches, measure_on=[x]).merge_error.outputs
+    assert errors["calibrated"] < min(errors["static"], without_adapters(moved(plain, method, ["0"]), x))
 
 
 @torch.no_grad()
@@ -198,12 +198,12 @@ def test_the_constant_goes_into_the_bias_of_the_base_and_none_is_made() -> None:
     with linearised(model, "calibrated", [x]):
         constant = adapters(model)["proj0.adapters.all"].delta_bias()
         linear = model(x)
-    merge(model, method="calibrated", batches=[x])
+    merge(model, mode="calibrated", batches=[x])
     torch.testing.assert_close(model.proj0.bias - start, constant)
     assert constant.abs().max() > 0.01
     torch.testing.assert_close(model(x), linear)
     bare = moved(Stack(1, bias=False))
-    merge(bare, method="calibrated", batches=[x])
+    merge(bare, mode="calibrated", batches=[x])
     assert bare.proj0.bias is None
 
 
@@ -239,7 +239,7 @@ def test_row_blocks_are_fitted_each_for_itself() -> None:
             torch.testing.assert_close(adapter.delta_weight(model[0].weight), weight, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(adapter.delta_bias(), constant, rtol=1e-4, atol=1e-5)
         linear = model(x)
-    merge(model, method="calibrated", batches=[x])
+    merge(model, mode="calibrated", batches=[x])
     torch.testing.assert_close(model(x), linear)
     assert torch.equal(model[0].bias[3:6], start[3:6])
     assert not torch.equal(model[0].bias[:3], start[:3])
@@ -336,7 +336,7 @@ def test_experts_are_fitted_to_their_own_batches() -> None:
 def test_layers_that_no_batch_reaches_are_named() -> None:
     model = moved(Routed())
     with pytest.raises(NotMergeableError, match=r"^1 layers do not run for any batch: expert_proj\.1$"):
-        merge(model, method="calibrated", batches=[-tokens().abs()])
+        merge(model, mode="calibrated", batches=[-tokens().abs()])
     assert all(adapter.inference_mode == "dynamic" for adapter in adapters(model).values())
 
 
@@ -374,10 +374,10 @@ def test_a_layer_that_joins_in_a_later_batch_is_fitted_to_its_own_input() -> Non
 )
 def test_inputs_that_say_nothing(x: Tensor, message: str) -> None:
     with pytest.raises(NotMergeableError, match=f"the calibration batches give proj0 {message}"):
-        merge(moved(Stack()), method="calibrated", batches=[x])
+        merge(moved(Stack()), mode="calibrated", batches=[x])
 
 
 def test_few_tokens_are_told() -> None:
     for rows, told in ((WIDTH, True), (20 * WIDTH, False)):
-        notes = merge(moved(Stack()), method="calibrated", batches=[tokens(rows)]).notes
+        notes = merge(moved(Stack()), mode="calibrated", batches=[tokens(rows)]).notes
         assert any(f"{rows} tokens, few for {WIDTH} input features" in note for note in notes) is told

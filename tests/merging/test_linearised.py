@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pera_lightning import adapter_state_dict, inject, merge
 from pera_lightning.adapters import AuroRA, LoRA
-from pera_lightning.merging.merge import linearised
+from pera_lightning.merging.linearised import linearised
 from tests.merging.helpers import WIDTH, Stack, adapters, moved, tokens
 
 # --- how the model is called, and what is left ---
@@ -132,7 +132,7 @@ def test_in_every_precision(dtype: torch.dtype, how: str) -> None:
     batches = [x] if how == "calibrated" else []
     with torch.no_grad(), linearised(model, how, batches):
         linear = model(x)
-    merge(model, method=how, batches=[x])
+    merge(model, mode=how, batches=[x])
     limit = 20 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-5  # adapters are float32
     assert (model(x) - linear).norm() < limit * linear.norm()
     assert {p.dtype for a in adapters(model).values() for p in a.parameters()} == {torch.float32}

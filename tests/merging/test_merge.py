@@ -31,44 +31,44 @@ CAST = [torch.bfloat16, torch.float16, torch.float64]
 def test_the_report_of_an_exact_merge() -> None:
     model = adapted()
     report = merge(model)
-    assert (report.layers, report.method, report.drift, report.notes) == (2, "exact", None, [])
+    assert (report.layers, report.mode, report.merge_error, report.notes) == (2, "exact", None, [])
     assert str(report) == "Merged 2 layers"
     again = merge(model)
     assert (again.layers, again.notes) == (0, ["the adapters are merged already"])
     assert "note: the adapters are merged already" in str(again)
 
 
-def test_the_drift_of_an_exact_merge_is_rounding() -> None:
+def test_the_error_of_an_exact_merge_is_rounding() -> None:
     report = merge(adapted(), batches=[inputs(), inputs(9)])
-    assert report.drift.outputs < 1e-6
-    assert report.drift.batches == 2
+    assert report.merge_error.outputs < 1e-6
+    assert report.merge_error.batches == 2
     assert "outputs changed by" in str(report)
 
 
-def test_the_drift_of_a_static_merge_is_the_change_of_the_outputs() -> None:
+def test_the_error_of_a_static_merge_is_the_change_of_the_outputs() -> None:
     model, x = adapted(AuroRA(rank=2)), inputs()
     before = model(x)
-    report = merge(model, method="static", batches=[x])
-    assert report.method == "static"
-    assert report.drift.outputs == pytest.approx(((model(x) - before).norm() / before.norm()).item(), rel=1e-5)
-    assert report.drift.outputs > 0.01
+    report = merge(model, mode="static", batches=[x])
+    assert report.mode == "static"
+    assert report.merge_error.outputs == pytest.approx(((model(x) - before).norm() / before.norm()).item(), rel=1e-5)
+    assert report.merge_error.outputs > 0.01
     assert report.notes == []
-    assert str(report).startswith("Merged 2 layers by the static method\n")
+    assert str(report).startswith("Merged 2 layers, static\n")
 
 
-def test_a_drift_that_was_not_measured_is_told() -> None:
-    report = merge(adapted(AuroRA(rank=2)), method="static")
-    assert report.notes == ["the drift of the static merge was not measured: give batches"]
+def test_a_error_that_was_not_measured_is_told() -> None:
+    report = merge(adapted(AuroRA(rank=2)), mode="static")
+    assert report.notes == ["the error of the static merge was not measured: give batches"]
 
 
 def test_the_batches_of_the_calibration_flatter_it_and_the_report_says_so() -> None:
-    same = merge(adapted(AuroRA(rank=2)), method="calibrated", batches=[inputs(200)])
+    same = merge(adapted(AuroRA(rank=2)), mode="calibrated", batches=[inputs(200)])
     assert any("measured on the batches of the calibration: measure_on takes others" in note for note in same.notes)
     model, x = adapted(AuroRA(rank=2)), inputs(9) + 1.0
     before = model(x)
-    held_out = merge(model, method="calibrated", batches=[inputs(200)], measure_on=iter([x]))
-    assert held_out.drift.batches == 1
-    assert held_out.drift.outputs == pytest.approx(((model(x) - before).norm() / before.norm()).item(), rel=1e-4)
+    held_out = merge(model, mode="calibrated", batches=[inputs(200)], measure_on=iter([x]))
+    assert held_out.merge_error.batches == 1
+    assert held_out.merge_error.outputs == pytest.approx(((model(x) - before).norm() / before.norm()).item(), rel=1e-4)
     assert not any("measure_on" in note for note in held_out.notes)
 
 
@@ -79,9 +79,9 @@ def test_labelled_batches_give_the_loss() -> None:
 
     model, x, target = adapted(AuroRA(rank=2)), inputs(), torch.ones(5, 4)
     wanted = F.mse_loss(model(x), target).item()
-    report = merge(model, method="static", batches=[(x, target)], forward=forward)
-    assert report.drift.loss_before == pytest.approx(wanted)
-    assert report.drift.loss_after == pytest.approx(F.mse_loss(model(x), target).item())
+    report = merge(model, mode="static", batches=[(x, target)], forward=forward)
+    assert report.merge_error.loss_before == pytest.approx(wanted)
+    assert report.merge_error.loss_after == pytest.approx(F.mse_loss(model(x), target).item())
     assert f"loss {wanted:.4f} before" in str(report)
 
 
@@ -133,7 +133,7 @@ def test_methods_that_were_injected_side_by_side() -> None:
     """AuroRA in one part makes the other part's LoRA no less exact."""
     whole, x = nn.ModuleDict({"one": adapted(), "two": adapted(AuroRA(rank=2))}), inputs()
     before = whole["one"](x)
-    assert merge(whole, method="static").layers == 4
+    assert merge(whole, mode="static").layers == 4
     torch.testing.assert_close(whole["one"](x), before)
 
 
@@ -142,7 +142,7 @@ def test_modes_gradients_and_trained_heads_stay() -> None:
     model[0].train()
     modes = [module.training for module in model.modules()]
     needed = {name: p.requires_grad for name, p in model.named_parameters()}
-    merge(model, method="calibrated", batches=[inputs(100)])
+    merge(model, mode="calibrated", batches=[inputs(100)])
     assert [module.training for module in model.modules()] == modes
     assert {name: p.requires_grad for name, p in model.named_parameters()} == needed
     merge_and_unload(model)
@@ -231,12 +231,12 @@ def test_a_merged_model_that_is_cast_unmerges_to_the_cast_base(dtype: torch.dtyp
 def test_calibrated_and_static_unmerge_restores_the_bias_and_the_dynamic_update() -> None:
     model, x = adapted(AuroRA(rank=2)), inputs()
     start, before = weights(model), model(x)
-    for options in ({"method": "calibrated", "batches": [inputs(200)]}, {"method": "static"}):
+    for options in ({"mode": "calibrated", "batches": [inputs(200)]}, {"mode": "static"}):
         report = merge(model, **options)
         assert report.layers == 2
         assert merge(model, **options).layers == 0
         assert not torch.equal(model(x), before)
-        assert torch.equal(model[0].bias, start["0.bias"]) is (options["method"] == "static")
+        assert torch.equal(model[0].bias, start["0.bias"]) is (options["mode"] == "static")
         assert unmerge(model) == 2
         assert equal(weights(model), start)
         assert torch.equal(model(x), before)
@@ -247,7 +247,7 @@ def test_calibrated_and_static_unmerge_restores_the_bias_and_the_dynamic_update(
 
 def test_unloading_a_model_that_was_merged_keeps_what_it_computes() -> None:
     model, x = adapted(AuroRA(rank=2)), inputs()
-    merge(model, method="calibrated", batches=[inputs(200)])
+    merge(model, mode="calibrated", batches=[inputs(200)])
     wanted = model(x)
     merge_and_unload(model)
     assert torch.equal(model(x), wanted)
@@ -307,14 +307,14 @@ def test_hira_merges_as_peft_does(dtype: torch.dtype) -> None:
     assert torch.equal(ours["proj"].weight.double(), start)
 
 
-def test_parts_merge_one_after_the_other_each_by_its_own_method() -> None:
+def test_parts_merge_one_after_the_other_each_in_its_own_mode() -> None:
     """What is merged already is no reason to refuse the rest, and an exact merge is not called static."""
     model = nn.ModuleDict({"one": base(), "two": base(1)})
     moved(model["one"], targets=["0"])
     inject(model["two"], HiRA(rank=2), ["0"])
-    assert merge(model["one"], method="static").layers == 1
-    assert merge(model).method == "exact"
+    assert merge(model["one"], mode="static").layers == 1
+    assert merge(model).mode == "exact"
     assert (model["one"][0].merged, model["two"][0].merged) == ("static", "exact")
     assert unmerge(model) == 2
-    merge(model, method="static")
+    merge(model, mode="static")
     assert (model["one"][0].merged, model["two"][0].merged) == ("static", "exact")

@@ -1,4 +1,4 @@
-"""Drift: the change of outputs and loss against plain loops, how models are called, and how batches are taken."""
+"""The error of a merge against plain loops, how models are called, and how batches are taken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.merging.merge_error import ROWS, Drift, Measured, call, drift, evaluating, measure, on_device, taken
+from pera_lightning.merging.merge_error import (
+    ROWS,
+    Measured,
+    MergeError,
+    batch_list,
+    call,
+    evaluating,
+    measure,
+    merge_error,
+    on_device,
+)
 
 
 def outputs(*shape: int, seed: int = 0) -> Tensor:
@@ -31,32 +41,33 @@ def test_the_change_is_the_relative_norm_over_all_batches() -> None:
         for one, new in zip(y.flatten().tolist(), other.flatten().tolist(), strict=True):
             changed += (new - one) ** 2
             size += one**2
-    found = drift(Measured(before, [1.0, 3.0]), Measured(after, [2.0, 7.0]))
+    found = merge_error(Measured(before, [1.0, 3.0]), Measured(after, [2.0, 7.0]))
     assert found.outputs == pytest.approx(math.sqrt(changed / size), rel=1e-6)
     assert (found.loss_before, found.loss_after, found.batches) == (2.0, 4.5, 2)
 
 
 def test_a_change_of_nothing_and_from_nothing() -> None:
     zero, one = Measured([torch.zeros(2, 2)], [None]), Measured([torch.ones(2, 2)], [None])
-    assert drift(one, one).outputs == 0.0
-    assert drift(zero, zero).outputs == 0.0
-    assert drift(zero, one).outputs == math.inf
-    assert drift(one, zero).outputs == 1.0
-    assert math.isnan(drift(one, Measured([torch.full((2, 2), math.nan)], [None])).outputs)
+    assert merge_error(one, one).outputs == 0.0
+    assert merge_error(zero, zero).outputs == 0.0
+    assert merge_error(zero, one).outputs == math.inf
+    assert merge_error(one, zero).outputs == 1.0
+    assert merge_error(Measured([], []), Measured([], [])) is None
+    assert math.isnan(merge_error(one, Measured([torch.full((2, 2), math.nan)], [None])).outputs)
 
 
-@pytest.mark.parametrize("losses", [[None, None], [1.0, None], []])
+@pytest.mark.parametrize("losses", [[None, None], [1.0, None]])
 def test_without_a_loss_for_every_batch_there_is_none(losses: list[float | None]) -> None:
     y = [outputs(2, 2) for _ in losses]
-    found = drift(Measured(y, losses), Measured(y, losses))
+    found = merge_error(Measured(y, losses), Measured(y, losses))
     assert (found.loss_before, found.loss_after, found.batches) == (None, None, len(losses))
 
 
 def test_in_words() -> None:
-    assert str(Drift(0.01234, None, None, 3)) == (
+    assert str(MergeError(0.01234, None, None, 3)) == (
         "outputs changed by 0.0123 (relative, on 3 batches); the loss was not measured, the batches have no labels"
     )
-    assert str(Drift(1.5, 0.5, 2.25, 2)).endswith("(relative, on 2 batches); loss 0.5000 before, 2.2500 after")
+    assert str(MergeError(1.5, 0.5, 2.25, 2)).endswith("(relative, on 2 batches); loss 0.5000 before, 2.2500 after")
 
 
 # --- measuring ---
@@ -174,7 +185,7 @@ def test_what_is_read_of_an_output() -> None:
     ("given", "kind"), [({"logits": 1}, "dict"), (None, "NoneType"), (3.0, "float"), (("a",), "tuple")]
 )
 def test_an_output_that_is_not_known(given: Any, kind: str) -> None:
-    message = rf"^Gives gives a {kind}, of which no tensor is known: give forward=function\(model, batch\)"
+    message = rf"^Gives gives a {kind} without a known tensor: give forward=function\(model, batch\)"
     with pytest.raises(ConfigurationError, match=message):
         call(Gives(given), ())
 
@@ -190,10 +201,10 @@ def test_tensors_are_moved_wherever_they_are_in_a_batch() -> None:
 
 
 def test_batches_are_taken_once_and_run_twice() -> None:
-    assert taken(None) == []
-    assert taken(iter([1, 2])) == [1, 2]
+    assert batch_list(None) == []
+    assert batch_list(iter([1, 2])) == [1, 2]
     loader = torch.utils.data.DataLoader(outputs(4, 2), batch_size=3)
-    assert [len(batch) for batch in taken(loader)] == [3, 1]
+    assert [len(batch) for batch in batch_list(loader)] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +220,7 @@ def test_batches_are_taken_once_and_run_twice() -> None:
 )
 def test_what_is_no_list_of_batches(given: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        taken(given)
+        batch_list(given)
 
 
 # --- padding, and batches of loaders ---

@@ -95,9 +95,9 @@ def test_a_shared_bias_matters_where_the_merge_has_a_constant() -> None:
     moved(model, AuroRA(rank=2), ["0", "1"])
     before = state(model)
     with pytest.raises(NotMergeableError, match=r"^0 shares its bias \(0\.bias and 1\.bias are one tensor\)"):
-        merge(model, method="calibrated", batches=[torch.randn(50, 8)])
+        merge(model, mode="calibrated", batches=[torch.randn(50, 8)])
     assert unchanged(model, before)
-    assert merge(model, method="static").layers == 2
+    assert merge(model, mode="static").layers == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
@@ -112,7 +112,7 @@ def test_a_tensor_that_is_computed_at_every_call(name: str) -> None:
     moved(model, AuroRA(rank=2), ["0"])
     model(torch.randn(2, 8))
     with pytest.raises(NotMergeableError, match=f"the {name} of 0 is computed at every call .* a plain parameter"):
-        merge(model, method="calibrated", batches=[torch.randn(50, 8)])
+        merge(model, mode="calibrated", batches=[torch.randn(50, 8)])
 
 
 def test_the_meta_device() -> None:
@@ -165,7 +165,7 @@ def test_a_constant_that_float16_cannot_hold(keep_base: bool) -> None:
     x = torch.randn(50, 8).half()
     with pytest.raises(NotMergeableError, match=r"merging 0 gives values that torch\.float16 cannot hold"):
         # the layers after the first are given inputs of their own, since its outputs overflow too
-        merge(model, method="calibrated", batches=[x], forward=alone, keep_base=keep_base)
+        merge(model, mode="calibrated", batches=[x], forward=alone, keep_base=keep_base)
     assert unchanged(model, before)
 
 
@@ -195,7 +195,7 @@ def test_an_interrupted_merge_is_undone(monkeypatch: pytest.MonkeyPatch) -> None
 # --- AuroRA ---
 
 
-def test_a_dynamic_update_says_which_methods_there_are() -> None:
+def test_a_dynamic_update_says_which_modes_there_are() -> None:
     model = adapted(AuroRA(rank=2))
     before = state(model)
     for call in (merge, merge_and_unload):
@@ -208,7 +208,7 @@ def test_a_calibration_that_fails_leaves_the_model_dynamic() -> None:
     model = adapted(AuroRA(rank=2))
     before = state(model)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        merge(model, method="calibrated", batches=[torch.randn(4, 7)])
+        merge(model, mode="calibrated", batches=[torch.randn(4, 7)])
     assert unchanged(model, before)
 
 
@@ -222,27 +222,27 @@ def batches() -> list[Tensor]:
 WRONG: list[tuple[Callable[[], Any], type[PeraError], str]] = [
     (lambda: merge(nn.Linear(3, 3)), ConfigurationError, "Linear cannot be merged: it has no adapters, call inject"),
     (lambda: merge_and_unload(nn.Linear(3, 3)), ConfigurationError, "it has no adapters, call inject"),
-    (lambda: merge(adapted(), method="exact"), UnknownNameError, "method='exact' does not exist; one of static, cal"),
-    (lambda: merge(adapted(), method="calibrate"), UnknownNameError, "closest: calibrated"),
-    (lambda: merge(adapted(), method="static"), ConfigurationError, "acts on AuroRA with dynamic inference only"),
+    (lambda: merge(adapted(), mode="exact"), UnknownNameError, "mode='exact' does not exist; one of static, cal"),
+    (lambda: merge(adapted(), mode="calibrate"), UnknownNameError, "closest: calibrated"),
+    (lambda: merge(adapted(), mode="static"), ConfigurationError, "acts on AuroRA with dynamic inference only"),
     (
-        lambda: merge(adapted(AuroRA(rank=2, inference_mode="static")), method="static"),
+        lambda: merge(adapted(AuroRA(rank=2, inference_mode="static")), mode="static"),
         ConfigurationError,
         "acts on AuroRA with dynamic inference only: leave it out",
     ),
-    (lambda: merge(adapted(AuroRA(rank=2)), method="calibrated"), ConfigurationError, "'calibrated' needs batches"),
+    (lambda: merge(adapted(AuroRA(rank=2)), mode="calibrated"), ConfigurationError, "'calibrated' needs batches"),
     (
-        lambda: merge(adapted(AuroRA(rank=2)), method="calibrated", measure_on=batches()),
+        lambda: merge(adapted(AuroRA(rank=2)), mode="calibrated", measure_on=batches()),
         ConfigurationError,
         "'calibrated' needs batches",
     ),
     (
-        lambda: merge(adapted(AuroRA(rank=2)), method="static", ridge=0.1),
+        lambda: merge(adapted(AuroRA(rank=2)), mode="static", ridge=0.1),
         ConfigurationError,
-        r"ridge=0.1 acts with method='calibrated' only",
+        r"ridge=0.1 acts with mode='calibrated' only",
     ),
     (
-        lambda: merge(adapted(AuroRA(rank=2)), method="calibrated", batches=batches(), ridge=-1.0),
+        lambda: merge(adapted(AuroRA(rank=2)), mode="calibrated", batches=batches(), ridge=-1.0),
         ConfigurationError,
         "ridge=-1.0: a number of at least 0",
     ),
@@ -271,12 +271,12 @@ def test_a_probe_adapts_no_layers() -> None:
 
 
 @pytest.mark.parametrize("call", [merge, merge_and_unload])
-def test_another_method_than_the_one_that_it_is_merged_by(call: Callable[..., Any]) -> None:
+def test_another_mode_than_the_one_that_it_is_merged_in(call: Callable[..., Any]) -> None:
     model = adapted(AuroRA(rank=2))
-    merge(model, method="static")
+    merge(model, mode="static")
     before = state(model)
-    with pytest.raises(ConfigurationError, match="merged by the static method: call unmerge first"):
-        call(model, method="calibrated", batches=batches())
+    with pytest.raises(ConfigurationError, match=r"merged in another mode \(static\): call unmerge first"):
+        call(model, mode="calibrated", batches=batches())
     assert unchanged(model, before)
     unmerge(model)
-    call(model, method="calibrated", batches=batches())
+    call(model, mode="calibrated", batches=batches())

@@ -204,7 +204,7 @@ class Encoders:
 
     def write_vae(self, folder: Path) -> None:
         """Writes the VAE, in place of one that is there."""
-        from pera_lightning.export.diffusers_base import without_path
+        from pera_lightning.export.pipeline_files import without_path
 
         shutil.rmtree(folder, ignore_errors=True)
         self._load_vae("cpu").save_pretrained(folder)

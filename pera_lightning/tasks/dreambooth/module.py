@@ -349,7 +349,7 @@ class DreamBoothModule(StepMeanModule):
         return prediction.movedim(1, -1).flatten(0, -2), summed / count
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
-        from pera_lightning.export.diffusers import write_pipeline
+        from pera_lightning.export.diffusers_pipeline import write_pipeline
 
         h = self.hparams
         how = {name: h[name] for name in ("revision", "variant", "prediction_type")}

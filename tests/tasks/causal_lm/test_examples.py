@@ -35,8 +35,8 @@ def test_fields_that_are_not_needed_may_be_missing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["has no rows"]),
-        ("[]", ["has no rows"]),
+        ("", ["has no examples"]),
+        ("[]", ["has no examples"]),
         ("[1, 2", ["is no JSON list"]),
         ('{"instruction": "x", "output": "y"}\n{oops}', ["its line 2 no JSON"]),
         ("instruction,output\na,b", ["its line 1 no JSON"]),

@@ -48,7 +48,7 @@ FIRST = [1, 4, 8, 9, 10, 14, 15, 17, 21, 25]
 def test_red_refuses_sets_that_are_too_small(count):
     with pytest.raises(DataError) as error:
         splits.red(count, 42)
-    one_line(error, "'red'", f"{count} rows are too few", "full_validation")
+    one_line(error, "'red'", f"{count} examples are too few", "full_validation")
 
 
 def test_full_validation_scores_the_rows_that_selected_and_own_test_none_of_them():

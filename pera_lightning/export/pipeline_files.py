@@ -1,4 +1,4 @@
-"""The files of a base pipeline that a merged one shares with it: found in a folder or on the hub, and copied."""
+"""Pipeline files: what a merged pipeline shares with its base, found in a folder or on the hub, and copied."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from pera_lightning.pretrained import explained
 INDEX = "model_index.json"
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # of tokenizers, schedulers and configurations
 _STEMS = ("model", "diffusion_pytorch_model")  # of files with weights: of transformers, and of diffusers
+_WEIGHTS = (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.*json")
 
-# A part's name to what is copied: the name it gets, and the file it is.
-Parts = dict[str, dict[str, Path]]
+# A component's name to what is copied: the name it gets, and the file it is.
+PipelineFiles = dict[str, dict[str, Path]]
 
 
-def base_parts(
+def pipeline_files(
     base: str | Path, without: Collection[str], *, revision: str | None = None, variant: str | None = None
-) -> Parts:
-    """The files of a base pipeline, but for the parts that somebody else writes.
+) -> PipelineFiles:
+    """The files of a base pipeline, but for the components that somebody else writes.
 
     Args:
-        base: folder of a pipeline, or its id on the hub, whose files are taken from the cache where they are there.
-        without: names of parts that are left out.
+        base: folder of a pipeline, or its id on the hub; the hub's cache is used.
+        without: names of components that are left out.
         revision: branch, tag or commit on the hub.
-        variant: of the weights; a part that has none of it is taken plain, as diffusers does.
+        variant: variant of the weights; a component without it is taken plain, as diffusers does.
 
     Returns:
-        The files by part; ``""`` is the pipeline's own.
+        The files by component; ``""`` is the pipeline's own.
 
     Raises:
-        ConfigurationError: where the base or one of its parts cannot be had.
+        ConfigurationError: where the base or one of its components cannot be had.
     """
     folder = _folder(str(base), [INDEX], revision)
     index = folder / INDEX
@@ -44,19 +45,17 @@ def base_parts(
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigurationError(f"{index} is damaged: {shorten(str(error))}") from None
-    listed_parts = [name for name, entry in entries.items() if isinstance(entry, list) and all(entry)]
-    if absent := [name for name in without if name not in listed_parts]:
-        raise ConfigurationError(f"the pipeline {base} has no {listed(absent)}, it has {listed(listed_parts, 9)}")
-    parts: Parts = {"": {INDEX: index}}
-    for name in listed_parts:
-        if name not in without:
-            parts[name] = _files(str(base), name, revision, variant)
-    return parts
+    # An entry [library, class] is a component; one of nulls is an optional one that this pipeline does without.
+    components = [name for name, entry in entries.items() if isinstance(entry, list) and all(entry)]
+    if absent := [name for name in without if name not in components]:
+        raise ConfigurationError(f"the pipeline {base} has no {listed(absent)}, it has {listed(components, 9)}")
+    own = {name: _files(str(base), name, revision, variant) for name in components if name not in without}
+    return {"": {INDEX: index}, **own}
 
 
-def copy_parts(parts: Mapping[str, Mapping[str, Path]], folder: Path) -> None:
-    """Copies what `base_parts` found into a folder, file by file, without reading weights into memory."""
-    for name, files in parts.items():
+def copy_files(components: Mapping[str, Mapping[str, Path]], folder: Path) -> None:
+    """Copies what `pipeline_files` found into a folder, file by file, without reading weights into memory."""
+    for name, files in components.items():
         (folder / name).mkdir(exist_ok=True)
         for target, source in files.items():
             path = folder / name / target
@@ -74,30 +73,23 @@ def without_path(file: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _files(base: str, part: str, revision: str | None, variant: str | None) -> dict[str, Path]:
-    """The files of one part by their plain names; of its weights the variant, or else the plain ones."""
+def _files(base: str, component: str, revision: str | None, variant: str | None) -> dict[str, Path]:
+    """The files of one component by their plain names; of its weights the variant, or else the plain ones."""
     for kind in dict.fromkeys((variant, None)):
-        wanted = [f"{part}/*{ending}" for ending in _SETTINGS]
-        wanted += [f"{part}/{stem}{f'.{kind}' if kind else ''}{end}" for stem in _STEMS for end in _WEIGHTS]
-        folder = _folder(base, wanted, revision) / part
-        there = sorted(file for file in folder.glob("*") if file.is_file())
-        weights = {plain: file for file in there if (plain := _plain_name(file.name, kind)) is not None}
-        settings = [file for file in there if file.name.endswith(_SETTINGS) and ".index." not in file.name]
-        if weights or not any(
-            file.name == "config.json" for file in there
-        ):  # tokenizers and schedulers have no weights
-            break
-    else:
-        raise ConfigurationError(
-            f"{part} of {base} has no {_STEMS[0]}.safetensors nor {_STEMS[1]}.safetensors, it has "
-            f"{listed([file.name for file in there], 4)}; pickles are not copied: save it anew, or give the variant"
-        )
-    if not there:
-        raise ConfigurationError(f"{part} of {base} is not there: give a base that is whole")
-    return {**{file.name: file for file in settings}, **weights}
-
-
-_WEIGHTS = (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.*json")
+        wanted = [f"{component}/*{ending}" for ending in _SETTINGS]
+        wanted += [f"{component}/{stem}{f'.{kind}' if kind else ''}{end}" for stem in _STEMS for end in _WEIGHTS]
+        folder = _folder(base, wanted, revision) / component
+        present = sorted(file for file in folder.glob("*") if file.is_file())
+        weights = {plain: file for file in present if (plain := _plain_name(file.name, kind)) is not None}
+        settings = {f.name: f for f in present if f.name.endswith(_SETTINGS) and ".index." not in f.name}
+        if weights or (present and "config.json" not in settings):  # tokenizers and schedulers have no weights
+            return settings | weights
+    if not present:
+        raise ConfigurationError(f"{component} of {base} is missing: give a complete base")
+    raise ConfigurationError(
+        f"{component} of {base} has no {_STEMS[0]}.safetensors nor {_STEMS[1]}.safetensors, it has "
+        f"{listed([file.name for file in present], 4)}; pickles are not copied: save it anew, or give the variant"
+    )
 
 
 def _plain_name(name: str, variant: str | None) -> str | None:
