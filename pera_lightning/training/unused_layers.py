@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from pera_lightning.adapters.base import AdaptedLayer
@@ -16,21 +17,34 @@ class LayerCoverage:
 
     A model with compiled parts is not watched: its graph may be an old one, traced without the hooks. What it trains
     still shows in the gradients.
+
+    Attributes:
+        nothing_ran: whether no module of a watched model ran at all, as in a batch that a test skips.
     """
 
     def __init__(self) -> None:
+        self.nothing_ran = False
         self._handles: list[RemovableHandle] = []
         self._waiting: dict[int, str] = {}
+        self._modules: set[nn.Module] = set()
 
     def start(self, model: nn.Module) -> None:
         """Watches every adapted layer of `model`."""
         self.stop()
+        self.nothing_ran = False
         if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
             return
+        self.nothing_ran, self._modules = True, set(model.modules())
+        # Of all modules: a hook on each would switch off the fast path of torch's encoders, which runs no linear.
+        self._handles.append(register_module_forward_pre_hook(self._any_ran))
         for path, module in model.named_modules():
             if isinstance(module, AdaptedLayer):
                 self._waiting[id(module)] = path
                 self._handles.append(module.register_forward_hook(self._ran))
+
+    def _any_ran(self, module: nn.Module, *_: Any) -> None:
+        if module in self._modules:
+            self.nothing_ran = False
 
     def _ran(self, module: nn.Module, *_: Any) -> None:
         self._waiting.pop(id(module), None)
@@ -40,5 +54,5 @@ class LayerCoverage:
         for handle in self._handles:
             handle.remove()
         silent = list(self._waiting.values())
-        self._handles, self._waiting = [], {}
+        self._handles, self._waiting, self._modules = [], {}, set()
         return silent

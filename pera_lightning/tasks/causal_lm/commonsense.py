@@ -1,34 +1,49 @@
-"""The commonsense sets of LLM-Adapters: one training file, eight test sets; from a folder or its repository."""
+"""The eight commonsense sets of LLM-Adapters (arXiv 2304.01933): their files, from a folder or its repository.
+
+Prompts, decoding and the reading of answers are in `protocols/commonsense.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.data import downloads
-from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest
-from pera_lightning.tasks.causal_lm.commonsense import SETS, TASK, options
+from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Row, read_rows
+from pera_lightning.tasks.causal_lm.examples import Example, read_examples
+from pera_lightning.tasks.causal_lm.protocols.commonsense import TASK, options
+from pera_lightning.validation import check_choice
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
-# download are recorded, and the numbers of rows are held to those of the papers.
+# download are recorded, and the numbers of examples are held to those of the papers.
 REPOSITORY = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
-TRAINING_ROWS: dict[str, int | None] = {"commonsense_170k": 170_420, "commonsense_15k": None}
+TRAINING_EXAMPLES: dict[str, int | None] = {"commonsense_170k": 170_420, "commonsense_15k": None}
+TEST_EXAMPLES = {  # in the order of the papers' tables
+    "boolq": 3270,
+    "piqa": 1838,
+    "social_i_qa": 1954,
+    "hellaswag": 10042,
+    "winogrande": 1267,
+    "ARC-Easy": 2376,
+    "ARC-Challenge": 1172,
+    "openbookqa": 500,
+}
 
 
 class CommonsenseDataModule(TextDataModule):
-    """Commonsense170K, or the training rows of single sets, and the eight test sets.
+    """Commonsense170K, or the training examples of single sets, and the eight test sets.
 
     Args:
-        folder: with LLM-Adapters' files, laid out as in its repository (``ft-training_set/commonsense_170k.json``,
+        folder: folder of LLM-Adapters' files, laid out as in its repository (``ft-training_set/commonsense_170k.json``,
             ``dataset/ARC-Easy/test.json``) or without those two folders. By default the files that are needed are
             downloaded from the repository into `cache_dir`, once, and held to their checksums ever after.
-        train: "commonsense_170k", "commonsense_15k", or a list of sets, whose training rows are joined.
+        train: "commonsense_170k", "commonsense_15k", or a list of sets, whose training examples are joined.
         test: sets to test on; by default all eight, in the order of the papers' tables.
-        protocol: "llm_adapters", "hira", "strict" or "score", see `pera_lightning.tasks.causal_lm.commonsense`.
+        protocol: "llm_adapters", "hira", "strict" or "score", see `protocols/commonsense.py`.
         download_from: base URL of a mirror of the repository; its files end as those of the repository do.
         options: those of `TextDataModule`.
     """
@@ -51,12 +66,9 @@ class CommonsenseDataModule(TextDataModule):
         self.folder = None if folder is None else Path(folder).expanduser()
         self.download_from = (download_from or REPOSITORY).rstrip("/")
         self.train = [train] if isinstance(train, str) else list(train)
-        self.test = list(SETS) if test is None else list(test)
-        for argument, names, known in (
-            ("train", self.train, [*TRAINING_ROWS, *SETS]),
-            ("test", self.test, list(SETS)),
-        ):
-            _check_names(argument, names, known)
+        self.test = list(TEST_EXAMPLES) if test is None else list(test)
+        _check_names("train", self.train, [*TRAINING_EXAMPLES, *TEST_EXAMPLES])
+        _check_names("test", self.test, [*TEST_EXAMPLES])
 
     def prepare_data(self) -> None:
         """Downloads what this run needs and lacks, in one process of each machine, and tokenises."""
@@ -67,84 +79,79 @@ class CommonsenseDataModule(TextDataModule):
             downloads.fetch(f"{self.download_from}/{place}", self._downloaded(place))
         super().prepare_data()
 
-    def training_rows(self) -> list[Row]:
-        rows: list[Row] = []
+    def training_examples(self) -> list[Example]:
+        examples: list[Example] = []
         for name in self.train:
             path = self._find(_training_place(name))
-            own = read_rows(path, set_name=name, split="train")
-            rows += self._counted(path, own, TRAINING_ROWS.get(name))
-        _warn_of_answers(rows)
-        return rows
+            own = read_examples(path, set_name=name, split="train")
+            examples += self._counted(path, own, TRAINING_EXAMPLES.get(name))
+        _warn_of_answers(examples)
+        return examples
 
-    def test_rows(self) -> dict[str, list[Row]]:
+    def test_examples(self) -> dict[str, list[Example]]:
         tests = {}
         for name in self.test:
             path = self._find(_test_place(name))
-            rows = read_rows(path, set_name=name, split="test", needed=("instruction", "answer"))
-            tests[name] = self._counted(path, rows, SETS[name].test_rows)
+            examples = read_examples(path, set_name=name, split="test", needed=("instruction", "answer"))
+            tests[name] = self._counted(path, examples, TEST_EXAMPLES[name])
         return tests
 
     def _downloaded(self, place: str) -> Path:
         return self.cache_folder / "llm_adapters" / place
 
     def _find(self, place: str) -> Path:
-        """A file of the repository: where the download has put it, or in the folder given."""
+        """The path of a file of the repository: a download, or in the folder given."""
         if self.folder is None:
             path = self._downloaded(place)
             if not path.is_file():
                 raise ConfigurationError(f"{path} is there after prepare_data(); call it first, or give folder")
             return downloads.verified(path)
-        for path in (self.folder / place.partition("/")[2], self.folder / place):
+        short = place.partition("/")[2]
+        for path in (self.folder / short, self.folder / place):
             if path.is_file():
                 return path
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder} is no folder; give that of LLM-Adapters' files, or none to download them")
-        raise DataError(
-            f"{self.folder} has neither {place.partition('/')[2]} nor {place}; give the folder of LLM-Adapters' files, "
-            "or none to download them"
-        )
+        what = f"has neither {short} nor {place}" if self.folder.is_dir() else "is not a folder"
+        raise DataError(f"{self.folder} {what}; give the folder of LLM-Adapters' files, or none to download them")
 
-    def _counted(self, path: Path, rows: list[Row], expected: int | None) -> list[Row]:
-        if self.folder is None and expected not in (None, len(rows)):
+    def _counted(self, path: Path, examples: list[Example], expected: int | None) -> list[Example]:
+        if self.folder is None and expected not in (None, len(examples)):
             record = downloads.record_path(path).name
             raise DataError(
-                f"{path}, downloaded, has {len(rows)} rows and the papers' file has {expected}; delete it and {record} "
-                "to download it again, or give folder"
+                f"{path}, downloaded, has {len(examples)} examples and the papers' file has {expected}; delete it and "
+                f"{record} to download it again, or give folder"
             )
-        return rows
+        return examples
 
 
-def _warn_of_answers(rows: list[Row]) -> None:
-    """Warns of training rows whose answer is none of their options; they are trained on as they are written."""
+def _warn_of_answers(examples: list[Example]) -> None:
+    """Warns of training examples whose answer is none of their options; they are trained on as they are written."""
     wrong = []
-    for row in rows:
+    for one in examples:
         try:
-            words = options(row)
-        except DataError:  # a training row need not say them
+            words = options(one)
+        except DataError:  # a training example need not say them
             continue
-        if row.answer and row.answer not in words:
-            wrong.append(f"{row.id} has {row.answer!r}, of {'/'.join(words)}")
+        if one.answer and one.answer not in words:
+            wrong.append(f"{one.id} has {one.answer!r}, of {'/'.join(words)}")
     if wrong:
         rank_zero_warn(
-            f"{len(wrong)} of {len(rows)} training rows have an answer that is none of their options, and are trained "
-            f"on as they are: {wrong[0]}"
+            f"{len(wrong)} of {len(examples)} training examples have an answer that is none of their options, and are "
+            f"trained on as they are: {wrong[0]}"
         )
 
 
 def _training_place(name: str) -> str:
-    return f"dataset/{name}/train.json" if name in SETS else f"ft-training_set/{name}.json"
+    return f"dataset/{name}/train.json" if name in TEST_EXAMPLES else f"ft-training_set/{name}.json"
 
 
 def _test_place(name: str) -> str:
     return f"dataset/{name}/test.json"
 
 
-def _check_names(argument: str, names: list[str], known: list[str]) -> None:
+def _check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
     if not names:
         raise ConfigurationError(f"{argument} names no set; give one or more of {', '.join(known)}")
     for name in names:
-        if name not in known:
-            there = ", ".join(known)
-            raise UnknownNameError(f"{argument}: unknown set {name!r}; there are {there}{closest(name, known)}")
+        check_choice(name, argument, known)
         if names.count(name) > 1:
             raise ConfigurationError(f"{argument} names {name} twice; leave one out")

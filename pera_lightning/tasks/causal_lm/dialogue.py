@@ -1,4 +1,7 @@
-"""ConvAI2 with the persona of the one who answers: every reply of a dialogue is a row. arXiv 1902.00098."""
+"""ConvAI2 with the persona of the one who answers: every reply of a dialogue is an example. arXiv 1902.00098.
+
+Decoding, the wording of a dialogue and its metrics are in `protocols/dialogue.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.files import read_text
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.dialogue import render, summary
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols.dialogue import render, summary
 
 # By their usual names. The test set of ConvAI2 was never given out; its validation file is what papers test on.
 TRAINING_FILES = ("train_self_original.txt", "train_self_original_no_cands.txt", "train.jsonl")
@@ -40,7 +43,7 @@ class DialogueDataModule(TextDataModule):
             valid_self_original.txt or valid.jsonl.
         train: the training file; by default that of the folder.
         test: the test file; by default the folder's validation file, since ConvAI2's test set is not public.
-        protocol: "self_persona", see `pera_lightning.tasks.causal_lm.dialogue`.
+        protocol: "self_persona", see `protocols/dialogue.py`.
         meteor: measures METEOR too; needs the WordNet files of nltk.
         bertscore_model: measures BERTScore too, by this encoder (folder or hub id).
         options: those of `TextDataModule`.
@@ -68,10 +71,10 @@ class DialogueDataModule(TextDataModule):
         self.train = None if train is None else Path(train).expanduser()
         self.test = None if test is None else Path(test).expanduser()
 
-    def training_rows(self) -> list[Row]:
+    def training_examples(self) -> list[Example]:
         return read_replies(self._find("train", self.train, TRAINING_FILES))
 
-    def test_rows(self) -> dict[str, list[Row]]:
+    def test_examples(self) -> dict[str, list[Example]]:
         return {"convai2": read_replies(self._find("test", self.test, TEST_FILES))}
 
     def _find(self, argument: str, given: Path | None, usual: tuple[str, ...]) -> Path:
@@ -101,8 +104,8 @@ class Dialogue:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_replies(path: Path) -> list[Row]:
-    """Every reply of a file as a row, with its persona and all that was said before it in the instruction.
+def read_replies(path: Path) -> list[Example]:
+    """Reads every reply of a file as an example, with its persona and all that was said before it in the instruction.
 
     Args:
         path: JSON or JSON lines by its ending, else ParlAI's text; ids are ``<stem>/<dialogue>/<turn>``, from 0.
@@ -111,7 +114,7 @@ def read_replies(path: Path) -> list[Row]:
         DataError: for a file or dialogue that cannot be used, naming it.
     """
     dialogues = _of_json(path) if path.suffix in (".json", ".jsonl") else _of_text(path)
-    rows = []
+    examples = []
     for number, dialogue in enumerate(dialogues):
         for turn, (partner, reply) in enumerate(dialogue.turns):
             try:
@@ -121,10 +124,12 @@ def read_replies(path: Path) -> list[Row]:
             if not reply.strip():
                 raise DataError(f"{dialogue.where}, turn {turn}: the reply is empty; leave the turn out")
             name = f"{path.stem}/{number}/{turn}"
-            rows.append(Row(id=name, set="convai2", instruction=instruction, input="", output=reply, answer=reply))
-    if not rows:
+            examples.append(
+                Example(id=name, set="convai2", instruction=instruction, input="", output=reply, answer=reply)
+            )
+    if not examples:
         raise DataError(f"{path} has no dialogue with a reply. {_ORIGIN}")
-    return rows
+    return examples
 
 
 def _of_json(path: Path) -> list[Dialogue]:
@@ -134,9 +139,9 @@ def _of_json(path: Path) -> list[Dialogue]:
 def _of_entry(entry: Any, where: str) -> Dialogue:
     persona, turns = (entry.get(name) if isinstance(entry, Mapping) else None for name in ("persona", "turns"))
     if not isinstance(persona, list) or not all(isinstance(sentence, str) for sentence in persona):
-        raise DataError(f"{where}: 'persona' is no list of sentences; give one")
+        raise DataError(f"{where}: 'persona' has to be a list of sentences")
     if not isinstance(turns, list):
-        raise DataError(f"{where}: 'turns' is no list; give objects with 'partner' and 'self'")
+        raise DataError(f"{where}: 'turns' has to be a list of objects with 'partner' and 'self'")
     pairs = []
     for number, turn in enumerate(turns):
         pair = [turn.get(name) if isinstance(turn, Mapping) else None for name in ("partner", "self")]

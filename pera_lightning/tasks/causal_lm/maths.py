@@ -1,4 +1,7 @@
-"""Word problems: MetaMathQA (arXiv 2309.12284) to train on, GSM8K (arXiv 2110.14168) to test on."""
+"""Word problems: MetaMathQA (arXiv 2309.12284) to train on, GSM8K (arXiv 2110.14168) to test on.
+
+Decoding and the reading of numbers are in `protocols/maths.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from pera_lightning.data import hub
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Row, to_row
-from pera_lightning.tasks.causal_lm.maths import gold_number
+from pera_lightning.tasks.causal_lm.examples import Example, to_example
+from pera_lightning.tasks.causal_lm.protocols.maths import gold_number
 
 _ENDINGS = (".json", ".jsonl")
 # Columns that tell a form, the first that fits: LLM-Adapters', MetaMathQA's, GSM8K's.
@@ -26,13 +29,13 @@ class MathsDataModule(TextDataModule):
 
     The columns tell the form. LLM-Adapters': "instruction", "input", "output", "answer". MetaMathQA's: "query" and
     "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the whole solution and
-    ends in "#### 72"; it is trained on as it is. The answer of a test row has to be a number.
+    ends in "#### 72"; it is trained on as it is. The answer of a test example has to be a number.
 
     Args:
         train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given
             after a colon, as in "openai/gsm8k:main".
         test: the same, with the split "test".
-        protocol: "last_number", see `pera_lightning.tasks.causal_lm.maths`.
+        protocol: "last_number", see `protocols/maths.py`.
         options: those of `TextDataModule`.
     """
 
@@ -50,7 +53,9 @@ class MathsDataModule(TextDataModule):
         self.train, self.test = train, test
         for argument, source in (("train", train), ("test", test)):
             if not _is_file(source) and source.count("/") != 1:
-                raise ConfigurationError(f"{argument}={source!r} is no hub id such as org/name, and no .json or .jsonl")
+                raise ConfigurationError(
+                    f"{argument}={source!r}: a hub id like org/name or a .json or .jsonl is needed"
+                )
 
     def prepare_data(self) -> None:
         """Downloads what this run needs from the hub, in one process of each machine."""
@@ -59,14 +64,14 @@ class MathsDataModule(TextDataModule):
                 _load(source, split)
         super().prepare_data()
 
-    def training_rows(self) -> list[Row]:
+    def training_examples(self) -> list[Example]:
         return read_problems(self.train, "train")
 
-    def test_rows(self) -> dict[str, list[Row]]:
+    def test_examples(self) -> dict[str, list[Example]]:
         return {_name(self.test): read_problems(self.test, "test")}
 
 
-def read_problems(source: str, split: str) -> list[Row]:
+def read_problems(source: str, split: str) -> list[Example]:
     """Reads word problems.
 
     Args:
@@ -74,31 +79,32 @@ def read_problems(source: str, split: str) -> list[Row]:
         split: "train" or "test".
 
     Raises:
-        DataError: where there are none, or a row cannot be used.
+        DataError: if there are none, or an example cannot be used.
     """
     if _is_file(source):
-        entries = read_json(Path(source).expanduser())
         where = source
+        entries = read_json(Path(source).expanduser())
         form = _form(list(entries[0]) if isinstance(entries[0], Mapping) else [], where)
     else:
-        table = _load(source, split)
         where = f"data set {source}, split {split!r}"
+        table = _load(source, split)
         form = _form(table.column_names, where)
         wanted = (*form, "input", "output", "answer")
         entries = table.select_columns([name for name in table.column_names if name in wanted]).to_list()
         if not entries:
-            raise DataError(f"{where} has no rows")
+            raise DataError(f"{where} has no examples")
     needed = ("instruction", "output" if split == "train" else "answer")
-    own, rows = _name(source), []
+    set_name, examples = _name(source), []
     for k, entry in enumerate(entries):
-        fields = _unified(entry, form, f"row {k} of {where}")
-        rows.append(to_row(fields, number=k, set_name=own, split=split, source=where, needed=needed))
+        fields = _unified(entry, form, f"example {k} of {where}")
+        one = to_example(fields, number=k, set_name=set_name, split=split, source=where, needed=needed)
         if split == "test":
             try:
-                gold_number(rows[-1].answer)
+                gold_number(one.answer)
             except DataError as error:
-                raise DataError(f"row {k} of {where}: {error}") from None
-    return rows
+                raise DataError(f"example {k} of {where}: {error}") from None
+        examples.append(one)
+    return examples
 
 
 def _is_file(source: str) -> bool:
@@ -136,7 +142,7 @@ def _unified(entry: Any, form: tuple[str, ...], where: str) -> Any:
         return entry
     for name in form:
         if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise DataError(f"{where}: {name!r} is missing or no text; correct the row or leave it out")
+            raise DataError(f"{where}: {name!r} is missing or not text; correct the example or leave it out")
     question, solution = (entry[name] for name in form)
     mark = "The answer is:" if form[0] == "query" else "####"
     return {"instruction": question, "output": solution, "answer": solution.rpartition(mark)[2].strip()}

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
-from pera_lightning.tasks.causal_lm import evaluator as answering
-from pera_lightning.tasks.causal_lm.commonsense import SCORE
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm import answers
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SCORE
 from tests.tasks.causal_lm.language_helpers import QV, make_trainer, module, randomise
 
 COUNTS = {"ARC-Easy": 7, "boolq": 4}
@@ -54,7 +54,7 @@ class Asked:
     def __init__(self, monkeypatch):
         self.seen, self.calls = [], 0
         for name in ("generate", "score_options"):
-            monkeypatch.setattr(answering, name, self.counting(getattr(answering, name)))
+            monkeypatch.setattr(answers, name, self.counting(getattr(answers, name)))
 
     def counting(self, function):
         def call(model, *args, **options):

@@ -125,7 +125,7 @@ class Blind(LlamaForCausalLM):
 def test_models_that_cannot_keep_rows_apart_are_refused(llama, tmp_path):
     network = built(llama)
     network.model.__class__ = Blind
-    with pytest.raises(ConfigurationError, match="Blind with attention 'sdpa' lets packed rows see each other"):
+    with pytest.raises(ConfigurationError, match="Blind with attention 'sdpa' lets packed examples see each other"):
         check_packing(network.model)
     assert network.model.training
     mamba = built(save_tiny(tmp_path, "mamba"), targets=["in_proj"])

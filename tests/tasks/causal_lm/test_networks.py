@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausa
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
 from pera_lightning.training.transformers_models import check_extremes
 from tests.tasks.causal_lm.language_helpers import (
@@ -57,7 +57,7 @@ def test_causal_models_pass(kind, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_encoder_is_refused_and_as_a_decoder_it_passes(dtype):
-    with pytest.raises(ConfigurationError, match="BertLMHeadModel is no causal language model") as error:
+    with pytest.raises(ConfigurationError, match="BertLMHeadModel is not a causal language model") as error:
         check_causal(bert().to(dtype))
     one_line(error)
     check_causal(bert(is_decoder=True).to(dtype))
@@ -66,7 +66,7 @@ def test_an_encoder_is_refused_and_as_a_decoder_it_passes(dtype):
 def test_an_encoder_is_refused_before_it_is_trained(tmp_path):
     folder = save_tiny(tmp_path / "bert")
     bert().save_pretrained(folder)
-    with pytest.raises(ConfigurationError, match="no causal language model"):
+    with pytest.raises(ConfigurationError, match="not a causal language model"):
         fit(tmp_path, module(folder), [padded(examples([(6, 3)]))], targets=["query", "value"])
 
 
@@ -79,7 +79,7 @@ def test_an_encoder_is_refused_before_it_is_measured(command, tmp_path):
         str(sets), train="ARC-Easy", test=["boolq"], validation_size=2, cache_dir=str(tmp_path / "cache")
     )
     trainer = make_trainer(tmp_path, targets=["query", "value"])
-    with pytest.raises(ConfigurationError, match="no causal language model"):
+    with pytest.raises(ConfigurationError, match="not a causal language model"):
         getattr(trainer, command)(module(folder), datamodule=data)
 
 
@@ -135,7 +135,7 @@ def test_a_folder_without_tokenizer(llama, tmp_path):
     one_line(error)
 
 
-def test_rows_that_do_not_fit_the_model(tmp_path):
+def test_examples_that_do_not_fit_the_model(tmp_path):
     network = load(save_tiny(tmp_path / "gpt2", "gpt2"))
     vocabulary = network.get_input_embeddings().num_embeddings
     check_extremes(network, CONTEXT, vocabulary - 1)
@@ -185,7 +185,7 @@ def test_validation_counts_every_row_once(llama, tmp_path, world):
     alone.tokenizer_name = str(llama)
     alone.setup("fit")
     losses, count = 0.0, 0
-    for row in alone._parts["validation"]:
+    for row in alone._splits["validation"]:
         batch = padded([row])
         labels = batch.pop("labels")
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The eight commonsense sets in the form of LLM-Adapters, and four protocols: llm_adapters, hira, strict, score.
+"""The commonsense protocols: llm_adapters, hira, strict and score.
 
 Papers: LLM-Adapters (arXiv 2304.01933), whose protocol AuroRA follows; HiRA (ICLR 2025), which PERA follows. Both read
 the first match of a regular expression, case-sensitive; a text without one counts as wrong.
@@ -10,107 +10,93 @@ import re
 from dataclasses import dataclass, replace
 
 from pera_lightning.errors import DataError
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, register
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols import prompts
+from pera_lightning.tasks.causal_lm.protocols.base import Decoding, Protocol, register
 from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
 
 TASK = "commonsense"
 
 
 @dataclass(frozen=True, slots=True)
-class CommonsenseSet:
-    """One of the sets.
+class AnswerFormat:
+    """How the examples of a set are answered.
 
     Args:
-        title: its name in tables.
-        test_rows: rows of its test file.
         pattern: regular expression of an answer in generated text.
-        options: the answer words of each of its rows; empty where rows differ and have to say theirs.
+        options: the answer words of each example; empty if examples differ and have to say theirs.
     """
 
-    title: str
-    test_rows: int
     pattern: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
 
 _ANSWERS = "answer1|answer2|answer3|answer4|answer5"
-_ANY: tuple[str, ...] = ()  # ARC has questions of 3, 4 and 5 answers
 
-SETS: dict[str, CommonsenseSet] = {  # in the order of the papers' tables
-    "boolq": CommonsenseSet("BoolQ", 3270, "true|false", ("true", "false")),
-    "piqa": CommonsenseSet("PIQA", 1838, "solution1|solution2", ("solution1", "solution2")),
-    "social_i_qa": CommonsenseSet("SIQA", 1954, _ANSWERS, ("answer1", "answer2", "answer3")),
-    "hellaswag": CommonsenseSet(
-        "HellaSwag", 10042, "ending1|ending2|ending3|ending4", ("ending1", "ending2", "ending3", "ending4")
-    ),
-    "winogrande": CommonsenseSet("WinoGrande", 1267, "option1|option2", ("option1", "option2")),
-    "ARC-Easy": CommonsenseSet("ARC-e", 2376, _ANSWERS, _ANY),
-    "ARC-Challenge": CommonsenseSet("ARC-c", 1172, _ANSWERS, _ANY),
-    "openbookqa": CommonsenseSet("OBQA", 500, _ANSWERS, ("answer1", "answer2", "answer3", "answer4")),
+SETS: dict[str, AnswerFormat] = {  # in the order of the papers' tables
+    "boolq": AnswerFormat("true|false", ("true", "false")),
+    "piqa": AnswerFormat("solution1|solution2", ("solution1", "solution2")),
+    "social_i_qa": AnswerFormat(_ANSWERS, ("answer1", "answer2", "answer3")),
+    "hellaswag": AnswerFormat("ending1|ending2|ending3|ending4", ("ending1", "ending2", "ending3", "ending4")),
+    "winogrande": AnswerFormat("option1|option2", ("option1", "option2")),
+    "ARC-Easy": AnswerFormat(_ANSWERS),  # ARC has questions of 3, 4 and 5 answers
+    "ARC-Challenge": AnswerFormat(_ANSWERS),
+    "openbookqa": AnswerFormat(_ANSWERS, ("answer1", "answer2", "answer3", "answer4")),
 }
 
 _FORMAT = re.compile(r"Answer format:([^\n]*)\s*\Z")
 _SENTENCE = "the correct answer is "
 
 
-def options(row: Row) -> tuple[str, ...]:
-    """The answer words of a row: those its instruction ends with, or else those of its set.
+def options(example: Example) -> tuple[str, ...]:
+    """The answer words of an example: those its instruction ends with, or else those of its set.
 
     Raises:
-        DataError: where neither says them, or the instruction's list is no list of different words.
+        DataError: if neither says them, or the instruction's are not a list of different words.
     """
-    found = _FORMAT.search(row.instruction)
+    where = f"example {example.id} of {example.set}"
+    found = _FORMAT.search(example.instruction)
     if found is None:
-        if row.set in SETS and SETS[row.set].options:
-            return SETS[row.set].options
+        if example.set in SETS and SETS[example.set].options:
+            return SETS[example.set].options
         raise DataError(
-            f"row {row.id} of {row.set}: its options are unknown; end the instruction with a line such as "
-            "'Answer format: answer1/answer2'"
+            f"{where}: its options are unknown; end the instruction with a line like 'Answer format: answer1/answer2'"
         )
     words = tuple(word.strip() for word in found[1].split("/"))
     if len(words) < 2 or not all(words) or len(set(words)) < len(words):
-        raise DataError(
-            f"row {row.id} of {row.set}: {found[0].strip()!r} is no list of options; write two or more different "
-            "words with slashes between them"
-        )
+        raise DataError(f"{where}: {found[0].strip()!r} has no options; write different words with slashes between")
     return words
 
 
-def check_row(row: Row) -> None:
-    """Holds that the answer is one of the options.
-
-    Raises:
-        DataError: with the row, its answer and the options.
-    """
-    words = options(row)
-    if row.answer not in words:
+def check_example(example: Example) -> None:
+    """Raises `DataError` if the answer is not one of the options."""
+    words = options(example)
+    if example.answer not in words:
         raise DataError(
-            f"row {row.id} of {row.set}: answer {row.answer!r} is none of its options {', '.join(words)}; "
-            "correct the row or leave it out"
+            f"example {example.id} of {example.set}: answer {example.answer!r} is none of its options "
+            f"{', '.join(words)}; correct the example or leave it out"
         )
 
 
-def first_match(text: str, row: Row) -> str | None:
-    """The first answer word in a text, case-sensitive; which words, the row's set says, or its options elsewhere."""
-    if row.set in SETS:
-        pattern = SETS[row.set].pattern
+def first_match(text: str, example: Example) -> str | None:
+    """The first answer word in a text, case-sensitive: by the pattern of the example's set, or else its options."""
+    if example.set in SETS:
+        pattern = SETS[example.set].pattern
     else:  # longest first, or answer1 would be read in answer12
-        pattern = "|".join(re.escape(word) for word in sorted(options(row), key=len, reverse=True))
+        pattern = "|".join(re.escape(word) for word in sorted(options(example), key=len, reverse=True))
     found = re.search(pattern, text)
     return found[0] if found else None
 
 
-def first_match_of_response(text: str, row: Row) -> str | None:
+def first_match_of_response(text: str, example: Example) -> str | None:
     """`first_match` before any further response marker: LLM-Adapters cuts the whole text at these markers."""
-    return first_match(text.partition("### Response:")[0], row)
+    return first_match(text.partition("### Response:")[0], example)
 
 
-def whole_answer(text: str, row: Row) -> str | None:
+def whole_answer(text: str, example: Example) -> str | None:
     """The option that a text is, after at most the words "the correct answer is "; None for anything else."""
     word = text.strip().removeprefix(_SENTENCE).strip()
-    return word if word in options(row) else None
+    return word if word in options(example) else None
 
 
 def answer_sentence(option: str) -> str:
@@ -136,7 +122,7 @@ LLM_ADAPTERS = register(
         decoding=Decoding(max_new_tokens=32, num_beams=4),
         extract=first_match_of_response,
         options=options,
-        check=check_row,
+        check=check_example,
         summarise=accuracy_summary,
         main_metric="accuracy",
     )
@@ -155,7 +141,7 @@ HIRA = register(
         decoding=Decoding(max_new_tokens=16, num_beams=4),
         extract=first_match,
         options=options,
-        check=check_row,
+        check=check_example,
         summarise=accuracy_summary,
         main_metric="accuracy",
     )

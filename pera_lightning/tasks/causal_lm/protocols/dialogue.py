@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError, shorten
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, no_options, register
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols import prompts
+from pera_lightning.tasks.causal_lm.protocols.base import Decoding, Protocol, register
 
 
 def render(persona: Sequence[str], history: Sequence[tuple[str, str]], partner: str) -> str:
@@ -24,7 +24,7 @@ def render(persona: Sequence[str], history: Sequence[tuple[str, str]], partner: 
         partner: what the partner said last.
 
     Raises:
-        DataError: where there is no persona, or nothing to answer.
+        DataError: without a persona, or with nothing to answer.
     """
     if not persona or not partner.strip():
         what = "a last utterance of the partner" if persona else "a persona"
@@ -37,63 +37,61 @@ def render(persona: Sequence[str], history: Sequence[tuple[str, str]], partner: 
     return "\n".join([*lines, f"Partner: {partner}"])
 
 
-def extract(text: str, row: Row) -> str | None:
-    """The first line of a generated text; None where it is empty."""
+def extract(text: str, example: Example) -> str | None:
+    """The first line of a generated text, or None if it is empty."""
     return text.partition("\n")[0].strip() or None
 
 
-def never(prediction: str | None, row: Row) -> bool:
-    """No reply is the right one; a dialogue is measured by its metrics."""
+def never(prediction: str | None, example: Example) -> bool:
+    """False: no reply is the right one; a dialogue is measured by its metrics."""
     return False
 
 
-def check_row(row: Row) -> None:
-    """Holds that there is a reply to compare with.
-
-    Raises:
-        DataError: with the row.
-    """
-    if not row.answer.strip():
-        raise DataError(f"row {row.id} of {row.set}: its answer is empty; give the reply that the model should make")
+def check_example(example: Example) -> None:
+    """Raises `DataError` if there is no reply to compare with."""
+    if not example.answer.strip():
+        raise DataError(
+            f"example {example.id} of {example.set}: its answer is empty; give the reply that the model should make"
+        )
 
 
-def _texts(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Predictions, where none was found the empty text, and what they should be."""
-    if not records:
-        raise DataError("there are no predictions to summarise; the test set is empty, give one with rows")
-    return [record["prediction"] or "" for record in records], [record["answer"] for record in records]
+def _texts(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Replies, the empty text for one that was not found, and what they should be."""
+    if not predictions:
+        raise DataError("there are no predictions to summarise: the test set is empty")
+    return [one["prediction"] or "" for one in predictions], [one["answer"] for one in predictions]
 
 
-def bleu_and_rouge(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def bleu_and_rouge(predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Corpus BLEU of sacrebleu and the mean ROUGE-L F of rouge_score (no stemming), both 0 to 100.
 
     Args:
-        records: predictions of one set; one not found counts as an empty reply.
+        predictions: those of one set; one not found counts as an empty reply.
 
     Returns:
-        ``bleu``, ``rouge_l`` and ``not_found`` (part of the rows, 0 to 1).
+        ``bleu``, ``rouge_l`` and ``not_found`` (share of the examples, 0 to 1).
     """
     # Here, since naming a protocol must not cost the import of these libraries.
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    predictions, references = _texts(records)
+    replies, references = _texts(predictions)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(references, predictions, strict=True)
-    rouge = sum(scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs)
+    pairs = zip(references, replies, strict=True)
+    rouge = sum(scorer.score(reference, reply)["rougeL"].fmeasure for reference, reply in pairs)
     return {
         # ConvAI2 is written tokenised, of which sacrebleu warns unless forced; the score is the same.
-        "bleu": sacrebleu.corpus_bleu(predictions, [references], force=True).score,
-        "rouge_l": 100 * rouge / len(records),
-        "not_found": sum(record["prediction"] is None for record in records) / len(records),
+        "bleu": sacrebleu.corpus_bleu(replies, [references], force=True).score,
+        "rouge_l": 100 * rouge / len(predictions),
+        "not_found": sum(one["prediction"] is None for one in predictions) / len(predictions),
     }
 
 
-def meteor(records: Sequence[Mapping[str, Any]]) -> float:
+def meteor(predictions: Sequence[Mapping[str, Any]]) -> float:
     """Mean METEOR of nltk, 0 to 100; words are split at spaces, as ConvAI2 is written.
 
     Raises:
-        ConfigurationError: where nltk or its WordNet files are missing.
+        ConfigurationError: if nltk or its WordNet files are missing.
     """
     try:
         from nltk.translate.meteor_score import single_meteor_score
@@ -101,32 +99,32 @@ def meteor(records: Sequence[Mapping[str, Any]]) -> float:
         raise ConfigurationError(
             "METEOR needs nltk; run `pip install nltk`, then `python -m nltk.downloader wordnet`"
         ) from None
-    predictions, references = _texts(records)
+    replies, references = _texts(predictions)
     try:
-        scores = [single_meteor_score(r.split(), p.split()) for r, p in zip(references, predictions, strict=True)]
+        scores = [single_meteor_score(r.split(), p.split()) for r, p in zip(references, replies, strict=True)]
     except LookupError:
         raise ConfigurationError(
-            "METEOR needs the WordNet files of nltk, and they are not on this machine; run "
-            "`python -m nltk.downloader wordnet`, or set NLTK_DATA to a folder that has corpora/wordnet"
+            "METEOR needs nltk's WordNet files: run `python -m nltk.downloader wordnet`, or set NLTK_DATA to a folder "
+            "that has corpora/wordnet"
         ) from None
     return 100 * sum(scores) / len(scores)
 
 
-def bertscore(records: Sequence[Mapping[str, Any]], model: str) -> float:
+def bertscore(predictions: Sequence[Mapping[str, Any]], model: str) -> float:
     """Mean BERTScore F1 of torchmetrics from a model's last layer, without rescaling, 0 to 100.
 
     Args:
-        records: predictions of one set.
+        predictions: those of one set.
         model: folder or hub id of an encoder with its tokenizer, such as ``"roberta-large"``.
 
     Raises:
-        ConfigurationError: where the model cannot be loaded.
+        ConfigurationError: if the model cannot be loaded.
     """
     from torchmetrics.functional.text.bert import bert_score
 
-    predictions, references = _texts(records)
+    replies, references = _texts(predictions)
     try:
-        scores = bert_score(predictions, references, model_name_or_path=model)
+        scores = bert_score(replies, references, model_name_or_path=model)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"BERTScore cannot load {model!r}; give a folder or hub id of an encoder: {shorten(str(error))}"
@@ -135,20 +133,20 @@ def bertscore(records: Sequence[Mapping[str, Any]], model: str) -> float:
 
 
 def summary(
-    records: Sequence[Mapping[str, Any]], *, with_meteor: bool = False, bertscore_model: str | None = None
+    predictions: Sequence[Mapping[str, Any]], *, with_meteor: bool = False, bertscore_model: str | None = None
 ) -> dict[str, float]:
-    """`bleu_and_rouge`, and the two metrics that need files of their own where they are asked for.
+    """`bleu_and_rouge`, and on request the two metrics that need files of their own.
 
     Args:
-        records: predictions of one set.
+        predictions: those of one set.
         with_meteor: adds ``meteor``.
         bertscore_model: folder or hub id of an encoder; adds ``bertscore``.
     """
-    measured = bleu_and_rouge(records)
+    measured = bleu_and_rouge(predictions)
     if with_meteor:
-        measured["meteor"] = meteor(records)
+        measured["meteor"] = meteor(predictions)
     if bertscore_model is not None:
-        measured["bertscore"] = bertscore(records, bertscore_model)
+        measured["bertscore"] = bertscore(predictions, bertscore_model)
     return measured
 
 
@@ -164,9 +162,8 @@ SELF_PERSONA = register(
         **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=64, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4),
         extract=extract,
-        options=no_options,
         is_correct=never,
-        check=check_row,
+        check=check_example,
         summarise=summary,
         main_metric="bleu",
     )

@@ -10,9 +10,9 @@ import re
 from decimal import Decimal
 
 from pera_lightning.errors import DataError
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, no_options, register
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols import prompts
+from pera_lightning.tasks.causal_lm.protocols.base import Decoding, Protocol, register
 from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
 
 # A sign only where nothing stands before it that makes it a minus or a range: "10-5" ends in 5.
@@ -30,26 +30,24 @@ def _value(match: re.Match[str]) -> Decimal:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text; None where there is none.
+    """The last number of a text, or None.
 
     Thousands may have commas, "$" and a full stop are passed over, a plain fraction such as 3/4 is one number.
     """
-    last = None
-    for last in _NUMBER.finditer(text):  # noqa: B007 - the last one is what counts
-        pass
-    return _value(last) if last else None
+    found = [*_NUMBER.finditer(text)]
+    return _value(found[-1]) if found else None
 
 
 def gold_number(answer: str) -> Decimal:
     """The number of an answer as the files hold it: ``"576.0"``, ``"1,200"``, or a solution ending in ``"#### 72"``.
 
     Raises:
-        DataError: where that is no number.
+        DataError: for anything else.
     """
     match = _NUMBER.fullmatch(answer.rpartition("####")[2].strip())
     if match is None:
         shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
-        raise DataError(f"answer {shown!r} is no number; give one such as '72', '576.0' or '... #### 72'")
+        raise DataError(f"answer {shown!r} is not a number; give one such as '72', '576.0' or '... #### 72'")
     return _value(match)
 
 
@@ -60,27 +58,23 @@ def written(number: Decimal) -> str:
     return "0" if text == "-0" else text
 
 
-def extract(text: str, row: Row) -> str | None:
+def extract(text: str, example: Example) -> str | None:
     """The last number of a generated text, written plainly."""
     number = last_number(text)
     return None if number is None else written(number)
 
 
-def is_correct(prediction: str | None, row: Row) -> bool:
-    """Whether the prediction is the number of the row's answer, however that is written."""
-    return prediction is not None and Decimal(prediction) == gold_number(row.answer)
+def is_correct(prediction: str | None, example: Example) -> bool:
+    """Whether the prediction is the number of the example's answer, however that is written."""
+    return prediction is not None and Decimal(prediction) == gold_number(example.answer)
 
 
-def check_row(row: Row) -> None:
-    """Holds that the answer of a test row is a number.
-
-    Raises:
-        DataError: with the row and its answer.
-    """
+def check_example(example: Example) -> None:
+    """Raises `DataError` if the answer of a test example is not a number."""
     try:
-        gold_number(row.answer)
+        gold_number(example.answer)
     except DataError as error:
-        raise DataError(f"row {row.id} of {row.set}: {error}") from None
+        raise DataError(f"example {example.id} of {example.set}: {error}") from None
 
 
 LAST_NUMBER = register(
@@ -95,9 +89,8 @@ LAST_NUMBER = register(
         **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=512),
         extract=extract,
-        options=no_options,
         is_correct=is_correct,
-        check=check_row,
+        check=check_example,
         summarise=accuracy_summary,
         main_metric="accuracy",
     )
