@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pera_lightning.data.cached_tables import kept
-from pera_lightning.data.tokenization import encode_pairs, tokenizer_key, truncate
+from pera_lightning.data.tokenization import encode_pairs, tokenizer_key
 from pera_lightning.tasks.causal_lm.examples import Example
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 
@@ -101,8 +101,9 @@ class TokenDataset:
 
     def __getitem__(self, number: int) -> dict[str, object]:
         entry = self._table[int(self.indices[number])]
-        ids, start, _ = truncate(entry["input_ids"], entry["start"], self._max_length)
-        return {"input_ids": ids, "start": start}
+        # Cut at the end, as LLM-Adapters does: the EOS goes first, then the response.
+        ids = entry["input_ids"][: self._max_length]
+        return {"input_ids": ids, "start": min(entry["start"], len(ids))}
 
 
 class PackedDataset:

@@ -298,10 +298,10 @@ def test_a_description_of_decoding_and_prompts() -> None:
 
 def test_names_that_do_not_exist() -> None:
     with pytest.raises(
-        UnknownNameError, match=r"'hirra' does not exist for commonsense; one of .*score; closest: hira"
+        UnknownNameError, match=r"commonsense protocol='hirra' does not exist; one of .*score; closest: hira"
     ):
         protocol("commonsense", "hirra")
-    with pytest.raises(UnknownNameError, match=r"task 'math' does not exist; one of commonsense.*; closest: maths"):
+    with pytest.raises(UnknownNameError, match=r"task='math' does not exist; one of commonsense.*; closest: maths"):
         protocol("math", "last_number")
 
 

@@ -273,9 +273,7 @@ def test_values_that_are_not_allowed(options, words):
 def test_an_unknown_protocol():
     with pytest.raises(UnknownNameError) as error:
         ExamplesData(protocol="hera")
-    one_line(
-        error, "protocol 'hera' does not exist for commonsense", "llm_adapters, hira, strict, score", "closest: hira"
-    )
+    one_line(error, "commonsense protocol='hera' does not exist", "llm_adapters, hira, strict, score", "closest: hira")
 
 
 def test_data_that_cannot_serve(build, tmp_path):

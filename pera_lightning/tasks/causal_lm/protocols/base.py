@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
+from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.causal_lm.examples import Example
-from pera_lightning.validation import check_in_range, check_positive_int
+from pera_lightning.validation import check_choice, check_in_range, check_positive_int
 
 # Defaults of a protocol's functions; no lambdas, so that data modules can be pickled.
 
@@ -137,10 +137,7 @@ def protocols(task: str) -> Mapping[str, Protocol]:
     Raises:
         UnknownNameError: if the task does not exist.
     """
-    if task not in _PROTOCOLS:
-        raise UnknownNameError(
-            f"task {task!r} does not exist; one of {', '.join(_PROTOCOLS)}{closest(task, _PROTOCOLS)}"
-        )
+    check_choice(task, "task", tuple(_PROTOCOLS))
     return dict(_PROTOCOLS[task])
 
 
@@ -151,8 +148,5 @@ def protocol(task: str, name: str) -> Protocol:
         UnknownNameError: if the task or the name does not exist.
     """
     names = protocols(task)
-    if name not in names:
-        raise UnknownNameError(
-            f"protocol {name!r} does not exist for {task}; one of {', '.join(names)}{closest(name, names)}"
-        )
+    check_choice(name, f"{task} protocol", tuple(names))
     return names[name]
