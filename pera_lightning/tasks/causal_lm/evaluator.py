@@ -145,9 +145,10 @@ class Evaluator:
             for stage in self.inference
         }
         tables = {
-            stage: [self._row(name, found) for name, found in by_set(own).items()] for stage, own in stages.items()
+            stage: [self._row(name, own) for name, own in by_set(found).items()]
+            for stage, found in stages.items()
+            if found
         }
-        tables = {stage: rows for stage, rows in tables.items() if rows}
         metric = self.protocol.main_metric
         averages = {stage: average_row(rows, metric) for stage, rows in tables.items()}
         scores = {f"{stage}/{metric}": row[metric] for stage, row in averages.items()}

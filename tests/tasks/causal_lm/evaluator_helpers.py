@@ -33,7 +33,7 @@ def ready(folder, method=None, seed=3, **options):
 
 
 def evaluate(folder, network, datamodule, method=None, callbacks=(), command="test", **options):
-    """Tests; the scores that the trainer returns, results.json, and the records of each file of predictions."""
+    """Tests; the scores that the trainer returns, results.json, and the predictions of each file of predictions."""
     trainer = make_trainer(folder, method, callbacks=callbacks, **options)
     scores = getattr(trainer, command)(network, datamodule=datamodule)
     return SimpleNamespace(scores=scores and scores[0], **left(folder))
@@ -87,7 +87,7 @@ class Interrupt(Callback):
 
 @torch.no_grad()
 def by_hand(network, sets):
-    """Prediction of every row: the option with the largest log-probability, one text after the other."""
+    """Prediction of every example: the option with the largest log-probability, one text after the other."""
     network.eval()
     predictions = {}
     for name in COUNTS:
@@ -111,7 +111,7 @@ def without_time(records):
 
 
 def close(one, other):
-    """Equal records but for the rounding of sums in batches of another size, and for who answered."""
+    """Equal predictions but for the rounding of sums in batches of another size, and for who answered."""
     strip = {"scores", "beam_score", "seconds", "rank"}
     for name, rows in one.items():
         assert [{k: v for k, v in r.items() if k not in strip} for r in rows] == [

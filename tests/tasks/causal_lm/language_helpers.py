@@ -1,4 +1,4 @@
-"""Folders with very small language models and their tokenizer, batches of token rows, and short runs."""
+"""Folders with very small language models and their tokenizer, batches of token sequences, and short runs."""
 
 import json
 
@@ -163,7 +163,7 @@ def trained(network):
 
 
 def write_sets(folder, counts, seed=0, train=12):
-    """LLM-Adapters' files: test sets of so many questions, and training rows of ARC-Easy."""
+    """LLM-Adapters' files: test sets of so many questions, and training examples of ARC-Easy."""
     generator = torch.Generator().manual_seed(seed)
     for name, count in {**counts, "ARC-Easy/train": train}.items():
         rows = []

@@ -82,7 +82,7 @@ def test_what_a_run_needs_is_downloaded_once(server, tmp_path):
     assert len(server.asked) == 3
 
 
-def test_other_numbers_of_rows_than_the_papers_are_refused(server, tmp_path):
+def test_other_numbers_of_examples_than_the_papers_are_refused(server, tmp_path):
     serve(server, "ft-training_set/commonsense_170k.json", [entry(k) for k in range(10)])
     serve(server, "dataset/openbookqa/test.json", [entry(k) for k in range(499)])
     data = downloading(server, tmp_path, test=["openbookqa"])

@@ -35,7 +35,7 @@ def build(tmp_path):
 
 
 def texts(batch, tokenizer):
-    """Each row of a batch as text, and the text of its labels."""
+    """Each example of a batch as text, and the text of its labels."""
     rows = []
     if "attention_mask" in batch:
         parts = [(batch["input_ids"][i][m], batch["labels"][i][m]) for i, m in enumerate(batch["attention_mask"] == 1)]
@@ -51,7 +51,7 @@ def texts(batch, tokenizer):
 
 
 def numbers(data, loader):
-    """The number in the instruction of every row of an epoch."""
+    """The number in the instruction of every example of an epoch."""
     return [
         int(text.partition("### Instruction:\n")[2].strip()[:3])
         for batch in loader
@@ -60,7 +60,7 @@ def numbers(data, loader):
 
 
 @pytest.mark.parametrize("batching", ["grouped", "packed", "random"])
-def test_every_row_once_an_epoch_with_the_loss_on_the_answer(build, batching):
+def test_every_example_once_an_epoch_with_the_loss_on_the_answer(build, batching):
     data = build(batching=batching)
     loader = data.train_dataloader()
     assert Counter(numbers(data, loader)) == Counter(data._split("train").indices.tolist())
@@ -82,7 +82,7 @@ def test_the_loss_on_the_whole_text(build, batching):
             assert learned == text[1:]  # nothing predicts the first token, and this tokenizer puts no BOS there
 
 
-def test_grouped_rows_are_of_like_length_and_others_come_anew_each_epoch(build):
+def test_grouped_examples_are_of_similar_length_and_others_come_anew_each_epoch(build):
     data = build(200)
     loader = data.train_dataloader()
     spread = [int(b["attention_mask"].sum(1).max() - b["attention_mask"].sum(1).min()) for b in loader]
@@ -96,7 +96,7 @@ def test_grouped_rows_are_of_like_length_and_others_come_anew_each_epoch(build):
     assert first != numbers(data, loader)
 
 
-def test_validation_rows_are_the_same_for_every_fraction_and_fractions_are_nested(build):
+def test_validation_examples_are_the_same_for_every_fraction_and_fractions_are_nested(build):
     parts = {f: build(100, train_fraction=f)._splits for f in (0.1, 0.2, 0.5, 0.8, 1.0)}
     held = {tuple(part["validation"].indices.tolist()) for part in parts.values()}
     assert len(held) == 1
@@ -129,8 +129,8 @@ def test_validation_batches_keep_the_order(build):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_validation_rows(build, world):
-    """Six rows; with four processes two fill up, without a label."""
+def test_processes_share_the_validation_examples(build, world):
+    """Six examples; with four processes two fill up, without a label."""
     whole = next(iter(build(eval_batch_size=6).val_dataloader()))
     shares = []
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""Dialogues: ParlAI's text and JSON lines say the same, every reply is a row."""
+"""Dialogues: ParlAI's text and JSON lines say the same, every reply is an example."""
 
 import json
 
@@ -32,7 +32,7 @@ def text_file(path, text):
     return path
 
 
-def test_every_reply_is_a_row_and_both_formats_agree(tmp_path):
+def test_every_reply_is_an_example_and_both_formats_agree(tmp_path):
     lines = read_replies(write_json(tmp_path / "train.jsonl", [FIRST, SECOND], lines=True))
     text = read_replies(text_file(tmp_path / "train.txt", PARLAI))
     windows = read_replies(text_file(tmp_path / "train.txt", PARLAI.replace("\n", "\r\n")))

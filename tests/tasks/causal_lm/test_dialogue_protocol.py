@@ -103,7 +103,7 @@ def test_the_reply_is_the_first_line(text: str, found: str | None) -> None:
     assert SELF_PERSONA.extract(text, Example("1", "convai2", "", "", "", "x")) == found
 
 
-def test_a_row_without_a_reply() -> None:
+def test_a_example_without_a_reply() -> None:
     with pytest.raises(DataError, match="example 9 of convai2: its answer is empty"):
         SELF_PERSONA.check(Example("9", "convai2", "hi", "", "", " "))
     SELF_PERSONA.check(Example("9", "convai2", "hi", "", "", "yes"))
@@ -139,7 +139,7 @@ def test_equal_replies_are_a_hundred(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_no_records() -> None:
+def test_no_predictions() -> None:
     with pytest.raises(DataError, match="no predictions to summarise"):
         SELF_PERSONA.summarise([])
 

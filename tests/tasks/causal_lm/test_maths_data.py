@@ -1,4 +1,4 @@
-"""Word problems: three forms of row, from files and the hub."""
+"""Word problems: three forms of example, from files and the hub."""
 
 import datasets
 import pytest

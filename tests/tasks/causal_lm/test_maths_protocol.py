@@ -125,7 +125,7 @@ def test_answers_that_are_no_number(answer: str) -> None:
         LAST_NUMBER.check(answered(answer))
 
 
-def test_a_row_with_a_number_passes() -> None:
+def test_an_example_with_a_number_passes() -> None:
     LAST_NUMBER.check(answered("576.0"))
 
 

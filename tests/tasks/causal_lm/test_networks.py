@@ -84,7 +84,7 @@ def test_an_encoder_is_refused_before_it_is_measured(command, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_models_whose_packed_rows_see_each_other(dtype, tmp_path):
+def test_models_whose_packed_examples_see_each_other(dtype, tmp_path):
     opt = OPTForCausalLM(OPTConfig(**SMALL, num_attention_heads=4, ffn_dim=32, max_position_embeddings=64))
     bloom = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=4, vocab_size=140))
     for network in (opt, bloom, load(save_tiny(tmp_path / "mamba", "mamba"))):
@@ -145,7 +145,7 @@ def test_examples_that_do_not_fit_the_model(tmp_path):
         check_extremes(network, 1, vocabulary)
 
 
-def test_a_fit_holds_its_rows_to_the_model(tmp_path):
+def test_a_fit_holds_its_examples_to_the_model(tmp_path):
     sets = write_sets(tmp_path / "sets", {"boolq": 2})
     folder = save_tiny(tmp_path / "llama")
     data = CommonsenseDataModule(
@@ -165,8 +165,8 @@ def test_a_fit_holds_its_rows_to_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_validation_counts_every_row_once(llama, tmp_path, world):
-    """Nine rows on two processes: a sampler that fills up would count one of them twice."""
+def test_validation_counts_every_example_once(llama, tmp_path, world):
+    """Nine examples on two processes: a sampler that fills up would count one of them twice."""
     sets = write_sets(tmp_path / "sets", {"boolq": 2}, train=13)
     options = {"validation_size": 9, "batch_size": 4, "eval_batch_size": 2, "cache_dir": str(tmp_path / "cache")}
 

@@ -1,4 +1,4 @@
-"""Prediction records on disk: written as they come, read after an interruption, put in order at the end."""
+"""Predictions on disk: written as they come, read after an interruption, put in order at the end."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_half_a_line_is_left_out_and_kept_apart(tmp_path, cut):
 
 
 @pytest.mark.parametrize("junk", [b"", b"\n\n", b"3\n", b'["id"]\n', b'{"set": "x"}\n', b"\xff\xfe\n", b"{}\n"])
-def test_what_is_no_record_is_left_out(tmp_path, junk):
+def test_what_is_no_prediction_is_left_out(tmp_path, junk):
     records = partial(tmp_path)
     records.append([A])
     with records.path.open("ab") as file:

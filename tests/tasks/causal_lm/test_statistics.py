@@ -60,7 +60,7 @@ def record(prediction: str | None, correct: bool) -> dict[str, object]:
     return {"id": "0", "set": "boolq", "output": "", "prediction": prediction, "answer": "true", "correct": correct}
 
 
-def test_the_accuracy_of_records() -> None:
+def test_the_accuracy_of_predictions() -> None:
     """What was not found is wrong, and counted."""
     records = [record("true", True), record("true", True), record("false", False), record(None, False)]
     summary = accuracy_summary(records)
@@ -68,7 +68,7 @@ def test_the_accuracy_of_records() -> None:
     assert summary == {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "not_found": 0.25}
 
 
-def test_no_records() -> None:
+def test_no_predictions() -> None:
     with pytest.raises(DataError, match="the test set is empty"):
         accuracy_summary([])
 

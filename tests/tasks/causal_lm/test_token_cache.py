@@ -1,4 +1,4 @@
-"""Tokenised rows: written once, keyed by all that decides them, never half of them."""
+"""Tokenised examples: written once, keyed by all that decides them, never half of them."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def test_the_second_time_nothing_is_tokenised(tmp_path):
     assert len(files(tmp_path / "new")) == 1
 
 
-def test_another_tokenizer_protocol_or_row_is_another_file(tmp_path):
+def test_another_tokenizer_protocol_or_example_is_another_file(tmp_path):
     rows, tokenizer = examples_of(3), byte_tokenizer()
     cached(rows, HIRA, tokenizer, tmp_path)
     cached(rows, HIRA, byte_tokenizer(eos_token="<pad>"), tmp_path)
@@ -49,7 +49,7 @@ def test_another_tokenizer_protocol_or_row_is_another_file(tmp_path):
     assert len(files(tmp_path)) == 5
 
 
-def test_more_rows_than_are_written_at_once(tmp_path, monkeypatch):
+def test_more_examples_than_are_written_at_once(tmp_path, monkeypatch):
     rows, tokenizer = examples_of(11), byte_tokenizer()
     whole = cached(rows, HIRA, tokenizer, tmp_path / "a")[:]
     monkeypatch.setattr(token_cache, "_CHUNK", 4)
@@ -144,7 +144,7 @@ def test_what_is_cut_and_left_out_against_brute_force(tmp_path, chosen, max_leng
     assert [rows[k] for k in range(len(rows))] == [{"input_ids": ids, "start": start} for _, ids, start in kept]
 
 
-def test_packed_rows_are_lists_of_rows(tmp_path):
+def test_packed_examples_are_lists_of_examples(tmp_path):
     rows = TokenDataset(cached(examples_of(4), HIRA, byte_tokenizer(), tmp_path), np.arange(4), 1000)
     packed = PackedDataset(rows, [[2, 0], [3]])
     assert (len(packed), packed[0], packed[1]) == (2, [rows[2], rows[0]], [rows[3]])

@@ -98,7 +98,7 @@ def examples_of(count, set_name="ARC-Easy", split="train"):
 
 
 def entry(number, **fields):
-    """A row as LLM-Adapters' files have it."""
+    """An example as LLM-Adapters' files have it."""
     answer = f"answer{number % 4 + 1}"
     return {
         "instruction": f"question {number}",
