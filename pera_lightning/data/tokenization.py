@@ -70,12 +70,12 @@ def encode_pairs(
     if eos and tokenizer.eos_token_id is None:
         raise DataError(f"{type(tokenizer).__name__} has no EOS token, and the protocol ends a response with it")
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    encoded = encode(tokenizer, texts, bos=bos)
     unique = list(dict.fromkeys(prompts))
     alone = dict(zip(unique, encode(tokenizer, unique, bos=bos), strict=True))
     ending = [tokenizer.eos_token_id] if eos else []
     # The start is found before EOS comes in: were it part of the ids, a prompt could hold an EOS at the same place.
-    pairs = zip(encode(tokenizer, texts, bos=bos), prompts, strict=True)
-    return [(ids + ending, common_prefix(ids, alone[prompt])) for ids, prompt in pairs]
+    return [(ids + ending, common_prefix(ids, alone[prompt])) for ids, prompt in zip(encoded, prompts, strict=True)]
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
