@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pera_lightning import inject
 from pera_lightning.adapters import LoRA
-from pera_lightning.data import batching
+from pera_lightning.data import batching, length_grouping
 from pera_lightning.data.tokenization import pad_token_id
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.module import CausalLMModule
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -46,7 +46,7 @@ def make_batches(
     lengths = [len(row["input_ids"]) for row in rows]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     random = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    grouped = batching.LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
+    grouped = length_grouping.LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
     packed = batching.pack(lengths, batching.capacity_for(lengths, batch_size), seed=seed)
     return {
         "padded": [batching.collate_padded([rows[k] for k in one], pad_id=pad_id, length=length) for one in random],

@@ -46,10 +46,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: Bos
     if isinstance(texts, str):  # its characters would be taken for texts
         raise ConfigurationError("texts is one text; give a list of texts")
     first = tokenizer.bos_token_id if bos == "always" else None
-    rows = []
-    for ids in _tokenised(tokenizer, texts):
-        rows.append([first, *ids] if first is not None and ids[:1] != [first] else ids)
-    return rows
+    return [[first, *ids] if first is not None and ids[:1] != [first] else ids for ids in _tokenised(tokenizer, texts)]
 
 
 def encode_pairs(
@@ -65,19 +62,20 @@ def encode_pairs(
         eos: append EOS.
 
     Returns:
-        A pair (ids, start) a row: ids[:start] are tokens of the prompt alone too, ids[start:] are the response's.
+        A pair (ids, start) a prompt: ids[:start] are tokens of the prompt alone too, ids[start:] are the response's.
 
     Raises:
-        DataError: EOS is asked for and the tokenizer has none.
+        DataError: if EOS is asked for and the tokenizer has none.
     """
     if eos and tokenizer.eos_token_id is None:
         raise DataError(f"{type(tokenizer).__name__} has no EOS token, and the protocol ends a response with it")
-    whole = encode(tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)], bos=bos)
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    encoded = encode(tokenizer, texts, bos=bos)
     unique = list(dict.fromkeys(prompts))
     alone = dict(zip(unique, encode(tokenizer, unique, bos=bos), strict=True))
     ending = [tokenizer.eos_token_id] if eos else []
     # The start is found before EOS comes in: were it part of the ids, a prompt could hold an EOS at the same place.
-    return [(ids + ending, common_prefix(ids, alone[prompt])) for ids, prompt in zip(whole, prompts, strict=True)]
+    return [(ids + ending, common_prefix(ids, alone[prompt])) for ids, prompt in zip(encoded, prompts, strict=True)]
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -86,22 +84,6 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     if left[:shorter] == right[:shorter]:  # nearly always so, and a comparison in C
         return shorter
     return next(place for place in range(shorter) if left[place] != right[place])
-
-
-def truncate(ids: list[int], start: int, max_length: int) -> tuple[list[int], int, bool]:
-    """Cuts at the end, as LLM-Adapters does: the EOS goes first, then the response.
-
-    Args:
-        ids: prompt and response.
-        start: first token of the response.
-        max_length: tokens to keep at most, special ones included.
-
-    Returns:
-        (ids, start, cut): `start` stays within the ids; whether something was cut.
-    """
-    cut = len(ids) > max_length
-    ids = ids[:max_length]
-    return ids, min(start, len(ids)), cut
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -143,7 +125,7 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iter
     """Token ids of each text, with the special tokens of the tokenizer, less the EOS it appended."""
     appended = _appended(tokenizer)
     for begin in range(0, len(texts), CHUNK):
-        rows = tokenizer(
+        sequences = tokenizer(
             list(texts[begin : begin + CHUNK]),
             add_special_tokens=True,
             padding=False,
@@ -152,14 +134,14 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iter
             return_token_type_ids=False,
             verbose=False,  # no warning about texts over the model's length: the caller truncates and counts
         )["input_ids"]
-        yield from (ids[: len(ids) - appended] for ids in rows)
+        yield from (ids[: len(ids) - appended] for ids in sequences)
 
 
 def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many EOS the tokenizer puts after every text.
 
-    Counted once and not read off the end of each row: a text may itself end with an EOS written out, and a BOS may
-    have the same id.
+    Counted once and not read off the end of the ids: a text may itself end with an EOS written out, and a BOS may have
+    the same id.
     """
     if getattr(tokenizer, "is_fast", False):
         probe = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)

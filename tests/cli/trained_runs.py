@@ -11,7 +11,7 @@ import yaml
 
 from pera_lightning import AdapterInjection, save_adapter
 from pera_lightning.adapters import PERA, AuroRA
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.module import CausalLMModule
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.module import ImageClassificationModule

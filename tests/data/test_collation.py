@@ -45,7 +45,7 @@ def test_collate_padded_against_plain_loops(length: int | None, seed: int) -> No
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
-def test_a_padding_token_inside_a_row_keeps_its_label() -> None:
+def test_a_padding_token_inside_an_example_keeps_its_label() -> None:
     batch = collate_padded([{"input_ids": [7, 8, 2], "start": 1}, {"input_ids": [9, 2], "start": 1}], pad_id=2)
     assert batch["labels"].tolist() == [[-100, 8, 2], [-100, -100, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
@@ -84,7 +84,7 @@ def test_examples_that_cannot_be_collated(collate) -> None:
     pickle.dumps(collate)  # for the workers of a loader
 
 
-def test_collate_padded_refuses_a_row_longer_than_the_length() -> None:
+def test_collate_padded_refuses_an_example_longer_than_the_length() -> None:
     with pytest.raises(DataError, match=r"3 tokens.* length 2"):
         collate_padded([{"input_ids": [4, 5, 6], "start": 1}], pad_id=0, length=2)
 
@@ -115,7 +115,7 @@ def test_answers_at_the_end_need_few_positions() -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_padded_packed_and_single_rows_have_the_same_loss(attention: str) -> None:
+def test_padded_packed_and_single_examples_have_the_same_loss(attention: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

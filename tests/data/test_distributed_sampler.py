@@ -53,7 +53,7 @@ def test_without_a_trainer_there_is_one_process():
 
 
 def test_results_of_several_processes_come_in_order_and_once():
-    """Seven examples over three processes: two fill up with the last row."""
+    """Seven examples over three processes: two fill up with the last example."""
     ranks = [[("0", 5), ("3", 4), ("6", 9)], [("1", 2), ("4", 7), ("6", 9)], [("2", 0), ("5", 1), ("6", 9)]]
     assert merge_shards(ranks) == [("0", 5), ("1", 2), ("2", 0), ("3", 4), ("4", 7), ("5", 1), ("6", 9)]
 

@@ -14,7 +14,6 @@ from pera_lightning.data.tokenization import (
     encode_pairs,
     pad_token_id,
     tokenizer_key,
-    truncate,
 )
 from pera_lightning.errors import ConfigurationError, DataError
 
@@ -213,13 +212,6 @@ def test_pairs_that_do_not_fit():
 )
 def test_common_prefix(left, right, length):
     assert common_prefix(left, right) == length
-
-
-def test_truncate_cuts_the_end_and_says_so():
-    ids = [1, 2, 3, 4, 5]
-    assert truncate(ids, 2, 5) == (ids, 2, False)
-    assert truncate(ids, 2, 4) == ([1, 2, 3, 4], 2, True)
-    assert truncate(ids, 4, 2) == ([1, 2], 2, True)
 
 
 def test_pad_token_or_eos_or_zero():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, LoRA
 from pera_lightning.cli.main import main
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.decoding import generate
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.protocols import protocol
@@ -141,7 +141,7 @@ def test_answers_do_not_hang_on_the_batch(model_folder: Path, questions: Path) -
     hira = protocol("commonsense", "hira")
     data = CommonsenseDataModule(str(questions), test=["ARC-Easy"], protocol="hira")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    asked = make_questions(hira, tokenizer, data.test_rows()["ARC-Easy"][:8])
+    asked = make_questions(hira, tokenizer, data.test_examples()["ARC-Easy"][:8])
     prompts = [tokenizer("Name one animal.")["input_ids"], *(q.prompt for q in asked)]  # very unlike in length
     network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     together = generate(network, tokenizer, prompts, hira.decoding)

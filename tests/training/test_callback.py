@@ -129,6 +129,25 @@ def test_unused_layers_may_be_a_warning(tmp_path: Path) -> None:
         callback(on_unused="ignore")
 
 
+class SkipsABatch(Skips):
+    """Answers nothing of the first validation batch."""
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        if batch_idx:
+            super().validation_step(batch, batch_idx)
+
+
+def test_a_batch_in_which_nothing_runs_is_not_the_first(tmp_path: Path) -> None:
+    """The next one tells which layers run; if none does, no hook is left behind."""
+    run = trainer(tmp_path, callback(targets=[*TARGETS, "extra"]))
+    with pytest.raises(UnusedLayerError, match="1 adapted layers did not run in the first evaluation batch"):
+        run.validate(SkipsABatch(), val_loader())
+    model = SkipsABatch()
+    trainer(tmp_path, callback(targets=[*TARGETS, "extra"]), limit_val_batches=1).validate(model, val_loader())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
 def test_compiled_in_place(tmp_path: Path) -> None:
     class Compiled(Plain):
         def on_fit_start(self) -> None:

@@ -1,189 +1,157 @@
-"""The eight commonsense sets in the form of LLM-Adapters, and four protocols: llm_adapters, hira, strict, score.
+"""The eight commonsense sets of LLM-Adapters (arXiv 2304.01933): their files, from a folder or its repository.
 
-Papers: LLM-Adapters (arXiv 2304.01933), whose protocol AuroRA follows; HiRA (ICLR 2025), which PERA follows. Both read
-the first match of a regular expression, case-sensitive; a text without one counts as wrong.
+Prompts, decoding and the reading of answers are in `protocols/commonsense.py`.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from pera_lightning.errors import DataError
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, register
-from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
+from lightning.pytorch.utilities import rank_zero_warn
 
-TASK = "commonsense"
+from pera_lightning.data import downloads
+from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.examples import Example, read_examples
+from pera_lightning.tasks.causal_lm.protocols.commonsense import TASK, options
+from pera_lightning.validation import check_choice
 
-
-@dataclass(frozen=True, slots=True)
-class CommonsenseSet:
-    """One of the sets.
-
-    Args:
-        title: its name in tables.
-        test_rows: rows of its test file.
-        pattern: regular expression of an answer in generated text.
-        options: the answer words of each of its rows; empty where rows differ and have to say theirs.
-    """
-
-    title: str
-    test_rows: int
-    pattern: str
-    options: tuple[str, ...]
-
-
-_ANSWERS = "answer1|answer2|answer3|answer4|answer5"
-_ANY: tuple[str, ...] = ()  # ARC has questions of 3, 4 and 5 answers
-
-SETS: dict[str, CommonsenseSet] = {  # in the order of the papers' tables
-    "boolq": CommonsenseSet("BoolQ", 3270, "true|false", ("true", "false")),
-    "piqa": CommonsenseSet("PIQA", 1838, "solution1|solution2", ("solution1", "solution2")),
-    "social_i_qa": CommonsenseSet("SIQA", 1954, _ANSWERS, ("answer1", "answer2", "answer3")),
-    "hellaswag": CommonsenseSet(
-        "HellaSwag", 10042, "ending1|ending2|ending3|ending4", ("ending1", "ending2", "ending3", "ending4")
-    ),
-    "winogrande": CommonsenseSet("WinoGrande", 1267, "option1|option2", ("option1", "option2")),
-    "ARC-Easy": CommonsenseSet("ARC-e", 2376, _ANSWERS, _ANY),
-    "ARC-Challenge": CommonsenseSet("ARC-c", 1172, _ANSWERS, _ANY),
-    "openbookqa": CommonsenseSet("OBQA", 500, _ANSWERS, ("answer1", "answer2", "answer3", "answer4")),
+# The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
+# download are recorded, and the numbers of examples are held to those of the papers.
+REPOSITORY = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+TRAINING_EXAMPLES: dict[str, int | None] = {"commonsense_170k": 170_420, "commonsense_15k": None}
+TEST_EXAMPLES = {  # in the order of the papers' tables
+    "boolq": 3270,
+    "piqa": 1838,
+    "social_i_qa": 1954,
+    "hellaswag": 10042,
+    "winogrande": 1267,
+    "ARC-Easy": 2376,
+    "ARC-Challenge": 1172,
+    "openbookqa": 500,
 }
 
-_FORMAT = re.compile(r"Answer format:([^\n]*)\s*\Z")
-_SENTENCE = "the correct answer is "
 
+class CommonsenseDataModule(TextDataModule):
+    """Commonsense170K, or the training examples of single sets, and the eight test sets.
 
-def options(row: Row) -> tuple[str, ...]:
-    """The answer words of a row: those its instruction ends with, or else those of its set.
-
-    Raises:
-        DataError: where neither says them, or the instruction's list is no list of different words.
+    Args:
+        folder: folder of LLM-Adapters' files, laid out as in its repository (``ft-training_set/commonsense_170k.json``,
+            ``dataset/ARC-Easy/test.json``) or without those two folders. By default the files that are needed are
+            downloaded from the repository into `cache_dir`, once, and held to their checksums ever after.
+        train: "commonsense_170k", "commonsense_15k", or a list of sets, whose training examples are joined.
+        test: sets to test on; by default all eight, in the order of the papers' tables.
+        protocol: "llm_adapters", "hira", "strict" or "score", see `protocols/commonsense.py`.
+        download_from: base URL of a mirror of the repository; its files end as those of the repository do.
+        options: those of `TextDataModule`.
     """
-    found = _FORMAT.search(row.instruction)
-    if found is None:
-        if row.set in SETS and SETS[row.set].options:
-            return SETS[row.set].options
-        raise DataError(
-            f"row {row.id} of {row.set}: its options are unknown; end the instruction with a line such as "
-            "'Answer format: answer1/answer2'"
+
+    task = TASK
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        *,
+        train: str | list[str] = "commonsense_170k",
+        test: list[str] | None = None,
+        protocol: str = "hira",
+        download_from: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(protocol=protocol, **options)
+        if folder is not None and download_from is not None:
+            raise ConfigurationError("folder and download_from exclude each other; leave one out")
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.download_from = (download_from or REPOSITORY).rstrip("/")
+        self.train = [train] if isinstance(train, str) else list(train)
+        self.test = list(TEST_EXAMPLES) if test is None else list(test)
+        _check_names("train", self.train, [*TRAINING_EXAMPLES, *TEST_EXAMPLES])
+        _check_names("test", self.test, [*TEST_EXAMPLES])
+
+    def prepare_data(self) -> None:
+        """Downloads what this run needs and lacks, in one process of each machine, and tokenises."""
+        training, testing = self.needed()
+        places = [_training_place(name) for name in self.train if training]
+        places += [_test_place(name) for name in self.test if testing]
+        for place in places if self.folder is None else ():
+            downloads.fetch(f"{self.download_from}/{place}", self._downloaded(place))
+        super().prepare_data()
+
+    def training_examples(self) -> list[Example]:
+        examples: list[Example] = []
+        for name in self.train:
+            path = self._find(_training_place(name))
+            own = read_examples(path, set_name=name, split="train")
+            examples += self._counted(path, own, TRAINING_EXAMPLES.get(name))
+        _warn_of_answers(examples)
+        return examples
+
+    def test_examples(self) -> dict[str, list[Example]]:
+        tests = {}
+        for name in self.test:
+            path = self._find(_test_place(name))
+            examples = read_examples(path, set_name=name, split="test", needed=("instruction", "answer"))
+            tests[name] = self._counted(path, examples, TEST_EXAMPLES[name])
+        return tests
+
+    def _downloaded(self, place: str) -> Path:
+        return self.cache_folder / "llm_adapters" / place
+
+    def _find(self, place: str) -> Path:
+        """The path of a file of the repository: a download, or in the folder given."""
+        if self.folder is None:
+            path = self._downloaded(place)
+            if not path.is_file():
+                raise ConfigurationError(f"{path} is there after prepare_data(); call it first, or give folder")
+            return downloads.verified(path)
+        short = place.partition("/")[2]
+        for path in (self.folder / short, self.folder / place):
+            if path.is_file():
+                return path
+        what = f"has neither {short} nor {place}" if self.folder.is_dir() else "is not a folder"
+        raise DataError(f"{self.folder} {what}; give the folder of LLM-Adapters' files, or none to download them")
+
+    def _counted(self, path: Path, examples: list[Example], expected: int | None) -> list[Example]:
+        if self.folder is None and expected not in (None, len(examples)):
+            record = downloads.record_path(path).name
+            raise DataError(
+                f"{path}, downloaded, has {len(examples)} examples and the papers' file has {expected}; delete it and "
+                f"{record} to download it again, or give folder"
+            )
+        return examples
+
+
+def _warn_of_answers(examples: list[Example]) -> None:
+    """Warns of training examples whose answer is none of their options; they are trained on as they are written."""
+    wrong = []
+    for one in examples:
+        try:
+            words = options(one)
+        except DataError:  # a training example need not say them
+            continue
+        if one.answer and one.answer not in words:
+            wrong.append(f"{one.id} has {one.answer!r}, of {'/'.join(words)}")
+    if wrong:
+        rank_zero_warn(
+            f"{len(wrong)} of {len(examples)} training examples have an answer that is none of their options, and are "
+            f"trained on as they are: {wrong[0]}"
         )
-    words = tuple(word.strip() for word in found[1].split("/"))
-    if len(words) < 2 or not all(words) or len(set(words)) < len(words):
-        raise DataError(
-            f"row {row.id} of {row.set}: {found[0].strip()!r} is no list of options; write two or more different "
-            "words with slashes between them"
-        )
-    return words
 
 
-def check_row(row: Row) -> None:
-    """Holds that the answer is one of the options.
-
-    Raises:
-        DataError: with the row, its answer and the options.
-    """
-    words = options(row)
-    if row.answer not in words:
-        raise DataError(
-            f"row {row.id} of {row.set}: answer {row.answer!r} is none of its options {', '.join(words)}; "
-            "correct the row or leave it out"
-        )
+def _training_place(name: str) -> str:
+    return f"dataset/{name}/train.json" if name in TEST_EXAMPLES else f"ft-training_set/{name}.json"
 
 
-def first_match(text: str, row: Row) -> str | None:
-    """The first answer word in a text, case-sensitive; which words, the row's set says, or its options elsewhere."""
-    if row.set in SETS:
-        pattern = SETS[row.set].pattern
-    else:  # longest first, or answer1 would be read in answer12
-        pattern = "|".join(re.escape(word) for word in sorted(options(row), key=len, reverse=True))
-    found = re.search(pattern, text)
-    return found[0] if found else None
+def _test_place(name: str) -> str:
+    return f"dataset/{name}/test.json"
 
 
-def first_match_of_response(text: str, row: Row) -> str | None:
-    """`first_match` before any further response marker: LLM-Adapters cuts the whole text at these markers."""
-    return first_match(text.partition("### Response:")[0], row)
-
-
-def whole_answer(text: str, row: Row) -> str | None:
-    """The option that a text is, after at most the words "the correct answer is "; None for anything else."""
-    word = text.strip().removeprefix(_SENTENCE).strip()
-    return word if word in options(row) else None
-
-
-def answer_sentence(option: str) -> str:
-    """What a model that was trained on these sets says for an option."""
-    return f"{_SENTENCE}{option}"
-
-
-LLM_ADAPTERS = register(
-    Protocol(
-        name="llm_adapters",
-        task=TASK,
-        origin=(
-            "LLM-Adapters' code, which AuroRA follows: both templates, loss on the whole text, 256 tokens a row, 32 "
-            "new tokens, 4 beams, first match. Ours, not in its code: padding is masked while generating (it passes no "
-            "attention mask, so that its answers depend on the batch), and a row's input is used in evaluation too."
-        ),
-        training_prompt=prompts.llm_adapters_training,
-        evaluation_prompt=prompts.llm_adapters_evaluation,
-        response=prompts.output,
-        loss_on="all",
-        bos="tokenizer",
-        max_length=256,
-        decoding=Decoding(max_new_tokens=32, num_beams=4),
-        extract=first_match_of_response,
-        options=options,
-        check=check_row,
-        summarise=accuracy_summary,
-        main_metric="accuracy",
-    )
-)
-
-HIRA = register(
-    Protocol(
-        name="hira",
-        task=TASK,
-        origin=(
-            "HiRA's code, which PERA used too: one template, BOS and EOS added, loss on the answer, 16 new tokens, 4 "
-            "beams, LLM-Adapters' extraction. Ours, not in the paper: 512 tokens a row, beams without sampling (its "
-            "script samples within the beams by default, at temperature 0.1), and the template's form with an input."
-        ),
-        **prompts.HIRA_FORM,
-        decoding=Decoding(max_new_tokens=16, num_beams=4),
-        extract=first_match,
-        options=options,
-        check=check_row,
-        summarise=accuracy_summary,
-        main_metric="accuracy",
-    )
-)
-
-STRICT = register(
-    replace(
-        HIRA,
-        name="strict",
-        origin=(
-            "Ours, in no paper: HiRA's template and loss, greedy decoding of 16 tokens, and the whole text has to be "
-            "an option of the row, with or without 'the correct answer is' in front."
-        ),
-        decoding=Decoding(max_new_tokens=16),
-        extract=whole_answer,
-    )
-)
-
-SCORE = register(
-    replace(
-        HIRA,
-        name="score",
-        origin=(
-            "Ours, in no paper: HiRA's template and loss; nothing is generated, the option whose sentence 'the correct "
-            "answer is X' has the largest summed log-probability is the prediction."
-        ),
-        decoding=None,
-        extract=whole_answer,
-        option_response=answer_sentence,
-    )
-)
+def _check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
+    if not names:
+        raise ConfigurationError(f"{argument} names no set; give one or more of {', '.join(known)}")
+    for name in names:
+        check_choice(name, argument, known)
+        if names.count(name) > 1:
+            raise ConfigurationError(f"{argument} names {name} twice; leave one out")

@@ -1,6 +1,6 @@
 """Generation and scoring with a causal language model, in batches whose padding changes nothing.
 
-Rows are padded on the left, with the mask and the positions that make a row see what it would see alone:
+Prompts are padded on the left, with the mask and the positions that make each see what it would see alone:
 
     ids        p  p  a  b  c
     mask       0  0  1  1  1
@@ -9,7 +9,7 @@ Rows are padded on the left, with the mask and the positions that make a row see
 Of the model's own generation_config (sampling, temperature, penalties …) only the EOS ids apply: they belong to the
 model, decoding to the protocol.
 
-Legend: B rows, T tokens of the longest row, R different inputs, K last positions, V vocabulary.
+Legend: B prompts, T tokens of the longest, R different inputs, K last positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pera_lightning.data.batching import pad_left
 from pera_lightning.data.tokenization import pad_token_id
@@ -63,10 +63,10 @@ def generate(
 
     Args:
         model: a transformers causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         prompts: B lists of token ids.
         decoding: new tokens and beams; with beams transformers keeps (B beams, V) float32 of every step, for the score.
-        synced: goes on until every rank is done, for models sharded over ranks.
+        synced: whether to go on until every rank is done, for models sharded over ranks.
 
     Raises:
         DataError: a prompt has no tokens.
@@ -87,7 +87,7 @@ def generate(
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced)
     new = output.sequences[:, ids.shape[1] :].tolist()  # (B, up to max_new_tokens)
     scores = output.sequences_scores.tolist() if beams else [None] * len(new)
-    return [_generated(tokenizer, row, ends, score) for row, score in zip(new, scores, strict=True)]
+    return [_generated(tokenizer, ids, ends, score) for ids, score in zip(new, scores, strict=True)]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -96,9 +96,9 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
 
-def _generated(tokenizer: PreTrainedTokenizerBase, row: list[int], ends: list[int], score: float | None) -> Generated:
-    """Cuts a row at its first EOS: whatever follows there is padding."""
-    ids = list(itertools.takewhile(lambda token: token not in ends, row))
+def _generated(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int], score: float | None) -> Generated:
+    """Cuts the new tokens at their first EOS: whatever follows there is padding."""
+    ids = list(itertools.takewhile(lambda token: token not in ends, new))
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Generated(ids=ids, text=text, score=score)
 
@@ -134,6 +134,7 @@ def score_options(
     Raises:
         DataError: an option with nothing to score, or with nothing before it.
     """
+    # 1. One input for all options that differ in their last token alone.
     users: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)  # input -> (question, option)
     for question, options in enumerate(candidates):
         for option, (ids, start) in enumerate(options):
@@ -143,25 +144,22 @@ def score_options(
             users[tuple(ids[:-1])].append((question, option))
     if not users:
         return [[] for _ in candidates]
+    # 2. One forward; padded on the left, all inputs end in the last column, and their spans in the last K.
     keep = max(len(ids) - start for options in candidates for ids, start in options)
-    logits = _last_logits(model, list(users), keep, pad_id)  # (R, K, V)
+    ids, mask, positions = pad_left(list(users), pad_id, _device(model))  # (R, T)
+    optional = {"position_ids": positions, "logits_to_keep": keep, "use_cache": False}
+    taken = {name: optional[name] for name in optional.keys() & forward_arguments(model)}
+    logits = model(input_ids=ids, attention_mask=mask, **taken).logits[:, -keep:]  # (R, K, V)
+    # 3. Sum the log-probabilities of each option's span, which ends one token after its input.
     sums = {}
-    for row, using in zip(logits, users.values(), strict=True):
-        logs = row.float().log_softmax(-1)  # (K, V); a row at a time, V is large
+    for own, using in zip(logits, users.values(), strict=True):
+        logs = own.float().log_softmax(-1)  # (K, V); one input at a time, V is large
         for question, option in using:
-            ids, start = candidates[question][option]
-            span = torch.tensor(ids[start:], device=logs.device)  # (S,)
+            tokens, start = candidates[question][option]
+            span = torch.tensor(tokens[start:], device=logs.device)  # (S,)
             sums[question, option] = logs[keep - len(span) :].gather(-1, span[:, None]).sum()
     values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # one wait for the device
     return [[values[question, option] for option in range(len(options))] for question, options in enumerate(candidates)]
-
-
-def _last_logits(model: nn.Module, rows: Sequence[Sequence[int]], keep: int, pad_id: int) -> Tensor:
-    """Logits of the last `keep` positions of rows padded on the left: (R, K, V)."""
-    ids, mask, positions = pad_left(rows, pad_id, _device(model))  # (R, T)
-    optional = {"position_ids": positions, "logits_to_keep": keep, "use_cache": False}
-    taken = {name: optional[name] for name in optional.keys() & forward_arguments(model)}
-    return model(input_ids=ids, attention_mask=mask, **taken).logits[:, -keep:]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,173 +1,184 @@
-"""Persona dialogue (ConvAI2, self persona): the next utterance, compared with the one that a person wrote.
+"""ConvAI2 with the persona of the one who answers: every reply of a dialogue is an example. arXiv 1902.00098.
 
-All metrics are percentages, 0 to 100. BLEU and ROUGE-L need nothing but their libraries; METEOR and BERTScore need
-data or a model that have to be fetched once, and are functions of their own.
+Decoding, the wording of a dialogue and its metrics are in `protocols/dialogue.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from pera_lightning.errors import ConfigurationError, DataError, shorten
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, no_options, register
+from pera_lightning.data.json_files import read_json
+from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.files import read_text
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols.dialogue import render, summary
 
-
-def render(persona: Sequence[str], history: Sequence[tuple[str, str]], partner: str) -> str:
-    """Writes a dialogue as an instruction. The wording is ours: neither HiRA nor PERA states theirs.
-
-    Args:
-        persona: sentences that describe the speaker.
-        history: earlier turns, oldest first, each (what the partner said, what the speaker answered).
-        partner: what the partner said last.
-
-    Raises:
-        DataError: where there is no persona, or nothing to answer.
-    """
-    if not persona or not partner.strip():
-        what = "a last utterance of the partner" if persona else "a persona"
-        raise DataError(f"a dialogue lacks {what}; give both, or leave the dialogue out")
-    lines = ["Continue the dialogue with one reply that fits your persona.", "", "Your persona:"]
-    lines += [f"- {sentence}" for sentence in persona]
-    lines += ["", "Dialogue:"]
-    for theirs, ours in history:
-        lines += [f"Partner: {theirs}", f"You: {ours}"]
-    return "\n".join([*lines, f"Partner: {partner}"])
-
-
-def extract(text: str, row: Row) -> str | None:
-    """The first line of a generated text; None where it is empty."""
-    return text.partition("\n")[0].strip() or None
-
-
-def never(prediction: str | None, row: Row) -> bool:
-    """No reply is the right one; a dialogue is measured by its metrics."""
-    return False
-
-
-def check_row(row: Row) -> None:
-    """Holds that there is a reply to compare with.
-
-    Raises:
-        DataError: with the row.
-    """
-    if not row.answer.strip():
-        raise DataError(f"row {row.id} of {row.set}: its answer is empty; give the reply that the model should make")
-
-
-def _texts(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Predictions, where none was found the empty text, and what they should be."""
-    if not records:
-        raise DataError("there are no predictions to summarise; the test set is empty, give one with rows")
-    return [record["prediction"] or "" for record in records], [record["answer"] for record in records]
-
-
-def bleu_and_rouge(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Corpus BLEU of sacrebleu and the mean ROUGE-L F of rouge_score (no stemming), both 0 to 100.
-
-    Args:
-        records: predictions of one set; one not found counts as an empty reply.
-
-    Returns:
-        ``bleu``, ``rouge_l`` and ``not_found`` (part of the rows, 0 to 1).
-    """
-    # Here, since naming a protocol must not cost the import of these libraries.
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-
-    predictions, references = _texts(records)
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(references, predictions, strict=True)
-    rouge = sum(scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs)
-    return {
-        # ConvAI2 is written tokenised, of which sacrebleu warns unless forced; the score is the same.
-        "bleu": sacrebleu.corpus_bleu(predictions, [references], force=True).score,
-        "rouge_l": 100 * rouge / len(records),
-        "not_found": sum(record["prediction"] is None for record in records) / len(records),
-    }
-
-
-def meteor(records: Sequence[Mapping[str, Any]]) -> float:
-    """Mean METEOR of nltk, 0 to 100; words are split at spaces, as ConvAI2 is written.
-
-    Raises:
-        ConfigurationError: where nltk or its WordNet files are missing.
-    """
-    try:
-        from nltk.translate.meteor_score import single_meteor_score
-    except ImportError:
-        raise ConfigurationError(
-            "METEOR needs nltk; run `pip install nltk`, then `python -m nltk.downloader wordnet`"
-        ) from None
-    predictions, references = _texts(records)
-    try:
-        scores = [single_meteor_score(r.split(), p.split()) for r, p in zip(references, predictions, strict=True)]
-    except LookupError:
-        raise ConfigurationError(
-            "METEOR needs the WordNet files of nltk, and they are not on this machine; run "
-            "`python -m nltk.downloader wordnet`, or set NLTK_DATA to a folder that has corpora/wordnet"
-        ) from None
-    return 100 * sum(scores) / len(scores)
-
-
-def bertscore(records: Sequence[Mapping[str, Any]], model: str) -> float:
-    """Mean BERTScore F1 of torchmetrics from a model's last layer, without rescaling, 0 to 100.
-
-    Args:
-        records: predictions of one set.
-        model: folder or hub id of an encoder with its tokenizer, such as ``"roberta-large"``.
-
-    Raises:
-        ConfigurationError: where the model cannot be loaded.
-    """
-    from torchmetrics.functional.text.bert import bert_score
-
-    predictions, references = _texts(records)
-    try:
-        scores = bert_score(predictions, references, model_name_or_path=model)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"BERTScore cannot load {model!r}; give a folder or hub id of an encoder: {shorten(str(error))}"
-        ) from None
-    return 100 * float(scores["f1"].mean())
-
-
-def summary(
-    records: Sequence[Mapping[str, Any]], *, with_meteor: bool = False, bertscore_model: str | None = None
-) -> dict[str, float]:
-    """`bleu_and_rouge`, and the two metrics that need files of their own where they are asked for.
-
-    Args:
-        records: predictions of one set.
-        with_meteor: adds ``meteor``.
-        bertscore_model: folder or hub id of an encoder; adds ``bertscore``.
-    """
-    measured = bleu_and_rouge(records)
-    if with_meteor:
-        measured["meteor"] = meteor(records)
-    if bertscore_model is not None:
-        measured["bertscore"] = bertscore(records, bertscore_model)
-    return measured
-
-
-SELF_PERSONA = register(
-    Protocol(
-        name="self_persona",
-        task="dialogue",
-        origin=(
-            "HiRA's template, with BOS and EOS, and loss on the answer; 4 beams, length penalty 0.9 and no repeated "
-            "4-gram, as in its script; sacreBLEU and ROUGE-L. Ours, not in the paper: how persona and turns are "
-            "written, 512 tokens a row, at most 64 new tokens, the first line as the reply, each row on its own."
-        ),
-        **prompts.HIRA_FORM,
-        decoding=Decoding(max_new_tokens=64, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4),
-        extract=extract,
-        options=no_options,
-        is_correct=never,
-        check=check_row,
-        summarise=summary,
-        main_metric="bleu",
-    )
+# By their usual names. The test set of ConvAI2 was never given out; its validation file is what papers test on.
+TRAINING_FILES = ("train_self_original.txt", "train_self_original_no_cands.txt", "train.jsonl")
+TEST_FILES = ("valid_self_original.txt", "valid_self_original_no_cands.txt", "valid.jsonl")
+_ORIGIN = (
+    "ConvAI2 comes with ParlAI (`parlai display_data -t convai2` downloads it): give its train_self_original.txt and "
+    'valid_self_original.txt, or JSON lines of {"persona": [...], "turns": [{"partner": ..., "self": ...}]}'
 )
+_LINE = re.compile(r"(\d+) (.*)")
+_PERSONA, _OTHER = "your persona:", "partner's persona:"
+
+
+class DialogueDataModule(TextDataModule):
+    """ConvAI2, self persona, from ParlAI's text files or JSON lines.
+
+    ParlAI's lines are numbered from 1 in each dialogue: "1 your persona: i like tea.", later "5 what the partner
+    says", a tab, "the reply", and candidates after more tabs, which are passed over; "__SILENCE__", a partner who has
+    said nothing yet, stays. A file that ends in .json or .jsonl has a dialogue a line (or a list of them): "persona",
+    a list of sentences, and "turns", a list of objects with "partner" and "self".
+
+    Args:
+        folder: with both files by their usual names: train_self_original.txt or train.jsonl, and
+            valid_self_original.txt or valid.jsonl.
+        train: the training file; by default that of the folder.
+        test: the test file; by default the folder's validation file, since ConvAI2's test set is not public.
+        protocol: "self_persona", see `protocols/dialogue.py`.
+        meteor: measures METEOR too; needs the WordNet files of nltk.
+        bertscore_model: measures BERTScore too, by this encoder (folder or hub id).
+        options: those of `TextDataModule`.
+    """
+
+    task = "dialogue"
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        *,
+        train: str | None = None,
+        test: str | None = None,
+        protocol: str = "self_persona",
+        meteor: bool = False,
+        bertscore_model: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(protocol=protocol, **options)
+        more = partial(summary, with_meteor=meteor, bertscore_model=bertscore_model)
+        self.evaluation = replace(self.evaluation, summarise=more)
+        if folder is None and train is None and test is None:
+            raise ConfigurationError(f"give folder, or train and test. {_ORIGIN}")
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.train = None if train is None else Path(train).expanduser()
+        self.test = None if test is None else Path(test).expanduser()
+
+    def training_examples(self) -> list[Example]:
+        return read_replies(self._find("train", self.train, TRAINING_FILES))
+
+    def test_examples(self) -> dict[str, list[Example]]:
+        return {"convai2": read_replies(self._find("test", self.test, TEST_FILES))}
+
+    def _find(self, argument: str, given: Path | None, usual: tuple[str, ...]) -> Path:
+        places = [given] if given is not None else [self.folder / name for name in usual] if self.folder else []
+        for path in places:
+            if path.is_file():
+                return path
+        if given is not None:
+            raise DataError(f"{argument}: there is no file {given}. {_ORIGIN}")
+        if self.folder is None:
+            raise DataError(f"{argument} is needed here and not given; nor is folder. {_ORIGIN}")
+        raise DataError(f"{self.folder} has none of {', '.join(usual)}; or give {argument}. {_ORIGIN}")
+
+
+@dataclass
+class Dialogue:
+    """One dialogue.
+
+    Attributes:
+        where: names it in messages.
+        persona: sentences about the one who answers.
+        turns: what the partner said and what was answered, in order.
+    """
+
+    where: str
+    persona: list[str] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_replies(path: Path) -> list[Example]:
+    """Reads every reply of a file as an example, with its persona and all that was said before it in the instruction.
+
+    Args:
+        path: JSON or JSON lines by its ending, else ParlAI's text; ids are ``<stem>/<dialogue>/<turn>``, from 0.
+
+    Raises:
+        DataError: for a file or dialogue that cannot be used, naming it.
+    """
+    dialogues = _of_json(path) if path.suffix in (".json", ".jsonl") else _of_text(path)
+    examples = []
+    for number, dialogue in enumerate(dialogues):
+        for turn, (partner, reply) in enumerate(dialogue.turns):
+            try:
+                instruction = render(dialogue.persona, dialogue.turns[:turn], partner)
+            except DataError as error:
+                raise DataError(f"{dialogue.where}, turn {turn}: {error}") from None
+            if not reply.strip():
+                raise DataError(f"{dialogue.where}, turn {turn}: the reply is empty; leave the turn out")
+            name = f"{path.stem}/{number}/{turn}"
+            examples.append(
+                Example(id=name, set="convai2", instruction=instruction, input="", output=reply, answer=reply)
+            )
+    if not examples:
+        raise DataError(f"{path} has no dialogue with a reply. {_ORIGIN}")
+    return examples
+
+
+def _of_json(path: Path) -> list[Dialogue]:
+    return [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(read_json(path))]
+
+
+def _of_entry(entry: Any, where: str) -> Dialogue:
+    persona, turns = (entry.get(name) if isinstance(entry, Mapping) else None for name in ("persona", "turns"))
+    if not isinstance(persona, list) or not all(isinstance(sentence, str) for sentence in persona):
+        raise DataError(f"{where}: 'persona' has to be a list of sentences")
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: 'turns' has to be a list of objects with 'partner' and 'self'")
+    pairs = []
+    for number, turn in enumerate(turns):
+        pair = [turn.get(name) if isinstance(turn, Mapping) else None for name in ("partner", "self")]
+        if not all(isinstance(text, str) for text in pair):
+            raise DataError(f"{where}, turn {number}: 'partner' and 'self' have to be there, both text")
+        pairs.append((pair[0], pair[1]))
+    return Dialogue(where, persona, pairs)
+
+
+def _of_text(path: Path) -> list[Dialogue]:
+    dialogues: list[Dialogue] = []
+    last = 0
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise DataError(f"{where} is not in ParlAI's form, a number, a space and text. {_ORIGIN}")
+        own, text = int(found[1]), found[2]
+        if own == 1:
+            dialogues.append(Dialogue(f"the dialogue from line {number} of {path}"))
+        elif not dialogues or own != last + 1:
+            raise DataError(f"{where} has number {own} after {last}; a dialogue counts its lines from 1")
+        last = own
+        _add(dialogues[-1], text, where)
+    return dialogues
+
+
+def _add(dialogue: Dialogue, text: str, where: str) -> None:
+    if text.startswith(_PERSONA):
+        dialogue.persona.append(text.removeprefix(_PERSONA).strip())
+    elif text.startswith(_OTHER):
+        raise DataError(f"{where} has the partner's persona; give a file of the self persona, such as {TEST_FILES[0]}")
+    elif "\t" in text:
+        partner, reply = text.split("\t")[:2]
+        dialogue.turns.append((partner.strip(), reply.strip()))
+    else:
+        raise DataError(f"{where} has no reply after a tab; complete the line or leave the dialogue out")

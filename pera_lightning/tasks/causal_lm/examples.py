@@ -1,4 +1,4 @@
-"""One row of a task: what every protocol reads, whatever file it came from."""
+"""One example of a task: what every protocol reads, whatever file it came from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pera_lightning.errors import DataError, shorten
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Example:
     """A question with its answer.
 
     Args:
-        id: unique in its set; names the row in predictions and messages.
+        id: unique in its set; names the example in predictions and messages.
         set: the set it belongs to, such as ``"ARC-Easy"``; the extraction of an answer follows it.
         instruction: the question as the model sees it.
         input: further context; empty in the commonsense files.
@@ -34,23 +34,23 @@ class Row:
     answer: str
 
 
-def to_row(entry: Any, *, number: int, set_name: str, split: str, source: str, needed: Sequence[str]) -> Row:
-    """One entry as a row, its id made of set, split and number.
+def to_example(entry: Any, *, number: int, set_name: str, split: str, source: str, needed: Sequence[str]) -> Example:
+    """Makes an example of one entry of a file, its id made of set, split and number.
 
     Args:
         entry: a mapping with "instruction" and mostly "input", "output", "answer".
         number: of the entry in its source, from 0.
-        set_name: of the row.
+        set_name: name of the example's set.
         split: "train" or "test".
         source: names the file in messages.
         needed: fields that must be there.
 
     Raises:
-        DataError: for a needed field that is missing or empty, or any that is no text.
+        DataError: for a needed field that is missing or empty, or any that is not text.
     """
-    where = f"row {number} of {source}"
+    where = f"example {number} of {source}"
     if not isinstance(entry, Mapping):
-        raise DataError(f"{where} is no object but {type(entry).__name__}; one with {', '.join(needed)} is needed")
+        raise DataError(f"{where} is {type(entry).__name__}; an object with {', '.join(needed)} is needed")
     values = {}
     for name in ("instruction", "input", "output", "answer"):
         value = entry.get(name)
@@ -61,32 +61,28 @@ def to_row(entry: Any, *, number: int, set_name: str, split: str, source: str, n
         if not isinstance(value or "", str):
             raise DataError(f"{where}: {name!r} is {shorten(repr(value))[:60]}; text is needed")
         if name in needed and not value.strip():
-            raise DataError(f"{where}: {name!r} is empty; correct the row or leave it out")
+            raise DataError(f"{where}: {name!r} is empty; correct the example or leave it out")
         values[name] = value or ""
-    return Row(id=f"{set_name}/{split}/{number}", set=set_name, **values)
+    return Example(id=f"{set_name}/{split}/{number}", set=set_name, **values)
 
 
-def read_rows(path: Path, *, set_name: str, split: str, needed: Sequence[str] = ("instruction", "output")) -> list[Row]:
-    """The rows of a file.
-
-    Args:
-        path: JSON list, or JSON lines.
-        set_name: of the rows.
-        split: "train" or "test".
-        needed: fields that must be there.
+def read_examples(
+    path: Path, *, set_name: str, split: str, needed: Sequence[str] = ("instruction", "output")
+) -> list[Example]:
+    """The examples of a file of JSON or JSON lines; the arguments are those of `to_example`.
 
     Raises:
-        DataError: for a file or row that cannot be used, naming it.
+        DataError: for a file or example that cannot be used, naming it.
     """
     return [
-        to_row(entry, number=k, set_name=set_name, split=split, source=str(path), needed=needed)
+        to_example(entry, number=k, set_name=set_name, split=split, source=str(path), needed=needed)
         for k, entry in enumerate(read_json(path))
     ]
 
 
-def digest(rows: Iterable[Row]) -> str:
-    """Sha256 of rows, in their order."""
+def digest(examples: Iterable[Example]) -> str:
+    """Sha256 of examples, in their order."""
     total = hashlib.sha256()
-    for row in rows:
-        total.update(json.dumps([row.id, row.instruction, row.input, row.output, row.answer]).encode())
+    for one in examples:
+        total.update(json.dumps([one.id, one.instruction, one.input, one.output, one.answer]).encode())
     return total.hexdigest()

@@ -1,8 +1,8 @@
 """Cross-entropy of tokens, with logits only where there is a label.
 
 The logits are the memory peak of training with a large vocabulary: 2,048 tokens of 128,256 are 1 GiB in float32, and
-the loss keeps as much again. So the model is asked for the positions that some row of the batch has a label for, and
-the cross-entropy is taken in chunks that are computed again in the backward.
+the loss keeps as much again. So the model is asked for the positions that some example of the batch has a label for,
+and the cross-entropy is taken in chunks that are computed again in the backward.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ def summed_loss(logits: Tensor, targets: Tensor, *, ignore: int = -100, chunk: i
     Args:
         logits: (N, V), any floating type; only these are kept for the backward, no copy in float32.
         targets: (N,) int64.
-        ignore: the target that counts for nothing.
-        chunk: rows taken at a time.
+        ignore: target that counts for nothing.
+        chunk: tokens taken at a time.
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for part, target in zip(logits.split(chunk), targets.split(chunk), strict=True):
         if torch.is_grad_enabled() and logits.requires_grad:
+            # Only the chunk's logits are saved; its float32 copy and softmax are computed again in the backward.
             total = total + checkpoint(_part, part, target, ignore, use_reentrant=False, preserve_rng_state=False)
         else:
             total = total + _part(part, target, ignore)

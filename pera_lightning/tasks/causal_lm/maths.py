@@ -1,104 +1,148 @@
-"""Word problems (GSM8K after training on MetaMathQA): the last number of the text, compared exactly.
+"""Word problems: MetaMathQA (arXiv 2309.12284) to train on, GSM8K (arXiv 2110.14168) to test on.
 
-HiRA's script reads the number after "The answer is: " and rounds it to an integer, so that a text in another form is
-wrong and 3.4 counts as 3; here any form is read and numbers are equal or not.
+Decoding and the reading of numbers are in `protocols/maths.py`.
 """
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from pera_lightning.errors import DataError
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, no_options, register
-from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
+from pera_lightning.data import hub
+from pera_lightning.data.json_files import read_json
+from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.tasks.causal_lm.data import TextDataModule
+from pera_lightning.tasks.causal_lm.examples import Example, to_example
+from pera_lightning.tasks.causal_lm.protocols.maths import gold_number
 
-# A sign only where nothing stands before it that makes it a minus or a range: "10-5" ends in 5.
-_SIGN = r"(?:(?<![\w).%$])(?P<before>[-−])\$?|\$(?P<after>[-−])?)?"
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(rf"{_SIGN}(?P<value>{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+)(?:/(?P<divisor>0*[1-9]\d*)(?!\.?\d|/))?")
-
-
-def _value(match: re.Match[str]) -> Decimal:
-    number = Decimal(match["value"].replace(",", ""))
-    if match["divisor"]:
-        number /= Decimal(match["divisor"])
-    # A unary minus would round to the 28 digits of the context.
-    return number.copy_negate() if match["before"] or match["after"] else number
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text; None where there is none.
-
-    Thousands may have commas, "$" and a full stop are passed over, a plain fraction such as 3/4 is one number.
-    """
-    last = None
-    for last in _NUMBER.finditer(text):  # noqa: B007 - the last one is what counts
-        pass
-    return _value(last) if last else None
-
-
-def gold_number(answer: str) -> Decimal:
-    """The number of an answer as the files hold it: ``"576.0"``, ``"1,200"``, or a solution ending in ``"#### 72"``.
-
-    Raises:
-        DataError: where that is no number.
-    """
-    match = _NUMBER.fullmatch(answer.rpartition("####")[2].strip())
-    if match is None:
-        shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
-        raise DataError(f"answer {shown!r} is no number; give one such as '72', '576.0' or '... #### 72'")
-    return _value(match)
-
-
-def written(number: Decimal) -> str:
-    """A number in its shortest plain form: 576.0 is ``"576"``."""
-    text = format(number, "f")
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return "0" if text == "-0" else text
-
-
-def extract(text: str, row: Row) -> str | None:
-    """The last number of a generated text, written plainly."""
-    number = last_number(text)
-    return None if number is None else written(number)
-
-
-def is_correct(prediction: str | None, row: Row) -> bool:
-    """Whether the prediction is the number of the row's answer, however that is written."""
-    return prediction is not None and Decimal(prediction) == gold_number(row.answer)
-
-
-def check_row(row: Row) -> None:
-    """Holds that the answer of a test row is a number.
-
-    Raises:
-        DataError: with the row and its answer.
-    """
-    try:
-        gold_number(row.answer)
-    except DataError as error:
-        raise DataError(f"row {row.id} of {row.set}: {error}") from None
-
-
-LAST_NUMBER = register(
-    Protocol(
-        name="last_number",
-        task="maths",
-        origin=(
-            "HiRA's template, with BOS and EOS, and loss on the answer. Ours, not in the paper: 512 tokens a row, "
-            "greedy decoding of at most 512 tokens, and the last number as the answer, exactly equal (its script "
-            "samples within 4 beams by default, reads the number after 'The answer is: ' and rounds it)."
-        ),
-        **prompts.HIRA_FORM,
-        decoding=Decoding(max_new_tokens=512),
-        extract=extract,
-        options=no_options,
-        is_correct=is_correct,
-        check=check_row,
-        summarise=accuracy_summary,
-        main_metric="accuracy",
-    )
+_ENDINGS = (".json", ".jsonl")
+# Columns that tell a form, the first that fits: LLM-Adapters', MetaMathQA's, GSM8K's.
+_FORMS = (("instruction",), ("query", "response"), ("question", "answer"))
+_IN_WORDS = (
+    "instruction and output or answer (LLM-Adapters), query and response (MetaMathQA), question and answer (GSM8K)"
 )
+
+
+class MathsDataModule(TextDataModule):
+    """MetaMathQA and GSM8K, or word problems of your own in one of three forms.
+
+    The columns tell the form. LLM-Adapters': "instruction", "input", "output", "answer". MetaMathQA's: "query" and
+    "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the whole solution and
+    ends in "#### 72"; it is trained on as it is. The answer of a test example has to be a number.
+
+    Args:
+        train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given
+            after a colon, as in "openai/gsm8k:main".
+        test: the same, with the split "test".
+        protocol: "last_number", see `protocols/maths.py`.
+        options: those of `TextDataModule`.
+    """
+
+    task = "maths"
+
+    def __init__(
+        self,
+        *,
+        train: str = "meta-math/MetaMathQA",
+        test: str = "openai/gsm8k:main",
+        protocol: str = "last_number",
+        **options: Any,
+    ) -> None:
+        super().__init__(protocol=protocol, **options)
+        self.train, self.test = train, test
+        for argument, source in (("train", train), ("test", test)):
+            if not _is_file(source) and source.count("/") != 1:
+                raise ConfigurationError(
+                    f"{argument}={source!r}: a hub id like org/name or a .json or .jsonl is needed"
+                )
+
+    def prepare_data(self) -> None:
+        """Downloads what this run needs from the hub, in one process of each machine."""
+        for source, split, needed in zip((self.train, self.test), ("train", "test"), self.needed(), strict=True):
+            if needed and not _is_file(source):
+                _load(source, split)
+        super().prepare_data()
+
+    def training_examples(self) -> list[Example]:
+        return read_problems(self.train, "train")
+
+    def test_examples(self) -> dict[str, list[Example]]:
+        return {_name(self.test): read_problems(self.test, "test")}
+
+
+def read_problems(source: str, split: str) -> list[Example]:
+    """Reads word problems.
+
+    Args:
+        source: hub id with or without a configuration, or file.
+        split: "train" or "test".
+
+    Raises:
+        DataError: if there are none, or an example cannot be used.
+    """
+    if _is_file(source):
+        where = source
+        entries = read_json(Path(source).expanduser())
+        form = _form(list(entries[0]) if isinstance(entries[0], Mapping) else [], where)
+    else:
+        where = f"data set {source}, split {split!r}"
+        table = _load(source, split)
+        form = _form(table.column_names, where)
+        wanted = (*form, "input", "output", "answer")
+        entries = table.select_columns([name for name in table.column_names if name in wanted]).to_list()
+        if not entries:
+            raise DataError(f"{where} has no examples")
+    needed = ("instruction", "output" if split == "train" else "answer")
+    set_name, examples = _name(source), []
+    for k, entry in enumerate(entries):
+        fields = _unified(entry, form, f"example {k} of {where}")
+        one = to_example(fields, number=k, set_name=set_name, split=split, source=where, needed=needed)
+        if split == "test":
+            try:
+                gold_number(one.answer)
+            except DataError as error:
+                raise DataError(f"example {k} of {where}: {error}") from None
+        examples.append(one)
+    return examples
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(_ENDINGS) or Path(source).expanduser().is_file()
+
+
+def _name(source: str) -> str:
+    """What a source is called in results: ``openai/gsm8k:main`` is gsm8k, ``data/gsm8k/test.json`` too."""
+    if not _is_file(source):
+        return source.partition(":")[0].rpartition("/")[2]
+    path = Path(source).expanduser().absolute()
+    return path.parent.name if path.stem in ("train", "test") and path.parent.name else path.stem
+
+
+def _load(source: str, split: str) -> Any:
+    repository, _, config = source.partition(":")
+    try:
+        return hub.load_table(repository, config or None, split, instead="a file of JSON or JSON lines")
+    except DataError as error:
+        if config or "Config name is missing" not in str(error):
+            raise
+        raise DataError(f"{error}. Here it is given after a colon: {source}:NAME") from error
+
+
+def _form(names: list[str], where: str) -> tuple[str, ...]:
+    for form in _FORMS:
+        if set(form) <= set(names):
+            return form
+    raise DataError(f"{where} has the columns {listed(names) or 'of no object'}; known are {_IN_WORDS}")
+
+
+def _unified(entry: Any, form: tuple[str, ...], where: str) -> Any:
+    """An entry in LLM-Adapters' form."""
+    if form == ("instruction",) or not isinstance(entry, Mapping):
+        return entry
+    for name in form:
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            raise DataError(f"{where}: {name!r} is missing or not text; correct the example or leave it out")
+    question, solution = (entry[name] for name in form)
+    mark = "The answer is:" if form[0] == "query" else "####"
+    return {"instruction": question, "output": solution, "answer": solution.rpartition(mark)[2].strip()}

@@ -5,7 +5,7 @@ Papers: HiRA (ICLR 2025), PERA (arXiv 2604.11841) and AuroRA (arXiv 2505.18738) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +16,10 @@ from pera_lightning.data.batching import IGNORE, label_positions
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.pretrained import load_tokenizer
-from pera_lightning.tasks.causal_lm.evaluator import Answering
+from pera_lightning.tasks.causal_lm.evaluator import Evaluator
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
+from pera_lightning.tasks.causal_lm.questions import Questions
 from pera_lightning.training.module import DTYPES, release_heads
 from pera_lightning.training.normalised_loss import StepMeanModule
 from pera_lightning.training.transformers_models import check_extremes, forward_arguments, recompute_activations
@@ -26,17 +27,15 @@ from pera_lightning.training.transformers_models import check_extremes, forward_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pera_lightning.tasks.causal_lm.questions import Questions
-
 
 class CausalLMModule(StepMeanModule):
     """Trains adapters of a causal language model of transformers.
 
-    Training and validation batches are dicts of int64 tensors (B, T): ``input_ids``, ``labels`` (-100: no label) and,
-    where there are any, ``attention_mask`` and ``position_ids``. The loss of an optimizer step is the sum over its
+    Training and validation batches are dicts of int64 tensors (B, T): ``input_ids``, ``labels`` (-100: no label) and
+    maybe ``attention_mask`` and ``position_ids``. The loss of an optimizer step is token-normalised: the sum over its
     labelled tokens, divided by their number over all ranks and accumulated batches. Logged: `train/loss` (of the
     batch), `val/loss`, `val/perplexity`, `val/token_accuracy`. Test batches are `Questions`: they are answered and
-    scored by the protocol of the data module, see `Answering`.
+    scored by the protocol of the data module, see `Evaluator`.
 
     Args:
         model_name: hub id or folder.
@@ -61,7 +60,8 @@ class CausalLMModule(StepMeanModule):
     ) -> None:
         super().__init__(lr=lr, base_dtype=base_dtype, **shared)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._answering = Answering(self)
+        self._data: Mapping[str, Any] = {}  # what the data say of themselves, see `TextDataModule.description`
+        self._evaluator: Evaluator | None = None
 
     # --- the network ---
 
@@ -101,7 +101,7 @@ class CausalLMModule(StepMeanModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, for the data module."""
+        """The model's tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
         return self._tokenizer
@@ -121,14 +121,21 @@ class CausalLMModule(StepMeanModule):
         logits = self.model(**inputs, use_cache=False).logits  # type: ignore[misc]
         return logits if positions is None else logits[:, positions]
 
+    # --- the handshake with the data: see `pera_lightning.data.base` ---
+
+    def data_requirements(self) -> dict[str, Any]:
+        return {"tokenizer": self.settings["model_name"], "revision": self.settings["revision"]}
+
+    def setup(self, stage: str) -> None:
+        self._data = self.data_description()
+
     # --- training and validation ---
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        data = getattr(self.trainer, "datamodule", None)
-        self.trained_with = data.protocol() if hasattr(data, "protocol") else None
+        self.trained_with = self._data.get("facts")
         self._check_network()
-        if getattr(data, "batching", None) == "packed":
+        if self._data.get("packed"):
             check_packing(self.model)  # type: ignore[arg-type]
 
     def on_validation_start(self) -> None:
@@ -137,12 +144,12 @@ class CausalLMModule(StepMeanModule):
 
     def _check_network(self) -> None:
         check_causal(self.model)  # type: ignore[arg-type]
-        data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "extremes") and self.trainer.state.fn in ("fit", "validate"):
-            check_extremes(self.model, *data.extremes())  # type: ignore[arg-type]
+        if "extremes" in self._data and self.trainer.state.fn in ("fit", "validate"):
+            check_extremes(self.model, *self._data["extremes"])  # type: ignore[arg-type]
 
     def _shared_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss, logits (N, V) and targets (N,) of the positions that need logits."""
+        # The token at t + 1 is predicted at t; examples end together, so that their labels share few positions.
         positions = label_positions(batch["labels"])  # (K,)
         logits = self(batch, positions).flatten(0, 1)  # (B K, V)
         targets = batch["labels"][:, positions + 1].flatten()  # (B K,)
@@ -150,6 +157,7 @@ class CausalLMModule(StepMeanModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         summed, _, targets = self._shared_step(batch)
+        # Not the mean of the batch: a token counts the same in whichever batch of the step it lies.
         return self.step_loss(summed, (targets != IGNORE).sum(), batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -196,27 +204,26 @@ class CausalLMModule(StepMeanModule):
 
     # --- test and prediction ---
 
-    def answered(self) -> frozenset[str]:
-        """Ids of the test rows that an interrupted evaluation has answers for; called by the data module."""
-        return self._answering.answered()
+    def _start(self, kind: str) -> None:
+        self._check_network()
+        self._evaluator = Evaluator(self, self._data, kind)
+        self._evaluator.start()
 
     def on_test_start(self) -> None:
-        self._check_network()
-        self._answering.start("test")
+        self._start("test")
 
     def test_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._answering.step(batch)
+        self._evaluator.step(batch)  # type: ignore[union-attr]
 
     def on_test_epoch_end(self) -> None:
-        self._answering.finish()
+        self._evaluator.finish()  # type: ignore[union-attr]
 
     def on_predict_start(self) -> None:
-        self._check_network()
-        self._answering.start("predict")
+        self._start("predict")
 
     def predict_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """The records of a batch: id, output, prediction and the rest, as in the files."""
-        return self._answering.step(batch)
+        """The predictions of a batch: id, output, prediction and the rest, as in the files."""
+        return self._evaluator.step(batch)  # type: ignore[union-attr]
 
     def on_predict_end(self) -> None:
-        self._answering.finish()
+        self._evaluator.finish()  # type: ignore[union-attr]

@@ -29,13 +29,13 @@ def load_network(
 
     Args:
         name: hub id, or folder.
-        dtype: of the weights.
+        dtype: type of the weights.
         attn_implementation: "sdpa", "eager", "flash_attention_2" …, by default transformers' choice.
         revision: branch, tag or commit of the hub's repository.
         weights: False builds from the configuration alone, with random weights.
 
     Raises:
-        ConfigurationError: where the model cannot be had.
+        ConfigurationError: if the model cannot be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,26 +68,27 @@ def _check_complete(name: str, found: Mapping[str, Any]) -> None:
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises `ConfigurationError` where a token changes the logits before it.
+    """Raises `ConfigurationError` if a token changes the logits before it.
 
-    Tried out: transformers builds encoders such as BERT as language models too, and leaves them seeing the whole row,
-    so that a loss on the answer is a loss on what the model has read.
+    Tried out: transformers builds encoders such as BERT as language models too, and leaves them seeing all tokens, so
+    that a loss on the answer is a loss on what the model has read.
     """
     ids = _probe(model)
     change = _change(model, ids, torch.cat([ids[:-1], ids[:1]]))
     if change[:-1].max() > _LEAK * change[-1]:
         raise ConfigurationError(
-            f"{type(model).__name__} is no causal language model as it is: a token changes the logits before it; give "
-            "a decoder (of an encoder's configuration, is_decoder is not set)"
+            f"{type(model).__name__} is not a causal language model: a token changes the logits before it; give a "
+            "decoder (of an encoder's configuration, is_decoder is not set)"
         )
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Raises `ConfigurationError` where rows of a packed sequence see each other in this model.
+    """Raises `ConfigurationError` if examples of a packed sequence see each other in this model.
 
-    Tried out, since whether positions that start again keep rows apart depends on the architecture and its attention:
-    another first row must not change the logits of the second.
+    Tried out, since whether positions that start again keep examples apart depends on the architecture and its
+    attention: another first example must not change the logits of the second.
     """
+    # Two examples of four tokens, packed; then the first in another order, the second as it was.
     ids, half = _probe(model), _PROBE // 2
     other = torch.cat([ids[:half].flip(0), ids[half:]])
     positions = torch.cat([torch.arange(half), torch.arange(half)]).to(ids.device)
@@ -97,8 +98,8 @@ def check_packing(model: PreTrainedModel) -> None:
         raise ConfigurationError(f"{type(model).__name__} takes no position_ids; use batching=grouped") from error
     if change[half:].max() > _LEAK * change[:half].max():
         raise ConfigurationError(
-            f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed rows see each "
-            "other; use batching=grouped, or another attn_implementation"
+            f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed examples see "
+            "each other; use batching=grouped, or another attn_implementation"
         )
 
 

@@ -1,4 +1,4 @@
-"""Test rows as token ids: what a model is given, and the options that are compared."""
+"""Test examples as token ids: what a model is given, and the options that are compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pera_lightning.data.tokenization import encode, encode_pairs
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Example
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 
 if TYPE_CHECKING:
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One test row.
+    """A test example, tokenised.
 
     Attributes:
-        row: as read.
-        prompt: token ids; those to be continued where the protocol generates.
-        options: answer words, empty where the protocol generates.
+        example: as read.
+        prompt: token ids; those to be continued if the protocol generates.
+        options: answer words, empty if the protocol generates.
         candidates: for each option (ids, start): ids[start:] is scored.
     """
 
-    row: Row
+    example: Example
     prompt: list[int]
     options: tuple[str, ...] = ()
     candidates: tuple[tuple[list[int], int], ...] = ()
 
 
 class Questions:
-    """A batch of questions: no collection, so that nobody takes it apart to look for tensors to move."""
+    """A batch of questions: not a list, which Lightning would search for tensors to move."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         self.questions = list(questions)
@@ -44,24 +44,22 @@ class Questions:
         return iter(self.questions)
 
 
-def make_questions(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Question]:
-    """Tokenises test rows by a protocol.
-
-    Args:
-        protocol: gives prompts and options.
-        tokenizer: of the model.
-        rows: in any order, which is kept.
+def make_questions(
+    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[Question]:
+    """Tokenises test examples by a protocol, in their order.
 
     Raises:
-        DataError: for a row without a usable answer or options.
+        DataError: for an example without a usable answer or options.
     """
-    for row in rows:
-        protocol.check(row)
-    prompts = [protocol.evaluation_prompt(row) for row in rows]
+    for one in examples:
+        protocol.check(one)
+    prompts = [protocol.evaluation_prompt(one) for one in examples]
     encoded = encode(tokenizer, prompts, bos=protocol.bos)
     if protocol.decoding is not None:
-        return [Question(row, ids) for row, ids in zip(rows, encoded, strict=True)]
-    options = [protocol.options(row) for row in rows]
+        return [Question(one, ids) for one, ids in zip(examples, encoded, strict=True)]
+    # All options of all questions in one call, since a call of a tokenizer costs more than a text.
+    options = [protocol.options(one) for one in examples]
     pairs = encode_pairs(
         tokenizer,
         [prompt for prompt, words in zip(prompts, options, strict=True) for _ in words],
@@ -71,6 +69,6 @@ def make_questions(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows:
     )
     rest = iter(pairs)
     return [
-        Question(row, ids, words, tuple(next(rest) for _ in words))
-        for row, ids, words in zip(rows, encoded, options, strict=True)
+        Question(one, ids, words, tuple(next(rest) for _ in words))
+        for one, ids, words in zip(examples, encoded, options, strict=True)
     ]

@@ -8,26 +8,23 @@ from statistics import NormalDist
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.validation import check_in_range
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, without continuity correction.
+    """Wilson's score interval of a proportion, without continuity correction: its ends, within 0 and 1.
 
     Args:
-        successes: how many of `n` are right.
-        n: how many there are.
+        successes: number of right answers among the `n`.
+        n: number of answers.
         confidence: between 0 and 1, both excluded.
 
-    Returns:
-        Its ends, within 0 and 1.
-
     Raises:
-        ConfigurationError: where the numbers are no proportion or no confidence.
+        ConfigurationError: for numbers that are not a proportion or a confidence.
     """
     if not 0 <= successes <= n or n < 1:
-        raise ConfigurationError(f"{successes} of {n} is no proportion; give 0 <= successes <= n and n of at least 1")
-    if not 0 < confidence < 1:
-        raise ConfigurationError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")
+        raise ConfigurationError(f"{successes} of {n}: 0 <= successes <= n and n of at least 1 are needed")
+    check_in_range(confidence, "confidence", gt=0, lt=1)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -36,46 +33,31 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
 
 
-def accuracy_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The accuracy of prediction records.
+def accuracy_summary(predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The accuracy of the predictions of a set.
 
     Returns:
         ``accuracy`` with the ends of its 95 % Wilson interval ``accuracy_low`` and ``accuracy_high``, ``not_found``
-        (the part of texts without an answer; they count as wrong), each 0 to 1.
+        (the share of texts without an answer; they count as wrong), each 0 to 1.
 
     Raises:
-        DataError: where there are no records.
+        DataError: without predictions.
     """
-    if not records:
-        raise DataError("there are no predictions to summarise; the test set is empty, give one with rows")
-    n = len(records)
-    correct = sum(bool(record["correct"]) for record in records)
+    if not predictions:
+        raise DataError("there are no predictions to summarise: the test set is empty")
+    n = len(predictions)
+    correct = sum(bool(one["correct"]) for one in predictions)
     low, high = wilson_interval(correct, n)
     return {
         "accuracy": correct / n,
         "accuracy_low": low,
         "accuracy_high": high,
-        "not_found": sum(record["prediction"] is None for record in records) / n,
+        "not_found": sum(one["prediction"] is None for one in predictions) / n,
     }
 
 
-def average(rows: Sequence[Mapping[str, Any]], metric: str = "accuracy") -> float:
-    """The mean of a metric over sets, a large set counting no more than a small one.
-
-    Args:
-        rows: results of one set each.
-        metric: its key in each of them.
-
-    Raises:
-        DataError: where there are no rows.
-    """
-    if not rows:
-        raise DataError("there are no sets to average; evaluate at least one")
-    return sum(float(row[metric]) for row in rows) / len(rows)
-
-
 def average_row(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> dict[str, float]:
-    """What is averaged over sets, each a plain mean as in the papers; without an interval.
+    """Averages over sets as the papers do: plain means, a large set counting no more than a small one.
 
     Args:
         rows: results of one set each.
@@ -83,20 +65,25 @@ def average_row(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy"
 
     Returns:
         The main metric, ``not_found``, ``seconds`` and ``tokens_per_second``; less those that a row lacks.
+
+    Raises:
+        DataError: without rows.
     """
+    if not rows:
+        raise DataError("there are no sets to average; evaluate at least one")
     keys = (main_metric, "not_found", "seconds", "tokens_per_second")
-    return {key: average(rows, key) for key in keys if all(key in row for row in rows)}
+    return {key: sum(float(row[key]) for row in rows) / len(rows) for key in keys if all(key in row for row in rows)}
 
 
-def answering_seconds(records: Iterable[Mapping[str, Any]]) -> float:
-    """How long answering took: the sum of each process's seconds, and of several processes the longest.
+def evaluation_seconds(predictions: Iterable[Mapping[str, Any]]) -> float:
+    """How long the questions took: the sum of each process's seconds, and of several processes the longest.
 
     Args:
-        records: each with ``seconds`` and the ``rank`` of the process that answered.
+        predictions: each with ``seconds`` and the ``rank`` of the process that answered.
     """
     of_rank: dict[int, float] = {}
-    for record in records:
-        of_rank[record["rank"]] = of_rank.get(record["rank"], 0.0) + record["seconds"]
+    for one in predictions:
+        of_rank[one["rank"]] = of_rank.get(one["rank"], 0.0) + one["seconds"]
     return max(of_rank.values(), default=0.0)
 
 
@@ -115,8 +102,8 @@ def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     first = [key for key in ("set", "n", main_metric) if key in columns]
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]
     columns = [*first, *(key for key in columns if key not in first + last), *last]
-    records = [*rows, {"set": "average", **average_row(rows, main_metric)}]
-    cells = [columns, *([_cell(key, record.get(key)) for key in columns] for record in records)]
+    lines_of = [*rows, {"set": "average", **average_row(rows, main_metric)}]
+    cells = [columns, *([_cell(key, one.get(key)) for key in columns] for one in lines_of)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for cell in cells:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pera_lightning.data import batching, splits
+from pera_lightning.data import batching, length_grouping, splits
 from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.data.tokenization import pad_token_id
@@ -239,7 +239,7 @@ class GLUEDataModule(L.LightningDataModule):
         rows = self._part("train")
         if self.batching == "random":
             return self._loader(dataset=rows, batch_size=self.batch_size, shuffle=True)
-        sampler = batching.grouped_sampler(rows.lengths, self.batch_size, self.trainer)
+        sampler = length_grouping.grouped_sampler(rows.lengths, self.batch_size, self.trainer)
         return self._loader(dataset=rows, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -309,7 +309,7 @@ class GLUEDataModule(L.LightningDataModule):
     def padding(self) -> dict[str, float]:
         """The share of padding in the first epoch's training batches of one process, in random order and grouped."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        shares = batching.padding_shares(self._part("train").lengths, self.batch_size, seed=seed)
+        shares = length_grouping.padding_shares(self._part("train").lengths, self.batch_size, seed=seed)
         return {name: round(share, 4) for name, share in shares.items()}
 
     def protocol(self) -> dict[str, Any]:

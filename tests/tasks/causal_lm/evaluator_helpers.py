@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
-from pera_lightning.tasks.causal_lm import evaluator as answering
-from pera_lightning.tasks.causal_lm.commonsense import SCORE
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm import answers
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SCORE
 from tests.tasks.causal_lm.language_helpers import QV, make_trainer, module, randomise
 
 COUNTS = {"ARC-Easy": 7, "boolq": 4}
@@ -33,7 +33,7 @@ def ready(folder, method=None, seed=3, **options):
 
 
 def evaluate(folder, network, datamodule, method=None, callbacks=(), command="test", **options):
-    """Tests; the scores that the trainer returns, results.json, and the records of each file of predictions."""
+    """Tests; the scores that the trainer returns, results.json, and the predictions of each file of predictions."""
     trainer = make_trainer(folder, method, callbacks=callbacks, **options)
     scores = getattr(trainer, command)(network, datamodule=datamodule)
     return SimpleNamespace(scores=scores and scores[0], **left(folder))
@@ -54,7 +54,7 @@ class Asked:
     def __init__(self, monkeypatch):
         self.seen, self.calls = [], 0
         for name in ("generate", "score_options"):
-            monkeypatch.setattr(answering, name, self.counting(getattr(answering, name)))
+            monkeypatch.setattr(answers, name, self.counting(getattr(answers, name)))
 
     def counting(self, function):
         def call(model, *args, **options):
@@ -87,7 +87,7 @@ class Interrupt(Callback):
 
 @torch.no_grad()
 def by_hand(network, sets):
-    """Prediction of every row: the option with the largest log-probability, one text after the other."""
+    """Prediction of every example: the option with the largest log-probability, one text after the other."""
     network.eval()
     predictions = {}
     for name in COUNTS:
@@ -111,7 +111,7 @@ def without_time(records):
 
 
 def close(one, other):
-    """Equal records but for the rounding of sums in batches of another size, and for who answered."""
+    """Equal predictions but for the rounding of sums in batches of another size, and for who answered."""
     strip = {"scores", "beam_score", "seconds", "rank"}
     for name, rows in one.items():
         assert [{k: v for k, v in r.items() if k not in strip} for r in rows] == [

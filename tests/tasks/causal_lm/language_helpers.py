@@ -1,4 +1,4 @@
-"""Folders with very small language models and their tokenizer, batches of token rows, and short runs."""
+"""Folders with very small language models and their tokenizer, batches of token sequences, and short runs."""
 
 import json
 
@@ -22,12 +22,12 @@ from transformers import (
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
 from pera_lightning.data.batching import collate_padded
-from pera_lightning.tasks.causal_lm import prompts
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Example
 from pera_lightning.tasks.causal_lm.module import CausalLMModule
+from pera_lightning.tasks.causal_lm.protocols import prompts
 
 # The words of the prompts, of the answers, and of some questions: about a hundred and thirty.
-_BLANK = Row("", "", instruction="", input="", output="", answer="")
+_BLANK = Example("", "", instruction="", input="", output="", answer="")
 _TEXT = prompts.hira(_BLANK) + prompts.llm_adapters_training(_BLANK) + prompts.llm_adapters_evaluation(_BLANK)
 _ANSWERS = "the correct answer is answer1 answer2 answer3 answer4 answer5 true false"
 _QUESTIONS = " ".join(f"q{k}" for k in range(60)) + " Answer format: answer1/answer2 answer1/answer2/answer3"
@@ -163,7 +163,7 @@ def trained(network):
 
 
 def write_sets(folder, counts, seed=0, train=12):
-    """LLM-Adapters' files: test sets of so many questions, and training rows of ARC-Easy."""
+    """LLM-Adapters' files: test sets of so many questions, and training examples of ARC-Easy."""
     generator = torch.Generator().manual_seed(seed)
     for name, count in {**counts, "ARC-Easy/train": train}.items():
         rows = []

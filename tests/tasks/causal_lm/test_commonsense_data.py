@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from pera_lightning.tasks.causal_lm.commonsense import SETS
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS
 from tests.data import test_downloads
 from tests.tasks.causal_lm.text_helpers import attached, entry, one_line, write_json
 
@@ -27,10 +27,10 @@ def test_a_folder_in_both_layouts(tmp_path, prefixed):
     folder = folder_of(tmp_path, prefixed)
     data = CommonsenseDataModule(str(folder), train="commonsense_15k", test=["openbookqa", "ARC-Easy"])
     data.prepare_data()
-    assert len(data.training_rows()) == 30
-    assert {name: len(rows) for name, rows in data.test_rows().items()} == {"openbookqa": 5, "ARC-Easy": 5}
+    assert len(data.training_examples()) == 30
+    assert {name: len(rows) for name, rows in data.test_examples().items()} == {"openbookqa": 5, "ARC-Easy": 5}
     data = CommonsenseDataModule(str(folder), train=["ARC-Easy", "openbookqa"], test=["ARC-Easy"])
-    rows = data.training_rows()
+    rows = data.training_examples()
     assert [rows[0].id, rows[11].id, rows[12].id] == ["ARC-Easy/train/0", "ARC-Easy/train/11", "openbookqa/train/0"]
     assert rows[12].instruction == "openbookqa 0"
     assert len({row.id for row in rows}) == 24
@@ -49,8 +49,8 @@ def test_the_questions_of_a_run(tmp_path):
     attached(data, fn="test").setup("test")
     (loader,) = data.test_dataloader()
     questions = [question for batch in loader for question in batch]
-    assert data.test_order == [f"openbookqa/test/{k}" for k in range(5)]
-    assert questions[0].row.id == "openbookqa/test/2"
+    assert data.description()["test_ids"] == [f"openbookqa/test/{k}" for k in range(5)]
+    assert questions[0].example.id == "openbookqa/test/2"
     assert questions[0].options == ("answer1", "answer2", "answer3", "answer4")
 
 
@@ -70,42 +70,44 @@ def test_what_a_run_needs_is_downloaded_once(server, tmp_path):
     data = downloading(server, tmp_path, train=["openbookqa"], test=["openbookqa", "ARC-Easy"])
     data.prepare_data()
     assert server.asked == ["/dataset/openbookqa/train.json"]
-    assert len(data.training_rows()) == 9
+    assert len(data.training_examples()) == 9
     data.trainer.state.fn = "test"
     for _ in range(2):
         data.prepare_data()
     assert server.asked[1:] == ["/dataset/openbookqa/test.json", "/dataset/ARC-Easy/test.json"]
-    assert [len(rows) for rows in data.test_rows().values()] == [500, 2376]
+    assert [len(rows) for rows in data.test_examples().values()] == [500, 2376]
     assert (tmp_path / "cache" / "llm_adapters" / "dataset" / "ARC-Easy" / "test.json.sha256").is_file()
     data.trainer = None
     data.prepare_data()
     assert len(server.asked) == 3
 
 
-def test_other_numbers_of_rows_than_the_papers_are_refused(server, tmp_path):
+def test_other_numbers_of_examples_than_the_papers_are_refused(server, tmp_path):
     serve(server, "ft-training_set/commonsense_170k.json", [entry(k) for k in range(10)])
     serve(server, "dataset/openbookqa/test.json", [entry(k) for k in range(499)])
     data = downloading(server, tmp_path, test=["openbookqa"])
     data.trainer = None
     data.prepare_data()
     with pytest.raises(DataError) as error:
-        data.training_rows()
-    one_line(error, "commonsense_170k.json", "has 10 rows", "has 170420", "delete it and commonsense_170k.json.sha256")
+        data.training_examples()
+    one_line(
+        error, "commonsense_170k.json", "has 10 examples", "has 170420", "delete it and commonsense_170k.json.sha256"
+    )
     with pytest.raises(DataError) as error:
-        data.test_rows()
-    one_line(error, "openbookqa/test.json", "has 499 rows", "has 500")
+        data.test_examples()
+    one_line(error, "openbookqa/test.json", "has 499 examples", "has 500")
 
 
 def test_a_download_that_was_changed_is_refused(server, tmp_path):
     serve(server, "dataset/openbookqa/train.json", [entry(k) for k in range(9)])
     data = downloading(server, tmp_path, train=["openbookqa"])
     with pytest.raises(ConfigurationError) as error:
-        data.training_rows()
+        data.training_examples()
     one_line(error, "openbookqa/train.json is there after prepare_data()")
     data.prepare_data()
     path = tmp_path / "cache" / "llm_adapters" / "dataset" / "openbookqa" / "train.json"
     write_json(path, [entry(0)])
-    for load in (data.training_rows, data.prepare_data):
+    for load in (data.training_examples, data.prepare_data):
         with pytest.raises(DataError) as error:
             load()
         one_line(error, str(path), "changed or damaged")
@@ -120,9 +122,13 @@ def test_a_set_the_mirror_lacks(server, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "arguments", "words"),
     [
-        (UnknownNameError, {"train": "commonsense_17k"}, ["train: unknown set 'commonsense_17k'", "closest: commons"]),
-        (UnknownNameError, {"test": ["arc-easy"]}, ["test: unknown set 'arc-easy'", "boolq", "closest: ARC-Easy"]),
-        (UnknownNameError, {"test": ["commonsense_15k"]}, ["test: unknown set"]),
+        (
+            UnknownNameError,
+            {"train": "commonsense_17k"},
+            ["train='commonsense_17k' does not exist", "closest:"],
+        ),
+        (UnknownNameError, {"test": ["arc-easy"]}, ["test='arc-easy' does not exist", "boolq", "closest: ARC-Easy"]),
+        (UnknownNameError, {"test": ["commonsense_15k"]}, ["test='commonsense_15k' does not exist"]),
         (ConfigurationError, {"test": []}, ["test names no set"]),
         (ConfigurationError, {"train": ["boolq", "boolq"]}, ["train names boolq twice"]),
         (ConfigurationError, {"folder": "x", "download_from": "http://y"}, ["exclude each other"]),
@@ -136,15 +142,15 @@ def test_arguments_that_do_not_serve(kind, arguments, words):
 
 def test_folders_that_do_not_serve(tmp_path):
     with pytest.raises(DataError) as error:
-        CommonsenseDataModule(str(tmp_path / "none")).training_rows()
-    one_line(error, f"{tmp_path / 'none'} is no folder")
+        CommonsenseDataModule(str(tmp_path / "none")).training_examples()
+    one_line(error, f"{tmp_path / 'none'} is not a folder")
     with pytest.raises(DataError) as error:
-        CommonsenseDataModule(str(tmp_path), test=["piqa"]).test_rows()
+        CommonsenseDataModule(str(tmp_path), test=["piqa"]).test_examples()
     one_line(error, "has neither piqa/test.json nor dataset/piqa/test.json")
     write_json(tmp_path / "piqa" / "test.json", [entry(0), {"instruction": "x"}])
     with pytest.raises(DataError) as error:
-        CommonsenseDataModule(str(tmp_path), test=["piqa"]).test_rows()
-    one_line(error, "row 1 of", "piqa/test.json has no 'answer'")
+        CommonsenseDataModule(str(tmp_path), test=["piqa"]).test_examples()
+    one_line(error, "example 1 of", "piqa/test.json has no 'answer'")
 
 
 def test_an_unknown_answer_word_in_training_is_said(tmp_path):
@@ -152,5 +158,5 @@ def test_an_unknown_answer_word_in_training_is_said(tmp_path):
     rows = [entry(k, instruction=asked) | {"answer": f"answer{k + 1}"} for k in range(3)]
     write_json(tmp_path / "ARC-Easy" / "train.json", rows)
     data = CommonsenseDataModule(str(tmp_path), train="ARC-Easy", test=["ARC-Easy"])
-    with pytest.warns(UserWarning, match=r"1 of 3 training rows .*ARC-Easy/train/2 has 'answer3', of answer1/answer2"):
-        assert len(data.training_rows()) == 3
+    with pytest.warns(UserWarning, match=r"1 of 3 training examples .*train/2 has 'answer3', of answer1/answer2"):
+        assert len(data.training_examples()) == 3

@@ -10,19 +10,18 @@ import sys
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from pera_lightning.tasks.causal_lm import protocols
-from pera_lightning.tasks.causal_lm.commonsense import SETS, check_row, options
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, protocol, register
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols import Decoding, Protocol, protocol, protocols, register
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, check_example, options
 
 NAMES = ["llm_adapters", "hira", "strict", "score"]
 QUESTION = "Which is it?\n\nAnswer1: a Answer2: b Answer3: c\n\nAnswer format: answer1/answer2/answer3"
-ROW = Row("7", "ARC-Easy", QUESTION, "", "the correct answer is answer2", "answer2")
+ROW = Example("7", "ARC-Easy", QUESTION, "", "the correct answer is answer2", "answer2")
 WITH_INPUT = dataclasses.replace(ROW, instruction="Which is it?", input="It is b.")
 
 
-def of_set(name: str, instruction: str = "", answer: str = "") -> Row:
-    return Row("7", name, instruction, "", "", answer)
+def of_set(name: str, instruction: str = "", answer: str = "") -> Example:
+    return Example("7", name, instruction, "", "", answer)
 
 
 LLM_ADAPTERS_TRAINING = (
@@ -110,7 +109,7 @@ HIRA_WITH_INPUT = (
         (WITH_INPUT, LLM_ADAPTERS_TRAINING_WITH_INPUT, LLM_ADAPTERS_EVALUATION_WITH_INPUT),
     ],
 )
-def test_prompts_of_llm_adapters(row: Row, training: str, evaluation: str) -> None:
+def test_prompts_of_llm_adapters(row: Example, training: str, evaluation: str) -> None:
     one = protocol("commonsense", "llm_adapters")
     assert one.training_prompt(row) == training
     assert one.evaluation_prompt(row) == evaluation
@@ -118,7 +117,7 @@ def test_prompts_of_llm_adapters(row: Row, training: str, evaluation: str) -> No
 
 @pytest.mark.parametrize("name", ["hira", "strict", "score"])
 @pytest.mark.parametrize(("row", "prompt"), [(ROW, HIRA), (WITH_INPUT, HIRA_WITH_INPUT)])
-def test_prompts_of_hira(name: str, row: Row, prompt: str) -> None:
+def test_prompts_of_hira(name: str, row: Example, prompt: str) -> None:
     one = protocol("commonsense", name)
     assert one.training_prompt(row) == prompt
     assert one.evaluation_prompt(row) == prompt
@@ -142,27 +141,8 @@ def test_the_choices_of_each_protocol() -> None:
 
 
 def test_the_sets_in_the_papers_order() -> None:
-    assert {name: one.test_rows for name, one in SETS.items()} == {
-        "boolq": 3270,
-        "piqa": 1838,
-        "social_i_qa": 1954,
-        "hellaswag": 10042,
-        "winogrande": 1267,
-        "ARC-Easy": 2376,
-        "ARC-Challenge": 1172,
-        "openbookqa": 500,
-    }
-    assert list(SETS)[:2] == ["boolq", "piqa"]
-    assert [one.title for one in SETS.values()] == [
-        "BoolQ",
-        "PIQA",
-        "SIQA",
-        "HellaSwag",
-        "WinoGrande",
-        "ARC-e",
-        "ARC-c",
-        "OBQA",
-    ]
+    papers = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
+    assert list(SETS) == papers
 
 
 @pytest.mark.parametrize("name", ["llm_adapters", "hira"])
@@ -244,7 +224,7 @@ def test_strict_takes_an_option_and_nothing_else(name: str, text: str, found: st
         (of_set("openbookqa", "what?"), ("answer1", "answer2", "answer3", "answer4")),
     ],
 )
-def test_options(row: Row, found: tuple[str, ...]) -> None:
+def test_options(row: Example, found: tuple[str, ...]) -> None:
     assert options(row) == found
 
 
@@ -258,16 +238,16 @@ def test_options(row: Row, found: tuple[str, ...]) -> None:
         of_set("boolq", "Q\nAnswer format: true/true"),
     ],
 )
-def test_options_that_are_not_said(row: Row) -> None:
-    with pytest.raises(DataError, match=rf"^row 7 of {row.set}: .*; (end|write)") as caught:
+def test_options_that_are_not_said(row: Example) -> None:
+    with pytest.raises(DataError, match=rf"^example 7 of {row.set}: .*; (end|write)") as caught:
         options(row)
     assert "\n" not in str(caught.value)
 
 
 def test_an_answer_that_is_no_option() -> None:
-    check_row(ROW)
+    check_example(ROW)
     wrong = dataclasses.replace(ROW, answer="answer4")
-    message = "row 7 of ARC-Easy: answer 'answer4' is none of its options answer1, answer2, answer3"
+    message = "example 7 of ARC-Easy: answer 'answer4' is none of its options answer1, answer2, answer3"
     for name in NAMES:
         with pytest.raises(DataError, match=message):
             protocol("commonsense", name).check(wrong)
@@ -318,10 +298,10 @@ def test_a_description_of_decoding_and_prompts() -> None:
 
 def test_names_that_do_not_exist() -> None:
     with pytest.raises(
-        UnknownNameError, match=r"'hirra' does not exist for commonsense; one of .*score; closest: hira"
+        UnknownNameError, match=r"commonsense protocol='hirra' does not exist; one of .*score; closest: hira"
     ):
         protocol("commonsense", "hirra")
-    with pytest.raises(UnknownNameError, match=r"task 'math' does not exist; one of commonsense.*; closest: maths"):
+    with pytest.raises(UnknownNameError, match=r"task='math' does not exist; one of commonsense.*; closest: maths"):
         protocol("math", "last_number")
 
 
@@ -334,13 +314,13 @@ def test_a_name_is_given_once() -> None:
 
 @pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"max_new_tokens": 4, "num_beams": 0}])
 def test_decoding_of_nothing(values: dict[str, int]) -> None:
-    with pytest.raises(ConfigurationError, match="is 0; decoding needs at least 1"):
+    with pytest.raises(ConfigurationError, match="=0: a positive integer is needed"):
         Decoding(**values)
 
 
 def test_a_protocol_costs_no_library() -> None:
     code = (
-        "import sys; from pera_lightning.tasks.causal_lm import commonsense, dialogue, maths; "
+        "import sys; "
         "from pera_lightning.tasks.causal_lm.protocols import protocol; protocol('dialogue', 'self_persona'); "
         "protocol('maths', 'last_number'); protocol('commonsense', 'score'); print(*sys.modules)"
     )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from pera_lightning.data.batching import IGNORE, LengthGroupedSampler
+from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.length_grouping import LengthGroupedSampler
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from tests.tasks.causal_lm.text_helpers import RowsData, TextModule, attached, byte_tokenizer, one_line, rows_of
+from tests.tasks.causal_lm.text_helpers import ExamplesData, TextModule, attached, byte_tokenizer, examples_of, one_line
 
 QUIET = {
     "accelerator": "cpu",
@@ -25,7 +26,7 @@ QUIET = {
 def build(tmp_path):
     def make(count=40, fn="fit", trainer=None, tokenizer=None, **options):
         options = {"validation_size": 6, "batch_size": 4, "cache_dir": str(tmp_path / "cache"), **options}
-        data = RowsData(options.pop("rows", None) or rows_of(count), **options)
+        data = ExamplesData(options.pop("rows", None) or examples_of(count), **options)
         attached(data, tokenizer, fn=fn, **(trainer or {}))
         data.setup(fn)
         return data
@@ -34,7 +35,7 @@ def build(tmp_path):
 
 
 def texts(batch, tokenizer):
-    """Each row of a batch as text, and the text of its labels."""
+    """Each example of a batch as text, and the text of its labels."""
     rows = []
     if "attention_mask" in batch:
         parts = [(batch["input_ids"][i][m], batch["labels"][i][m]) for i, m in enumerate(batch["attention_mask"] == 1)]
@@ -50,7 +51,7 @@ def texts(batch, tokenizer):
 
 
 def numbers(data, loader):
-    """The number in the instruction of every row of an epoch."""
+    """The number in the instruction of every example of an epoch."""
     return [
         int(text.partition("### Instruction:\n")[2].strip()[:3])
         for batch in loader
@@ -59,10 +60,10 @@ def numbers(data, loader):
 
 
 @pytest.mark.parametrize("batching", ["grouped", "packed", "random"])
-def test_every_row_once_an_epoch_with_the_loss_on_the_answer(build, batching):
+def test_every_example_once_an_epoch_with_the_loss_on_the_answer(build, batching):
     data = build(batching=batching)
     loader = data.train_dataloader()
-    assert Counter(numbers(data, loader)) == Counter(data._part("train").indices.tolist())
+    assert Counter(numbers(data, loader)) == Counter(data._split("train").indices.tolist())
     answers = {learned for batch in loader for _, learned in texts(batch, data.tokenizer)}
     assert answers == {f"the correct answer is answer{k}</s>" for k in (1, 2)}
     if batching == "packed":
@@ -81,7 +82,7 @@ def test_the_loss_on_the_whole_text(build, batching):
             assert learned == text[1:]  # nothing predicts the first token, and this tokenizer puts no BOS there
 
 
-def test_grouped_rows_are_of_like_length_and_others_come_anew_each_epoch(build):
+def test_grouped_examples_are_of_similar_length_and_others_come_anew_each_epoch(build):
     data = build(200)
     loader = data.train_dataloader()
     spread = [int(b["attention_mask"].sum(1).max() - b["attention_mask"].sum(1).min()) for b in loader]
@@ -95,8 +96,8 @@ def test_grouped_rows_are_of_like_length_and_others_come_anew_each_epoch(build):
     assert first != numbers(data, loader)
 
 
-def test_validation_rows_are_the_same_for_every_fraction_and_fractions_are_nested(build):
-    parts = {f: build(100, train_fraction=f)._parts for f in (0.1, 0.2, 0.5, 0.8, 1.0)}
+def test_validation_examples_are_the_same_for_every_fraction_and_fractions_are_nested(build):
+    parts = {f: build(100, train_fraction=f)._splits for f in (0.1, 0.2, 0.5, 0.8, 1.0)}
     held = {tuple(part["validation"].indices.tolist()) for part in parts.values()}
     assert len(held) == 1
     assert len(next(iter(held))) == 6
@@ -110,7 +111,7 @@ def test_validation_rows_are_the_same_for_every_fraction_and_fractions_are_neste
 
 def test_the_split_follows_its_own_seed_alone(build):
     def held(**options):
-        return build(100, **options)._parts["validation"].indices.tolist()
+        return build(100, **options)._splits["validation"].indices.tolist()
 
     one = held()
     torch.manual_seed(5)
@@ -123,13 +124,13 @@ def test_the_split_follows_its_own_seed_alone(build):
 def test_validation_batches_keep_the_order(build):
     data = build(eval_batch_size=5)
     loader = data.val_dataloader()
-    assert numbers(data, loader) == data._part("validation").indices.tolist()
+    assert numbers(data, loader) == data._split("validation").indices.tolist()
     assert [len(batch["input_ids"]) for batch in loader] == [5, 1]
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_validation_rows(build, world):
-    """Six rows; with four processes two fill up, without a label."""
+def test_processes_share_the_validation_examples(build, world):
+    """Six examples; with four processes two fill up, without a label."""
     whole = next(iter(build(eval_batch_size=6).val_dataloader()))
     shares = []
     for rank in range(world):
@@ -154,20 +155,22 @@ def test_the_sampler_knows_the_processes(build, rank, monkeypatch):
 
 
 def test_what_is_cut_is_said(build):
-    whole = build(max_length=1000)._part("train")
+    whole = build(max_length=1000)._split("train")
     limit = int(min(whole.lengths)) - 15  # within the answer of the shortest row, before that of the longest
     with pytest.warns(UserWarning, match="were cut") as said:
-        cut = build(max_length=limit)._part("train")
+        cut = build(max_length=limit)._split("train")
     assert 0 < cut.dropped < 34
     assert len(cut) == 34 - cut.dropped
     assert set(cut.lengths.tolist()) == {limit}
     messages = [str(one.message) for one in said]
-    expected = f"34 of 34 train rows are longer than {limit} tokens and were cut; {cut.dropped} of them lost"
+    expected = f"34 of 34 train examples are longer than {limit} tokens and were cut; {cut.dropped} of them lost"
     assert any(message.startswith(expected) for message in messages)
 
 
 def test_a_run_writes_the_split_and_uses_the_sampler(tmp_path):
-    data = RowsData(rows_of(30), validation_size=6, batch_size=4, cache_dir=str(tmp_path / "cache"), train_fraction=0.5)
+    data = ExamplesData(
+        examples_of(30), validation_size=6, batch_size=4, cache_dir=str(tmp_path / "cache"), train_fraction=0.5
+    )
     trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, logger=False, **QUIET)
     trainer.fit(TextModule(), datamodule=data)
     record = json.loads((tmp_path / "splits" / "commonsense.json").read_text())
@@ -182,28 +185,27 @@ def test_a_run_writes_the_split_and_uses_the_sampler(tmp_path):
 
 
 def test_a_fast_run_and_a_test_write_no_split(tmp_path):
-    tests = {"ARC-Easy": rows_of(3, split="test")}
+    tests = {"ARC-Easy": examples_of(3, split="test")}
     for run, flag in (("fit", True), ("test", False)):
-        data = RowsData(rows_of(30), tests, validation_size=6, cache_dir=str(tmp_path / "cache"))
+        data = ExamplesData(examples_of(30), tests, validation_size=6, cache_dir=str(tmp_path / "cache"))
         trainer = Trainer(default_root_dir=tmp_path, fast_dev_run=flag, logger=False, **QUIET)
         getattr(trainer, run)(TextModule(), datamodule=data)
     assert not (tmp_path / "splits").exists()
 
 
-def test_questions_come_longest_first_and_those_answered_stay_away(tmp_path):
-    sets = {"ARC-Easy": rows_of(9, split="test"), "ARC-Challenge": rows_of(12, "ARC-Challenge", "test")}
-    done = ["ARC-Easy/test/3", "ARC-Challenge/test/11", "ARC-Challenge/test/0"]
-    data = RowsData((), sets, eval_batch_size=4, protocol="score", batch_size=2)
-    module = TextModule(done=done)
+def test_questions_come_longest_first(tmp_path):
+    sets = {"ARC-Easy": examples_of(9, split="test"), "ARC-Challenge": examples_of(12, "ARC-Challenge", "test")}
+    data = ExamplesData((), sets, eval_batch_size=4, protocol="score", batch_size=2)
+    module = TextModule()
     Trainer(default_root_dir=tmp_path, logger=False, **QUIET).test(module, datamodule=data, verbose=False)
-    everything = [row.id for rows in sets.values() for row in rows]
-    assert data.test_order == everything
-    assert sorted(module.seen) == sorted(set(everything) - set(done))
-    assert module.seen[:8] == sorted(
-        module.seen[:8], key=lambda name: -len(sets["ARC-Easy"][int(name[14:])].instruction)
+    everything = [one.id for examples in sets.values() for one in examples]
+    assert data.description()["test_ids"] == everything
+    assert sorted(module.seen) == sorted(everything)
+    assert module.seen[:9] == sorted(
+        module.seen[:9], key=lambda name: -len(sets["ARC-Easy"][int(name[14:])].instruction)
     )
     loaders = data.test_dataloader()
-    assert [len(loader) for loader in loaders] == [2, 3]
+    assert [len(loader) for loader in loaders] == [3, 3]
     batch = next(iter(loaders[0]))
     assert [len(question.prompt) for question in batch] == sorted((len(q.prompt) for q in batch), reverse=True)
     assert all(len(q.candidates) == 2 for q in batch)
@@ -211,21 +213,23 @@ def test_questions_come_longest_first_and_those_answered_stay_away(tmp_path):
     assert prompt.endswith("### Response:\n")
 
 
-def test_a_set_that_is_answered_has_no_loader_and_a_finished_test_one_batch(build):
-    sets = {"ARC-Easy": rows_of(5, split="test"), "ARC-Challenge": rows_of(3, "ARC-Challenge", "test")}
-    data = attached(RowsData((), sets), fn="test")
-    data.setup("test")
-    module = data.trainer.lightning_module
-    module.done = frozenset(f"ARC-Easy/test/{k}" for k in range(5))
-    assert [len(loader.dataset) for loader in data.test_dataloader()] == [3]
-    module.done |= {f"ARC-Challenge/test/{k}" for k in range(3)}
-    assert [len(loader.dataset) for loader in data.test_dataloader()] == [1]
+def test_processes_have_as_many_questions(tmp_path):
+    """Five questions over two processes: the last of them fills up."""
+    asked = []
+    for rank in range(2):
+        data = ExamplesData((), {"ARC-Easy": examples_of(5, split="test")}, eval_batch_size=2)
+        attached(data, fn="test", world_size=2, global_rank=rank).setup("test")
+        (loader,) = data.test_dataloader()
+        assert [len(batch) for batch in loader] == [2, 1]
+        asked.append([question.example.id for batch in loader for question in batch])
+    assert set(asked[0]) | set(asked[1]) == {f"ARC-Easy/test/{k}" for k in range(5)}
+    assert asked[0][-1] == asked[1][-1]
 
 
-def test_the_first_rows_of_each_set(build):
-    data = attached(RowsData((), {"ARC-Easy": rows_of(5, split="test")}, test_limit=2), fn="test")
+def test_the_first_examples_of_each_set(build):
+    data = attached(ExamplesData((), {"ARC-Easy": examples_of(5, split="test")}, test_limit=2), fn="test")
     data.setup("test")
-    assert data.test_order == ["ARC-Easy/test/0", "ARC-Easy/test/1"]
+    assert data.description()["test_ids"] == ["ARC-Easy/test/0", "ARC-Easy/test/1"]
 
 
 def test_a_tokenizer_without_padding_is_said_once(build, caplog):
@@ -242,66 +246,64 @@ def test_a_tokenizer_without_padding_is_said_once(build, caplog):
 def test_a_tokenizer_by_name(tmp_path):
     folder = tmp_path / "tokenizer"
     byte_tokenizer().save_pretrained(folder)
-    data = RowsData(rows_of(10), tokenizer=str(folder), validation_size=2, cache_dir=str(tmp_path / "cache"))
+    data = ExamplesData(examples_of(10), tokenizer=str(folder), validation_size=2, cache_dir=str(tmp_path / "cache"))
     data.setup("fit")
-    assert len(data._part("train")) == 8
+    assert len(data._split("train")) == 8
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"train_fraction": 0}, ["train_fraction must lie in (0, 1]; given 0"]),
+        ({"train_fraction": 0}, ["train_fraction=0: a number in (0, 1] is needed"]),
         ({"train_fraction": 1.5}, ["train_fraction", "1.5"]),
         ({"batching": "pack"}, ["batching='pack'", "grouped, packed, random", "closest: packed"]),
-        ({"max_length": 1}, ["max_length must be at least 2; given 1"]),
-        ({"batch_size": 0}, ["batch_size must be at least 1"]),
-        ({"validation_size": 0}, ["validation_size must be at least 1"]),
-        ({"test_limit": 0}, ["test_limit must be at least 1"]),
-        ({"split_seed": -1}, ["split_seed must be at least 0"]),
+        ({"max_length": 1}, ["max_length=1: an integer of at least 2"]),
+        ({"batch_size": 0}, ["batch_size=0: an integer of at least 1"]),
+        ({"validation_size": 0}, ["validation_size=0"]),
+        ({"test_limit": 0}, ["test_limit=0"]),
+        ({"split_seed": -1}, ["split_seed=-1"]),
     ],
 )
 def test_values_that_are_not_allowed(options, words):
-    with pytest.raises(ConfigurationError) as error:
-        RowsData(**options)
+    with pytest.raises((ConfigurationError, UnknownNameError)) as error:
+        ExamplesData(**options)
     one_line(error, *words)
 
 
 def test_an_unknown_protocol():
     with pytest.raises(UnknownNameError) as error:
-        RowsData(protocol="hera")
-    one_line(
-        error, "protocol 'hera' does not exist for commonsense", "llm_adapters, hira, strict, score", "closest: hira"
-    )
+        ExamplesData(protocol="hera")
+    one_line(error, "commonsense protocol='hera' does not exist", "llm_adapters, hira, strict, score", "closest: hira")
 
 
 def test_data_that_cannot_serve(build, tmp_path):
     with pytest.raises(DataError) as error:
         build(6)
-    one_line(error, "6 training rows cannot give 6 to validation; lower validation_size")
+    one_line(error, "6 training examples cannot give 6 to validation; lower validation_size")
     with pytest.raises(DataError) as error:
         build(max_length=20)
-    one_line(error, "max_length=20 leaves no train row with a label: all 34", "raise it")
-    bad = rows_of(3, split="test")
+    one_line(error, "max_length=20 leaves no train example with a label: all 34", "raise it")
+    bad = examples_of(3, split="test")
     bad[1] = type(bad[1])(**{**{f: getattr(bad[1], f) for f in bad[1].__slots__}, "answer": "answer7"})
-    data = attached(RowsData((), {"ARC-Easy": bad}), fn="test")
+    data = attached(ExamplesData((), {"ARC-Easy": bad}), fn="test")
     with pytest.raises(DataError) as error:
         data.setup("test")
     one_line(error, "ARC-Easy/test/1", "'answer7' is none of its options answer1, answer2")
 
 
 def test_no_tokenizer_and_one_that_is_missing(tmp_path):
-    data = RowsData(rows_of(10), validation_size=2, cache_dir=str(tmp_path))
+    data = ExamplesData(examples_of(10), validation_size=2, cache_dir=str(tmp_path))
     with pytest.raises(ConfigurationError) as error:
         data.setup("fit")
     one_line(error, "no tokenizer", "tokenizer=")
-    data = RowsData(rows_of(10), tokenizer=str(tmp_path / "none"), validation_size=2, cache_dir=str(tmp_path))
+    data = ExamplesData(examples_of(10), tokenizer=str(tmp_path / "none"), validation_size=2, cache_dir=str(tmp_path))
     with pytest.raises(ConfigurationError) as error:
         data.setup("fit")
     one_line(error, "there is no such folder")
 
 
 def test_loaders_before_setup():
-    data = RowsData()
+    data = ExamplesData()
     for loader in (data.train_dataloader, data.val_dataloader, data.test_dataloader, data.predict_dataloader):
         with pytest.raises(ConfigurationError) as error:
             loader()

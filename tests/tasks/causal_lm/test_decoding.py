@@ -279,7 +279,7 @@ def test_every_eos_ends_a_generation(tokenizer, beams):
         assert made.ids == free.ids[: free.ids.index(free.ids[2])]
 
 
-def test_rows_that_end_early_hold_no_padding(tokenizer):
+def test_examples_that_end_early_hold_no_padding(tokenizer):
     model, decoding = llama(), Decoding(max_new_tokens=8)
     prompts = random_prompts(6)
     free = generate(model, tokenizer, prompts, decoding)

@@ -1,12 +1,12 @@
-"""Dialogues: ParlAI's text and JSON lines say the same, every reply is a row."""
+"""Dialogues: ParlAI's text and JSON lines say the same, every reply is an example."""
 
 import json
 
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.tasks.causal_lm.dialogue import render
-from pera_lightning.tasks.causal_lm.dialogue_data import DialogueDataModule, read_replies
+from pera_lightning.tasks.causal_lm.dialogue import DialogueDataModule, read_replies
+from pera_lightning.tasks.causal_lm.protocols.dialogue import render
 from tests.tasks.causal_lm.text_helpers import attached, one_line, write_json
 
 FIRST = {
@@ -32,7 +32,7 @@ def text_file(path, text):
     return path
 
 
-def test_every_reply_is_a_row_and_both_formats_agree(tmp_path):
+def test_every_reply_is_an_example_and_both_formats_agree(tmp_path):
     lines = read_replies(write_json(tmp_path / "train.jsonl", [FIRST, SECOND], lines=True))
     text = read_replies(text_file(tmp_path / "train.txt", PARLAI))
     windows = read_replies(text_file(tmp_path / "train.txt", PARLAI.replace("\n", "\r\n")))
@@ -50,11 +50,11 @@ def test_a_folder_with_the_usual_names(tmp_path):
     write_json(tmp_path / "valid.jsonl", [FIRST])
     text_file(tmp_path / "train_self_original.txt", PARLAI)
     data = DialogueDataModule(str(tmp_path))
-    assert [row.id for row in data.training_rows()] == [f"train_self_original/{k}" for k in ("0/0", "0/1", "1/0")]
-    assert [row.id for row in data.test_rows()["convai2"]] == ["valid/0/0", "valid/0/1"]
+    assert [row.id for row in data.training_examples()] == [f"train_self_original/{k}" for k in ("0/0", "0/1", "1/0")]
+    assert [row.id for row in data.test_examples()["convai2"]] == ["valid/0/0", "valid/0/1"]
     other = text_file(tmp_path / "other.txt", PARLAI)
     data = DialogueDataModule(str(tmp_path), test=str(other))
-    assert len(data.test_rows()["convai2"]) == 3
+    assert len(data.test_examples()["convai2"]) == 3
 
 
 def test_a_run(tmp_path):
@@ -70,9 +70,9 @@ def test_a_run(tmp_path):
     learned = {data.tokenizer.decode(row[row != -100]) for row in batch["labels"]}
     assert learned == {f"{turn['self']}</s>" for turn in FIRST["turns"]}
     # Longest first in the batches; in the files' order after that, the tenth turn after the ninth.
-    assert data.test_order == [f"valid/{d}/{t}" for d in (0, 1) for t in range(12)]
+    assert data.description()["test_ids"] == [f"valid/{d}/{t}" for d in (0, 1) for t in range(12)]
     questions = [q for loader in data.test_dataloader() for b in loader for q in b]
-    assert {q.row.id for q in questions[:2]} == {"valid/0/11", "valid/1/11"}
+    assert {q.example.id for q in questions[:2]} == {"valid/0/11", "valid/1/11"}
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_text_that_does_not_serve(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("x", ["dialogue 1 of", "'persona' is no list of sentences"]),
-        ({**FIRST, "persona": "i sing."}, ["'persona' is no list"]),
+        ("x", ["dialogue 1 of", "'persona' has to be a list of sentences"]),
+        ({**FIRST, "persona": "i sing."}, ["'persona' has to be a list"]),
         ({**FIRST, "persona": []}, ["dialogue 1 of", "turn 0", "lacks a persona"]),
-        ({**FIRST, "turns": None}, ["'turns' is no list"]),
+        ({**FIRST, "turns": None}, ["'turns' has to be a list"]),
         ({**FIRST, "turns": [{"partner": "hi"}]}, ["turn 0", "'partner' and 'self'"]),
         ({**FIRST, "turns": [{"partner": "hi", "self": ""}]}, ["turn 0: the reply is empty"]),
     ],
@@ -125,19 +125,19 @@ def test_files_that_are_missing_say_where_they_come_from(tmp_path):
         DialogueDataModule()
     one_line(error, "give folder, or train and test", *origin)
     with pytest.raises(DataError) as error:
-        DialogueDataModule(str(tmp_path)).training_rows()
+        DialogueDataModule(str(tmp_path)).training_examples()
     one_line(error, f"{tmp_path} has none of", *origin)
     with pytest.raises(DataError) as error:
-        DialogueDataModule(test=str(tmp_path / "none.txt")).test_rows()
+        DialogueDataModule(test=str(tmp_path / "none.txt")).test_examples()
     one_line(error, "test: there is no file", "none.txt", *origin)
     with pytest.raises(DataError) as error:
-        DialogueDataModule(test="x.txt").training_rows()
+        DialogueDataModule(test="x.txt").training_examples()
     one_line(error, "train is needed here", *origin)
 
 
 def test_metrics_that_need_files_are_measured_where_asked_for(tmp_path, monkeypatch):
     asked = []
-    module = "pera_lightning.tasks.causal_lm.dialogue"
+    module = "pera_lightning.tasks.causal_lm.protocols.dialogue"
     monkeypatch.setattr(f"{module}.meteor", lambda records: 12.0)
     monkeypatch.setattr(f"{module}.bertscore", lambda records, model: asked.append(model) or 34.0)
     records = [{"id": "a", "set": "convai2", "output": "hi", "prediction": "hi", "answer": "hi", "correct": False}]

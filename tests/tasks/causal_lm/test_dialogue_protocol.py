@@ -12,9 +12,9 @@ from nltk.translate import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.tasks.causal_lm.dialogue import bertscore, meteor, render
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Example
 from pera_lightning.tasks.causal_lm.protocols import Decoding, protocol
+from pera_lightning.tasks.causal_lm.protocols.dialogue import bertscore, meteor, render
 
 SELF_PERSONA = protocol("dialogue", "self_persona")
 INSTRUCTION = (
@@ -67,7 +67,7 @@ def test_a_dialogue_without_persona_or_question(persona: list[str], partner: str
 
 
 def test_the_prompt_and_the_choices() -> None:
-    row = Row("1", "convai2", INSTRUCTION, "", "two dogs .", "two dogs .")
+    row = Example("1", "convai2", INSTRUCTION, "", "two dogs .", "two dogs .")
     expected = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
         "\n"
@@ -100,13 +100,13 @@ def test_the_prompt_and_the_choices() -> None:
     [(" two dogs . ", "two dogs ."), ("yes .\nPartner: no .", "yes ."), ("\nlate", None), ("  ", None), ("", None)],
 )
 def test_the_reply_is_the_first_line(text: str, found: str | None) -> None:
-    assert SELF_PERSONA.extract(text, Row("1", "convai2", "", "", "", "x")) == found
+    assert SELF_PERSONA.extract(text, Example("1", "convai2", "", "", "", "x")) == found
 
 
-def test_a_row_without_a_reply() -> None:
-    with pytest.raises(DataError, match="row 9 of convai2: its answer is empty"):
-        SELF_PERSONA.check(Row("9", "convai2", "hi", "", "", " "))
-    SELF_PERSONA.check(Row("9", "convai2", "hi", "", "", "yes"))
+def test_a_example_without_a_reply() -> None:
+    with pytest.raises(DataError, match="example 9 of convai2: its answer is empty"):
+        SELF_PERSONA.check(Example("9", "convai2", "hi", "", "", " "))
+    SELF_PERSONA.check(Example("9", "convai2", "hi", "", "", "yes"))
 
 
 def test_bleu_and_rouge_are_those_of_the_libraries() -> None:
@@ -139,7 +139,7 @@ def test_equal_replies_are_a_hundred(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_no_records() -> None:
+def test_no_predictions() -> None:
     with pytest.raises(DataError, match="no predictions to summarise"):
         SELF_PERSONA.summarise([])
 

@@ -12,7 +12,7 @@ from pera_lightning.adapters import PERA, AuroRA, LinearProbe
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.tokenization import tokenizer_key
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.causal_lm.commonsense import first_match
+from pera_lightning.tasks.causal_lm.protocols.commonsense import first_match
 from pera_lightning.tasks.causal_lm.statistics import average_row, wilson_interval
 from tests.tasks.causal_lm.evaluator_helpers import (
     COUNTS,

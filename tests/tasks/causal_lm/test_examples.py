@@ -1,4 +1,4 @@
-"""Rows of JSON files: both kinds of file, and every way in which a file or a row does not serve."""
+"""Examples of JSON files: both kinds of file, and every way in which a file or an example does not serve."""
 
 import json
 
@@ -6,14 +6,14 @@ import pytest
 
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import DataError
-from pera_lightning.tasks.causal_lm.examples import digest, read_rows
+from pera_lightning.tasks.causal_lm.examples import digest, read_examples
 from tests.tasks.causal_lm.text_helpers import entry, one_line, write_json
 
 
 @pytest.mark.parametrize("lines", [False, True])
-def test_rows_of_a_list_and_of_lines(tmp_path, lines):
+def test_examples_of_a_list_and_of_lines(tmp_path, lines):
     path = write_json(tmp_path / "test.json", [entry(0), entry(1, input="more", answer=576.0)], lines)
-    first, second = read_rows(path, set_name="ARC-Easy", split="test")
+    first, second = read_examples(path, set_name="ARC-Easy", split="test")
     assert (first.id, first.set, first.answer) == ("ARC-Easy/test/0", "ARC-Easy", "answer1")
     assert (second.id, second.input, second.answer) == ("ARC-Easy/test/1", "more", "576.0")
     assert second.output == "the correct answer is answer2"
@@ -28,7 +28,7 @@ def test_separators_and_marks_that_json_lets_stand_in_a_text(tmp_path):
 
 def test_fields_that_are_not_needed_may_be_missing(tmp_path):
     path = write_json(tmp_path / "f.json", [{"instruction": "x", "answer": "answer1"}])
-    (row,) = read_rows(path, set_name="s", split="test", needed=("instruction", "answer"))
+    (row,) = read_examples(path, set_name="s", split="test", needed=("instruction", "answer"))
     assert (row.output, row.input) == ("", "")
 
 
@@ -40,19 +40,19 @@ def test_fields_that_are_not_needed_may_be_missing(tmp_path):
         ("[1, 2", ["is no JSON list"]),
         ('{"instruction": "x", "output": "y"}\n{oops}', ["its line 2 no JSON"]),
         ("instruction,output\na,b", ["its line 1 no JSON"]),
-        ("[3]", ["row 0 of", "is no object but int", "instruction, output"]),
-        ('[{"instruction": "x"}]', ["row 0 of", "no 'output'", "it has instruction"]),
+        ("[3]", ["example 0 of", "is int; an object with", "instruction, output"]),
+        ('[{"instruction": "x"}]', ["example 0 of", "no 'output'", "it has instruction"]),
         ('[{"instruction": "x", "output": null}]', ["no 'output'"]),
-        ('[{"instruction": "x", "output": " "}]', ["row 0 of", "'output' is empty"]),
+        ('[{"instruction": "x", "output": " "}]', ["example 0 of", "'output' is empty"]),
         ('[{"instruction": "x", "output": ["y"]}]', ["'output' is ['y']", "text is needed"]),
         ('[{"instruction": "x", "output": "y", "answer": true}]', ["'answer' is True"]),
     ],
 )
-def test_files_and_rows_that_do_not_serve(tmp_path, text, words):
+def test_files_and_examples_that_do_not_serve(tmp_path, text, words):
     path = tmp_path / "file.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError) as error:
-        read_rows(path, set_name="s", split="train")
+        read_examples(path, set_name="s", split="train")
     one_line(error, str(path), *words)
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 def test_the_digest_sees_every_field_and_the_order(tmp_path):
     def of(*entries):
-        return digest(read_rows(write_json(tmp_path / "f.json", entries), set_name="s", split="train"))
+        return digest(read_examples(write_json(tmp_path / "f.json", entries), set_name="s", split="train"))
 
     plain = of(entry(0), entry(1))
     assert plain == of(entry(0), entry(1))

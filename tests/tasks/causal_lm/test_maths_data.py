@@ -1,10 +1,10 @@
-"""Word problems: three forms of row, from files and the hub."""
+"""Word problems: three forms of example, from files and the hub."""
 
 import datasets
 import pytest
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.tasks.causal_lm.maths_data import MathsDataModule, read_problems
+from pera_lightning.tasks.causal_lm.maths import MathsDataModule, read_problems
 from tests.tasks.causal_lm.text_helpers import attached, one_line, write_json
 
 META = {
@@ -58,10 +58,10 @@ def test_the_hub_by_default(hub):
     data = attached(MathsDataModule())
     data.prepare_data()
     assert hub["asked"] == [("meta-math/MetaMathQA", None, "train")]
-    assert [row.instruction for row in data.training_rows()] == [f"{k}?" for k in range(5)]
-    assert {name: len(rows) for name, rows in data.test_rows().items()} == {"gsm8k": 3}
+    assert [row.instruction for row in data.training_examples()] == [f"{k}?" for k in range(5)]
+    assert {name: len(rows) for name, rows in data.test_examples().items()} == {"gsm8k": 3}
     assert hub["asked"][-1] == ("openai/gsm8k", "main", "test")
-    assert data.test_rows()["gsm8k"][2].id == "gsm8k/test/2"
+    assert data.test_examples()["gsm8k"][2].id == "gsm8k/test/2"
     hub["asked"].clear()
     data.trainer.state.fn = "test"
     data.prepare_data()
@@ -80,25 +80,29 @@ def test_a_run_on_files_asks_nobody(hub, tmp_path):
     (batch,) = data.train_dataloader()
     learned = batch["labels"][0][batch["labels"][0] != -100]
     assert data.tokenizer.decode(learned) == META["response"] + "</s>"
-    assert data.test_order == ["gsm8k/test/0"]
+    assert data.description()["test_ids"] == ["gsm8k/test/0"]
     assert data.evaluation.name == "last_number"
 
 
 @pytest.mark.parametrize(
     ("entries", "split", "words"),
     [
-        ([GSM, {"question": "x", "answer": "no number"}], "test", ["row 1 of", "answer 'no number' is no number"]),
-        ([GSM, {"question": "x"}], "test", ["row 1 of", "'answer' is missing"]),
-        ([{"query": "x", "response": "so \\frac{1}{2}"}], "test", ["row 0 of", "is no number"]),
-        ([META, {"query": "x", "response": ""}], "train", ["row 1 of", "'response' is missing or no text"]),
-        ([OURS, {"instruction": "x", "output": "y"}], "test", ["row 1 of", "no 'answer'"]),
-        ([OURS, {"instruction": "x", "answer": "3"}], "train", ["row 1 of", "no 'output'"]),
+        (
+            [GSM, {"question": "x", "answer": "no number"}],
+            "test",
+            ["example 1 of", "answer 'no number' is not a number"],
+        ),
+        ([GSM, {"question": "x"}], "test", ["example 1 of", "'answer' is missing"]),
+        ([{"query": "x", "response": "so \\frac{1}{2}"}], "test", ["example 0 of", "is not a number"]),
+        ([META, {"query": "x", "response": ""}], "train", ["example 1 of", "'response' is missing or not text"]),
+        ([OURS, {"instruction": "x", "output": "y"}], "test", ["example 1 of", "no 'answer'"]),
+        ([OURS, {"instruction": "x", "answer": "3"}], "train", ["example 1 of", "no 'output'"]),
         ([{"problem": "x", "solution": "y"}], "train", ["has the columns problem, solution", "MetaMathQA"]),
         (["text"], "train", ["of no object"]),
-        ([META, "text"], "train", ["row 1 of", "no object but str"]),
+        ([META, "text"], "train", ["example 1 of", "is str; an object with"]),
     ],
 )
-def test_rows_that_do_not_serve(tmp_path, entries, split, words):
+def test_examples_that_do_not_serve(tmp_path, entries, split, words):
     path = write_json(tmp_path / "rows.json", entries)
     with pytest.raises(DataError) as error:
         read_problems(str(path), split)
@@ -116,12 +120,12 @@ def test_sources_that_are_none(hub, tmp_path):
     for argument in ("train", "test"):
         with pytest.raises(ConfigurationError) as error:
             MathsDataModule(**{argument: "gsm8k"})
-        one_line(error, f"{argument}='gsm8k' is no hub id such as org/name")
+        one_line(error, f"{argument}='gsm8k': a hub id like org/name")
     with pytest.raises(DataError) as error:
         MathsDataModule(train="meta/MetaMath").prepare_data()
     one_line(error, "no data set meta/MetaMath on https://", "or give a file of JSON or JSON lines")
     with pytest.raises(DataError) as error:
-        MathsDataModule(test=str(tmp_path / "none.json")).test_rows()
+        MathsDataModule(test=str(tmp_path / "none.json")).test_examples()
     one_line(error, "none.json cannot be read: No such file")
     with pytest.raises(DataError) as error:
         read_problems("org/several", "test")

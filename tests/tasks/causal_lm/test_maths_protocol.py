@@ -7,15 +7,15 @@ from decimal import Decimal
 import pytest
 
 from pera_lightning.errors import DataError
-from pera_lightning.tasks.causal_lm.examples import Row
-from pera_lightning.tasks.causal_lm.maths import gold_number, last_number, written
+from pera_lightning.tasks.causal_lm.examples import Example
 from pera_lightning.tasks.causal_lm.protocols import Decoding, protocol
+from pera_lightning.tasks.causal_lm.protocols.maths import gold_number, last_number, written
 
 LAST_NUMBER = protocol("maths", "last_number")
 
 
-def answered(answer: str) -> Row:
-    return Row("3", "gsm8k", "How many?", "", "Two. #### 2", answer)
+def answered(answer: str) -> Example:
+    return Example("3", "gsm8k", "How many?", "", "Two. #### 2", answer)
 
 
 def test_the_prompt_and_the_choices() -> None:
@@ -118,14 +118,14 @@ def test_gold_numbers(answer: str, number: str) -> None:
 
 @pytest.mark.parametrize("answer", ["", "seventy", "#### ", "5 apples", "3 4", "#### 72 or 73"])
 def test_answers_that_are_no_number(answer: str) -> None:
-    with pytest.raises(DataError, match="is no number; give one such as") as caught:
+    with pytest.raises(DataError, match="is not a number; give one such as") as caught:
         gold_number(answer)
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=r"^row 3 of gsm8k: answer"):
+    with pytest.raises(DataError, match=r"^example 3 of gsm8k: answer"):
         LAST_NUMBER.check(answered(answer))
 
 
-def test_a_row_with_a_number_passes() -> None:
+def test_an_example_with_a_number_passes() -> None:
     LAST_NUMBER.check(answered("576.0"))
 
 

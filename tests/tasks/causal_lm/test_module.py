@@ -39,7 +39,7 @@ def built(folder, method=None, targets=QV, trainable=(), **options):
 
 @torch.no_grad()
 def plain(network, rows):
-    """Summed loss, labels, and labels that are the likeliest token; a row at a time, all logits."""
+    """Summed loss, labels, and labels that are the likeliest token; an example at a time, all logits."""
     total, count, right = 0.0, 0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
@@ -101,7 +101,7 @@ def test_without_positions_all_logits_come(llama):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_have_the_loss_and_gradient_of_single_ones(llama, attention):
+def test_packed_examples_have_the_loss_and_gradient_of_single_ones(llama, attention):
     network = built(llama, attn_implementation=attention)
     packed, *_ = network._shared_step(collate_packed(ROWS))
     packed.backward()
@@ -122,10 +122,10 @@ class Blind(LlamaForCausalLM):
         return super().forward(**inputs)
 
 
-def test_models_that_cannot_keep_rows_apart_are_refused(llama, tmp_path):
+def test_models_that_cannot_keep_examples_apart_are_refused(llama, tmp_path):
     network = built(llama)
     network.model.__class__ = Blind
-    with pytest.raises(ConfigurationError, match="Blind with attention 'sdpa' lets packed rows see each other"):
+    with pytest.raises(ConfigurationError, match="Blind with attention 'sdpa' lets packed examples see each other"):
         check_packing(network.model)
     assert network.model.training
     mamba = built(save_tiny(tmp_path, "mamba"), targets=["in_proj"])
@@ -244,7 +244,7 @@ def test_a_tied_head_is_trained_tied_and_resumes(tmp_path):
 
 
 def test_validation_metrics_are_of_the_whole_set(llama, tmp_path):
-    """Batches of 3 + 31, 1 and 10 + 6 labels: means over batches or rows would be wrong."""
+    """Batches of 3 + 31, 1 and 10 + 6 labels: means over batches or examples would be wrong."""
     network = module(llama)
     batches = [padded(ROWS[:2]), padded(ROWS[2:3]), padded(ROWS[3:])]
     trainer = fit(tmp_path, network, [padded(ROWS)], val=batches, num_sanity_val_steps=2)

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausa
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.causal_lm.commonsense_data import CommonsenseDataModule
+from pera_lightning.tasks.causal_lm.commonsense import CommonsenseDataModule
 from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
 from pera_lightning.training.transformers_models import check_extremes
 from tests.tasks.causal_lm.language_helpers import (
@@ -57,7 +57,7 @@ def test_causal_models_pass(kind, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_encoder_is_refused_and_as_a_decoder_it_passes(dtype):
-    with pytest.raises(ConfigurationError, match="BertLMHeadModel is no causal language model") as error:
+    with pytest.raises(ConfigurationError, match="BertLMHeadModel is not a causal language model") as error:
         check_causal(bert().to(dtype))
     one_line(error)
     check_causal(bert(is_decoder=True).to(dtype))
@@ -66,7 +66,7 @@ def test_an_encoder_is_refused_and_as_a_decoder_it_passes(dtype):
 def test_an_encoder_is_refused_before_it_is_trained(tmp_path):
     folder = save_tiny(tmp_path / "bert")
     bert().save_pretrained(folder)
-    with pytest.raises(ConfigurationError, match="no causal language model"):
+    with pytest.raises(ConfigurationError, match="not a causal language model"):
         fit(tmp_path, module(folder), [padded(examples([(6, 3)]))], targets=["query", "value"])
 
 
@@ -79,12 +79,12 @@ def test_an_encoder_is_refused_before_it_is_measured(command, tmp_path):
         str(sets), train="ARC-Easy", test=["boolq"], validation_size=2, cache_dir=str(tmp_path / "cache")
     )
     trainer = make_trainer(tmp_path, targets=["query", "value"])
-    with pytest.raises(ConfigurationError, match="no causal language model"):
+    with pytest.raises(ConfigurationError, match="not a causal language model"):
         getattr(trainer, command)(module(folder), datamodule=data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_models_whose_packed_rows_see_each_other(dtype, tmp_path):
+def test_models_whose_packed_examples_see_each_other(dtype, tmp_path):
     opt = OPTForCausalLM(OPTConfig(**SMALL, num_attention_heads=4, ffn_dim=32, max_position_embeddings=64))
     bloom = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=4, vocab_size=140))
     for network in (opt, bloom, load(save_tiny(tmp_path / "mamba", "mamba"))):
@@ -135,7 +135,7 @@ def test_a_folder_without_tokenizer(llama, tmp_path):
     one_line(error)
 
 
-def test_rows_that_do_not_fit_the_model(tmp_path):
+def test_examples_that_do_not_fit_the_model(tmp_path):
     network = load(save_tiny(tmp_path / "gpt2", "gpt2"))
     vocabulary = network.get_input_embeddings().num_embeddings
     check_extremes(network, CONTEXT, vocabulary - 1)
@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_the_model(tmp_path):
         check_extremes(network, 1, vocabulary)
 
 
-def test_a_fit_holds_its_rows_to_the_model(tmp_path):
+def test_a_fit_holds_its_examples_to_the_model(tmp_path):
     sets = write_sets(tmp_path / "sets", {"boolq": 2})
     folder = save_tiny(tmp_path / "llama")
     data = CommonsenseDataModule(
@@ -165,8 +165,8 @@ def test_a_fit_holds_its_rows_to_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_validation_counts_every_row_once(llama, tmp_path, world):
-    """Nine rows on two processes: a sampler that fills up would count one of them twice."""
+def test_validation_counts_every_example_once(llama, tmp_path, world):
+    """Nine examples on two processes: a sampler that fills up would count one of them twice."""
     sets = write_sets(tmp_path / "sets", {"boolq": 2}, train=13)
     options = {"validation_size": 9, "batch_size": 4, "eval_batch_size": 2, "cache_dir": str(tmp_path / "cache")}
 
@@ -185,7 +185,7 @@ def test_validation_counts_every_row_once(llama, tmp_path, world):
     alone.tokenizer_name = str(llama)
     alone.setup("fit")
     losses, count = 0.0, 0
-    for row in alone._parts["validation"]:
+    for row in alone._splits["validation"]:
         batch = padded([row])
         labels = batch.pop("labels")
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Prediction records on disk: written as they come, read after an interruption, put in order at the end."""
+"""Predictions on disk: written as they come, read after an interruption, put in order at the end."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pera_lightning.tasks.causal_lm.predictions import PartialRecords, unique, write_records
+from pera_lightning.tasks.causal_lm.predictions import PartialPredictions, unique, write_predictions
 
 
 def record(name, **more):
@@ -17,7 +17,7 @@ A, B, C = record("x/0", output="jä\n\u2028!"), record("x/1"), record("y/0")
 
 
 def partial(folder, rank=0, key="0123456789abcdef"):
-    return PartialRecords(folder, "hira", key, rank)
+    return PartialPredictions(folder, "hira", key, rank)
 
 
 def test_what_was_appended_is_read(tmp_path):
@@ -55,7 +55,7 @@ def test_half_a_line_is_left_out_and_kept_apart(tmp_path, cut):
 
 
 @pytest.mark.parametrize("junk", [b"", b"\n\n", b"3\n", b'["id"]\n', b'{"set": "x"}\n', b"\xff\xfe\n", b"{}\n"])
-def test_what_is_no_record_is_left_out(tmp_path, junk):
+def test_what_is_no_prediction_is_left_out(tmp_path, junk):
     records = partial(tmp_path)
     records.append([A])
     with records.path.open("ab") as file:
@@ -86,14 +86,14 @@ def test_others_are_of_the_same_evaluation(tmp_path):
     assert records.others() == []
     records.append([A])
     for name in ("hira", "hira_predict", "strict"):
-        PartialRecords(tmp_path, name, "fedcba9876543210", 0).append([A])
+        PartialPredictions(tmp_path, name, "fedcba9876543210", 0).append([A])
     (tmp_path / "hira").mkdir()
     assert records.others() == [tmp_path / "hira.partial-fedcba987654"]
 
 
 def test_a_file_a_set_in_the_order_given(tmp_path):
     folder = tmp_path / "predictions" / "hira"
-    paths = write_records(folder, [C, B, A], {"results.json": "jä\n"})
+    paths = write_predictions(folder, [C, B, A], {"results.json": "jä\n"})
     assert paths == [folder / "y.jsonl", folder / "x.jsonl"]
     assert [json.loads(line) for line in (folder / "x.jsonl").read_bytes().splitlines()] == [B, A]
     assert (folder / "results.json").read_text(encoding="utf-8") == "jä\n"
@@ -103,8 +103,8 @@ def test_a_file_a_set_in_the_order_given(tmp_path):
 def test_the_whole_folder_is_replaced(tmp_path):
     """Sets that the new evaluation does not have are gone with the old one."""
     folder = tmp_path / "hira"
-    write_records(folder, [A, C], {"results.json": ""})
-    write_records(folder, [B])
+    write_predictions(folder, [A, C], {"results.json": ""})
+    write_predictions(folder, [B])
     assert [path.name for path in folder.iterdir()] == ["x.jsonl"]
     assert json.loads((folder / "x.jsonl").read_bytes()) == B
     assert [path.name for path in tmp_path.iterdir()] == ["hira"]
@@ -114,7 +114,7 @@ def test_the_whole_folder_is_replaced(tmp_path):
 def test_a_write_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, owner, name, which):
     """While it writes, at the rename of the old folder, at that of the new one."""
     folder, works, calls = tmp_path / "hira", getattr(owner, name), []
-    write_records(folder, [A, C])
+    write_predictions(folder, [A, C])
 
     def fail(*args):
         calls.append(args)
@@ -124,7 +124,7 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, owner, 
 
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match="disk full"):
-        write_records(folder, [B])
+        write_predictions(folder, [B])
     assert [path.name for path in tmp_path.iterdir()] == ["hira"]
     assert sorted(path.name for path in folder.iterdir()) == ["x.jsonl", "y.jsonl"]
     assert json.loads((folder / "x.jsonl").read_bytes()) == A
@@ -133,19 +133,19 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, owner, 
 def test_a_process_that_dies_between_the_renames(tmp_path, monkeypatch):
     """Nothing is lost meanwhile, and the next write leaves no trace of it."""
     folder, rename = tmp_path / "hira", Path.rename
-    write_records(folder, [A])
+    write_predictions(folder, [A])
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda path, to: os._exit(7) if ".writing-" in path.name else rename(path, to))
         child = os.fork()
         if not child:
             try:
-                write_records(folder, [B])
+                write_predictions(folder, [B])
             finally:
                 os._exit(1)  # the child must not go on with pytest
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     kept = {path.name[:14]: json.loads((path / "x.jsonl").read_bytes()) for path in tmp_path.iterdir()}
     assert kept == {".hira.replaced": A, ".hira.writing-": B}
-    write_records(folder, [B])
+    write_predictions(folder, [B])
     assert [path.name for path in tmp_path.iterdir()] == ["hira"]
     assert json.loads((folder / "x.jsonl").read_bytes()) == B
 

@@ -7,9 +7,8 @@ import pytest
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.statistics import (
     accuracy_summary,
-    answering_seconds,
-    average,
     average_row,
+    evaluation_seconds,
     table,
     wilson_interval,
 )
@@ -47,13 +46,13 @@ def test_wilson_stays_within_zero_and_one(successes: int, n: int) -> None:
 
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (0, 0), (-1, 5), (6, 5)])
 def test_no_proportion(successes: int, n: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"{successes} of {n} is no proportion"):
+    with pytest.raises(ConfigurationError, match=f"{successes} of {n}: 0 <= successes <= n"):
         wilson_interval(successes, n)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
 def test_no_confidence(confidence: float) -> None:
-    with pytest.raises(ConfigurationError, match="give a number between 0 and 1"):
+    with pytest.raises(ConfigurationError, match=r"confidence=.*: a number in \(0, 1\) is needed"):
         wilson_interval(1, 2, confidence)
 
 
@@ -61,7 +60,7 @@ def record(prediction: str | None, correct: bool) -> dict[str, object]:
     return {"id": "0", "set": "boolq", "output": "", "prediction": prediction, "answer": "true", "correct": correct}
 
 
-def test_the_accuracy_of_records() -> None:
+def test_the_accuracy_of_predictions() -> None:
     """What was not found is wrong, and counted."""
     records = [record("true", True), record("true", True), record("false", False), record(None, False)]
     summary = accuracy_summary(records)
@@ -69,16 +68,16 @@ def test_the_accuracy_of_records() -> None:
     assert summary == {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "not_found": 0.25}
 
 
-def test_no_records() -> None:
+def test_no_predictions() -> None:
     with pytest.raises(DataError, match="the test set is empty"):
         accuracy_summary([])
 
 
 def test_an_average_weighs_sets_alike() -> None:
-    assert average([{"n": 1000, "accuracy": 0.9}, {"n": 10, "accuracy": 0.5}]) == pytest.approx(0.7)
-    assert average([{"bleu": 2.0}, {"bleu": 4.0}], "bleu") == 3.0
+    assert average_row([{"n": 1000, "accuracy": 0.9}, {"n": 10, "accuracy": 0.5}]) == {"accuracy": pytest.approx(0.7)}
+    assert average_row([{"bleu": 2.0}, {"bleu": 4.0}], "bleu") == {"bleu": 3.0}
     with pytest.raises(DataError, match="no sets to average"):
-        average([])
+        average_row([])
 
 
 def test_the_row_of_averages() -> None:
@@ -93,9 +92,9 @@ def test_the_row_of_averages() -> None:
 
 def test_seconds_are_those_of_the_longest_process() -> None:
     records = [{"rank": rank, "seconds": seconds} for rank, seconds in ((0, 1.0), (1, 2.5), (0, 1.0), (1, 0.25))]
-    assert answering_seconds(records) == 2.75
-    assert answering_seconds(iter(records[::2])) == 2.0
-    assert answering_seconds([]) == 0
+    assert evaluation_seconds(records) == 2.75
+    assert evaluation_seconds(iter(records[::2])) == 2.0
+    assert evaluation_seconds([]) == 0
 
 
 def test_a_table() -> None:

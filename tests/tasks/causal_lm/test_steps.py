@@ -41,7 +41,7 @@ def assert_close(one, other, **tolerance):
 
 @pytest.mark.parametrize("window", [2, 3, 5, 7])
 def test_accumulated_batches_are_one_big_batch(llama, tmp_path, window):
-    """Batches of one row, of very different label counts; the last window is mostly shorter."""
+    """Batches of one example, of very different label counts; the last window is mostly shorter."""
     parts = [ROWS[k : k + window] for k in range(0, len(ROWS), window)]
     whole, one = run(tmp_path, llama, [padded(part) for part in parts])
     cut, other = run(tmp_path, llama, [padded([row]) for row in ROWS], accumulate_grad_batches=window)
@@ -185,8 +185,8 @@ class SaveGradients(Callback):
         torch.save(kept, self.folder / f"rank{trainer.global_rank}.pt")
 
 
-class Dealt(LightningDataModule):
-    """Batches dealt out to the ranks in turn: Lightning's own sampler would shuffle the training batches."""
+class InTurn(LightningDataModule):
+    """Batches given to the ranks in turn: Lightning's own sampler would shuffle the training batches."""
 
     def __init__(self, train, val):
         super().__init__()
@@ -205,7 +205,7 @@ class Dealt(LightningDataModule):
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.filterwarnings("error:.*sync_dist=True.*")
 def test_two_processes_are_one_with_the_double_batch(llama, tmp_path, window):
-    """Ranks take rows in turn. Their label counts differ much, so that a mean of means would be another gradient."""
+    """Ranks take examples in turn. Label counts differ much, so that a mean of means would be another gradient."""
     rows = [*ROWS[:4], *ROWS[:4]]
     val = [padded([row]) for row in ROWS[:4]]
     options = {"accumulate_grad_batches": window, "use_distributed_sampler": False}
@@ -214,7 +214,7 @@ def test_two_processes_are_one_with_the_double_batch(llama, tmp_path, window):
         size = 2 // world
         batches = [padded(rows[k : k + size]) for k in range(0, len(rows), size)]
         more = {"devices": 2, "strategy": "ddp_fork"} if world == 2 else {}
-        fit(folder, module(llama), Dealt(batches, val), callbacks=[SaveGradients(folder)], **options, **more)
+        fit(folder, module(llama), InTurn(batches, val), callbacks=[SaveGradients(folder)], **options, **more)
     one = torch.load(tmp_path / "one" / "rank0.pt")
     ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in (0, 1)]
     assert len(one["gradients"]) == len(ranks[0]["gradients"]) == 4 // window

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.tasks.causal_lm.examples import Example
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -36,14 +36,14 @@ def byte_tokenizer(**special):
 class TextModule(L.LightningModule):
     """Has a tokenizer, and nothing to learn."""
 
-    def __init__(self, tokenizer=None, done=()):
+    def __init__(self, tokenizer=None):
         super().__init__()
         self.tokenizer = tokenizer or byte_tokenizer()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.done, self.seen = frozenset(done), []
+        self.seen = []
 
-    def answered(self):
-        return self.done
+    def data_requirements(self):
+        return {"tokenizer": self.tokenizer}
 
     def training_step(self, batch, batch_idx):
         return self.weight.sum()
@@ -52,25 +52,25 @@ class TextModule(L.LightningModule):
         return None
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
-        self.seen += [question.row.id for question in batch]
+        self.seen += [question.example.id for question in batch]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class RowsData(TextDataModule):
-    """Rows from memory."""
+class ExamplesData(TextDataModule):
+    """Examples from memory."""
 
     task = "commonsense"
 
-    def __init__(self, rows=(), tests=None, protocol="hira", **options):
+    def __init__(self, examples=(), tests=None, protocol="hira", **options):
         super().__init__(protocol=protocol, **options)
-        self.rows, self.tests = list(rows), tests or {}
+        self.examples, self.tests = list(examples), tests or {}
 
-    def training_rows(self):
-        return self.rows
+    def training_examples(self):
+        return self.examples
 
-    def test_rows(self):
+    def test_examples(self):
         return self.tests
 
 
@@ -82,10 +82,10 @@ def attached(data, tokenizer=None, **trainer):
     return data
 
 
-def rows_of(count, set_name="ARC-Easy", split="train"):
-    """Rows of different lengths, whose instruction says their number."""
+def examples_of(count, set_name="ARC-Easy", split="train"):
+    """Examples of different lengths, whose instruction says their number."""
     return [
-        Row(
+        Example(
             id=f"{set_name}/{split}/{k}",
             set=set_name,
             instruction=f"{k:03d}{'?' * (7 * k % 23)}\n\nAnswer format: answer1/answer2",
@@ -98,7 +98,7 @@ def rows_of(count, set_name="ARC-Easy", split="train"):
 
 
 def entry(number, **fields):
-    """A row as LLM-Adapters' files have it."""
+    """An example as LLM-Adapters' files have it."""
     answer = f"answer{number % 4 + 1}"
     return {
         "instruction": f"question {number}",

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pera_lightning.data import splits
-from pera_lightning.data.batching import collate_classified, padding_share, padding_shares
+from pera_lightning.data.batching import collate_classified
+from pera_lightning.data.length_grouping import padding_share, padding_shares
 from pera_lightning.errors import DataError, UnknownNameError
 from tests.tasks.causal_lm.text_helpers import one_line
 

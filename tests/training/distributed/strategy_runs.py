@@ -89,6 +89,9 @@ class Dies(Callback):
         if batch_idx == self.batch:
             raise InterruptedError
 
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
 
 class Dealt(LightningDataModule):
     """Sixteen images, the same ones in a step on any number of processes."""

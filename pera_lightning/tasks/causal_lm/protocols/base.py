@@ -1,7 +1,7 @@
-"""Protocols: everything that decides a result beside model and data, under one name that is written into the result.
+"""What a protocol is, and the registry of all of them.
 
 Prompt bytes, what the loss covers, decoding and how an answer is read from text move accuracies more than the choice
-of adapter does. Each protocol is a set of pure functions of a row; no tokenizer and no model here.
+of adapter does. Each protocol is a set of pure functions of an example; no tokenizer and no model here.
 """
 
 from __future__ import annotations
@@ -10,27 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
-from pera_lightning.tasks.causal_lm.examples import Row
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.validation import check_choice, check_in_range, check_positive_int
+
+# Defaults of a protocol's functions; no lambdas, so that data modules can be pickled.
 
 
-def same_word(prediction: str | None, row: Row) -> bool:
-    """Whether the prediction is the row's answer, letter by letter."""
-    return prediction is not None and prediction == row.answer
-
-
-def accept(row: Row) -> None:
-    """Takes any row."""
-
-
-def no_options(row: Row) -> tuple[str, ...]:
-    """No answer words, of tasks whose answers are free text."""
+def _no_options(example: Example) -> tuple[str, ...]:
     return ()
 
 
-def itself(option: str) -> str:
-    """The option itself, as the text to score."""
-    return option
+def _is_answer(prediction: str | None, example: Example) -> bool:
+    return prediction == example.answer
+
+
+def _accept(example: Example) -> None:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +34,11 @@ class Decoding:
     """How text is generated: greedy or beam search, never sampling, so that a result can be had twice.
 
     Args:
-        max_new_tokens: at most so many tokens after the prompt.
-        num_beams: 1 is greedy.
+        max_new_tokens: most tokens after the prompt.
+        num_beams: number of beams; 1 is greedy.
         length_penalty: beams compare summed log-probability / tokens to this power.
-        no_repeat_ngram_size: no n-gram of the text, its prompt included, of this many tokens comes twice; 0 allows all.
+        no_repeat_ngram_size: length in tokens of the n-grams that may not come twice, the prompt included; 0 allows
+            all.
     """
 
     max_new_tokens: int
@@ -50,17 +47,17 @@ class Decoding:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; decoding needs at least {least}")
+        check_positive_int(self.max_new_tokens, "max_new_tokens")
+        check_positive_int(self.num_beams, "num_beams")
+        check_in_range(self.no_repeat_ngram_size, "no_repeat_ngram_size", ge=0, integer=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """One way to train on a task and to measure it.
 
-    A prediction record, which `summarise` takes, is a mapping with at least ``id``, ``set``, ``output`` (the generated
-    text), ``prediction`` (what `extract` found, or None), ``answer`` and ``correct`` (what `is_correct` says).
+    A prediction, which `summarise` takes, is a mapping with at least ``id``, ``set``, ``output`` (the generated text),
+    ``prediction`` (what `extract` found, or None), ``answer`` and ``correct`` (what `is_correct` says).
 
     Args:
         name: unique among the protocols of its task.
@@ -72,38 +69,38 @@ class Protocol:
         loss_on: the response alone, or the prompt too.
         bos: "always": one BOS in front wherever the tokenizer has such a token; "tokenizer": as the tokenizer does by
             itself.
-        max_length: default limit of a training row in tokens, special ones included.
+        max_length: default limit of a training example in tokens, special ones included.
         decoding: None where nothing is generated and `options` are compared by log-probability.
-        extract: the answer in a generated text (prompt excluded), or None where there is none.
-        options: the answer words of a row; empty where the task has none.
+        extract: the answer in a generated text (prompt excluded), or None if it has none.
+        options: the answer words of an example; empty by default, for tasks whose answers are free text.
         option_response: the text whose log-probability stands for an option; used where `decoding` is None.
-        is_correct: whether what `extract` gave is right. Compare with this: equal numbers may be written differently.
-        check: raises DataError for a row that cannot be tested; says nothing of training rows.
-        summarise: prediction records of one set to its metrics.
+        is_correct: whether what `extract` gave is right; by default, whether it is the answer letter by letter.
+        check: raises DataError for an example that cannot be tested; training examples are not checked.
+        summarise: predictions of one set to its metrics.
         main_metric: the metric to report and to average over sets.
     """
 
     name: str
     task: str
     origin: str
-    training_prompt: Callable[[Row], str]
-    evaluation_prompt: Callable[[Row], str]
-    response: Callable[[Row], str]
+    training_prompt: Callable[[Example], str]
+    evaluation_prompt: Callable[[Example], str]
+    response: Callable[[Example], str]
     loss_on: Literal["answer", "all"]
     bos: Literal["always", "tokenizer"]
     max_length: int
     decoding: Decoding | None
-    extract: Callable[[str, Row], str | None]
-    options: Callable[[Row], tuple[str, ...]]
+    extract: Callable[[str, Example], str | None]
     summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]]
     main_metric: str
-    option_response: Callable[[str], str] = itself
-    is_correct: Callable[[str | None, Row], bool] = same_word
-    check: Callable[[Row], None] = accept
+    options: Callable[[Example], tuple[str, ...]] = _no_options
+    option_response: Callable[[str], str] = str
+    is_correct: Callable[[str | None, Example], bool] = _is_answer
+    check: Callable[[Example], None] = _accept
 
     def describe(self) -> dict[str, Any]:
-        """Primitives for a results file, with both prompts as a row of placeholders gives them."""
-        blank = Row("", "", instruction="{instruction}", input="", output="{output}", answer="")
+        """Primitives for a results file, with both prompts as an example of placeholders gives them."""
+        blank = Example("", "", instruction="{instruction}", input="", output="{output}", answer="")
         return {
             "name": self.name,
             "task": self.task,
@@ -125,7 +122,7 @@ def register(one: Protocol) -> Protocol:
     """Adds a protocol under its task and name, and gives it back.
 
     Raises:
-        ConfigurationError: where the task has one of this name.
+        ConfigurationError: if the task has one of this name.
     """
     names = _PROTOCOLS.setdefault(one.task, {})
     if one.name in names:
@@ -138,24 +135,18 @@ def protocols(task: str) -> Mapping[str, Protocol]:
     """Name to protocol of one task, in order of registration.
 
     Raises:
-        UnknownNameError: where there is no such task.
+        UnknownNameError: if the task does not exist.
     """
-    if task not in _PROTOCOLS:
-        raise UnknownNameError(
-            f"task {task!r} does not exist; one of {', '.join(_PROTOCOLS)}{closest(task, _PROTOCOLS)}"
-        )
+    check_choice(task, "task", tuple(_PROTOCOLS))
     return dict(_PROTOCOLS[task])
 
 
 def protocol(task: str, name: str) -> Protocol:
-    """The protocol of that name.
+    """The protocol of a name.
 
     Raises:
-        UnknownNameError: where the task or the name does not exist.
+        UnknownNameError: if the task or the name does not exist.
     """
     names = protocols(task)
-    if name not in names:
-        raise UnknownNameError(
-            f"protocol {name!r} does not exist for {task}; one of {', '.join(names)}{closest(name, names)}"
-        )
+    check_choice(name, f"{task} protocol", tuple(names))
     return names[name]

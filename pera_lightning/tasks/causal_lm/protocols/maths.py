@@ -1,0 +1,97 @@
+"""Word problems (GSM8K after training on MetaMathQA): the last number of the text, compared exactly.
+
+HiRA's script reads the number after "The answer is: " and rounds it to an integer, so that a text in another form is
+wrong and 3.4 counts as 3; here any form is read and numbers are equal or not.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from pera_lightning.errors import DataError
+from pera_lightning.tasks.causal_lm.examples import Example
+from pera_lightning.tasks.causal_lm.protocols import prompts
+from pera_lightning.tasks.causal_lm.protocols.base import Decoding, Protocol, register
+from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
+
+# A sign only where nothing stands before it that makes it a minus or a range: "10-5" ends in 5.
+_SIGN = r"(?:(?<![\w).%$])(?P<before>[-−])\$?|\$(?P<after>[-−])?)?"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(rf"{_SIGN}(?P<value>{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+)(?:/(?P<divisor>0*[1-9]\d*)(?!\.?\d|/))?")
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    number = Decimal(match["value"].replace(",", ""))
+    if match["divisor"]:
+        number /= Decimal(match["divisor"])
+    # A unary minus would round to the 28 digits of the context.
+    return number.copy_negate() if match["before"] or match["after"] else number
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, or None.
+
+    Thousands may have commas, "$" and a full stop are passed over, a plain fraction such as 3/4 is one number.
+    """
+    found = [*_NUMBER.finditer(text)]
+    return _value(found[-1]) if found else None
+
+
+def gold_number(answer: str) -> Decimal:
+    """The number of an answer as the files hold it: ``"576.0"``, ``"1,200"``, or a solution ending in ``"#### 72"``.
+
+    Raises:
+        DataError: for anything else.
+    """
+    match = _NUMBER.fullmatch(answer.rpartition("####")[2].strip())
+    if match is None:
+        shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
+        raise DataError(f"answer {shown!r} is not a number; give one such as '72', '576.0' or '... #### 72'")
+    return _value(match)
+
+
+def written(number: Decimal) -> str:
+    """A number in its shortest plain form: 576.0 is ``"576"``."""
+    text = format(number, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def extract(text: str, example: Example) -> str | None:
+    """The last number of a generated text, written plainly."""
+    number = last_number(text)
+    return None if number is None else written(number)
+
+
+def is_correct(prediction: str | None, example: Example) -> bool:
+    """Whether the prediction is the number of the example's answer, however that is written."""
+    return prediction is not None and Decimal(prediction) == gold_number(example.answer)
+
+
+def check_example(example: Example) -> None:
+    """Raises `DataError` if the answer of a test example is not a number."""
+    try:
+        gold_number(example.answer)
+    except DataError as error:
+        raise DataError(f"example {example.id} of {example.set}: {error}") from None
+
+
+LAST_NUMBER = register(
+    Protocol(
+        name="last_number",
+        task="maths",
+        origin=(
+            "HiRA's template, with BOS and EOS, and loss on the answer. Ours, not in the paper: 512 tokens a row, "
+            "greedy decoding of at most 512 tokens, and the last number as the answer, exactly equal (its script "
+            "samples within 4 beams by default, reads the number after 'The answer is: ' and rounds it)."
+        ),
+        **prompts.HIRA_FORM,
+        decoding=Decoding(max_new_tokens=512),
+        extract=extract,
+        is_correct=is_correct,
+        check=check_example,
+        summarise=accuracy_summary,
+        main_metric="accuracy",
+    )
+)
