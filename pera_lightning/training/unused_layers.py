@@ -50,7 +50,7 @@ class UnusedLayers:
         if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
             return
         self._nothing_ran, self._modules = True, set(model.modules())
-        # One hook for all modules: one on each would switch off the fast path of torch's encoders, which runs no linear.
+        # One for all: a hook on each would switch off the fast path of torch's encoders, which runs no linear.
         self._handles.append(register_module_forward_pre_hook(self._some_ran))
         for path, module in model.named_modules():
             if isinstance(module, AdaptedLayer):
