@@ -150,7 +150,7 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if count < 4:
         raise DataError(
             f"split protocol 'red' halves the validation set, and {count} rows are too few; four or more are needed, "
-            "or protocol=full_validation"
+            "or split_protocol=full_validation"
         )
     order = random_order(np.random.Generator(np.random.PCG64(seed)), count)
     size = 1000 if count > 2000 else -(-count // 2)
