@@ -31,7 +31,6 @@ from pera_lightning.injection.state import (
     check_state,
     inject_spec,
 )
-from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.module import AdapterModule
 
@@ -112,8 +111,8 @@ class Trained:
         data = self._set_up()
         if hasattr(data, "measuring_dataloader"):
             return drawn(data.measuring_dataloader(), count)
-        if isinstance(data, ImageDataModule):
-            return drawn(data._loader(data._part("train")), count, data.batch_size)
+        if hasattr(data, "calibration_dataloader"):
+            return drawn(data.calibration_dataloader(), count)
         return drawn(data.train_dataloader(), count)
 
     def validation_batches(self, count: int) -> list[Any]:

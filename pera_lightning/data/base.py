@@ -1,9 +1,9 @@
 """The base of the tasks' data modules: the handshake with a module, and loaders that suit the device.
 
-The handshake: what module and data module must agree on is exchanged here and nowhere else. A data module asks once,
-in its `setup`, for `requirements` (tokenizer, image size and mean …), which a module states in `data_requirements`.
-A module asks once, in its own `setup`, which Lightning calls afterwards, for `description` (number and names of the
-classes …). Neither reads another attribute of the other.
+The handshake: what module and data module must agree on is exchanged here and nowhere else. From its `setup` on a data
+module asks for `requirements` (tokenizer, image size and mean …), which a module states in `data_requirements`. In its
+own `setup`, which Lightning calls afterwards, a module asks for `description` (number and names of the classes …).
+Whatever else a module wants, it asks by a public method of the data module: `protocol`, `extremes`, `class_weights`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+_ATTRIBUTES = ("tokenizer", "data_config")  # by which a module of somebody else may state the same
+
 
 class TaskDataModule(LightningDataModule):
     """Base of the data modules of this package; subclasses set `num_workers` in their `__init__`."""
@@ -21,9 +23,12 @@ class TaskDataModule(LightningDataModule):
     num_workers: int = 0
 
     def requirements(self) -> Mapping[str, Any]:
-        """What the trainer's module asks of its data; empty without a trainer, or for somebody else's module."""
-        ask = getattr(getattr(self.trainer, "lightning_module", None), "data_requirements", None)
-        return ask() if callable(ask) else {}
+        """What the trainer's module asks of its data; empty without a trainer, or for a module that asks nothing."""
+        module = getattr(self.trainer, "lightning_module", None)
+        ask = getattr(module, "data_requirements", None)
+        if callable(ask):
+            return ask()
+        return {name: value for name in _ATTRIBUTES if (value := getattr(module, name, None)) is not None}
 
     def description(self) -> dict[str, Any]:
         """What a module must know of these data, after `setup`: ``class_names``, ``num_classes`` and the like."""
@@ -34,7 +39,7 @@ class TaskDataModule(LightningDataModule):
 
         Args:
             dataset: the examples.
-            options: of `DataLoader`.
+            options: further arguments of `DataLoader`.
         """
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         pin = device is not None and device.type not in ("cpu", "mps")

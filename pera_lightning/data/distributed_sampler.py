@@ -8,12 +8,9 @@ them forever. Here shards are filled up with examples that carry no label, which
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.utils.data import DistributedSampler
-
-Result = TypeVar("Result", bound=tuple)
 
 
 class PaddedShard:
@@ -58,14 +55,3 @@ def padded_shard(
     shard = PaddedShard(examples, rank, world, blank)
     # A DistributedSampler, though over one process: any other Lightning would replace by its own.
     return {"dataset": shard, "sampler": DistributedSampler(shard, num_replicas=1, rank=0, shuffle=False)}
-
-
-def merge_shards(shards: Sequence[Sequence[Result]]) -> list[Result]:
-    """Merges the results of all processes: each example's once, in the order of the dataset.
-
-    Args:
-        shards: of each process the results of its examples, each beginning with the example's id; what filled up has
-            the id of an example that is there already.
-    """
-    in_turn = (result for turn in zip_longest(*shards) for result in turn if result is not None)
-    return list({result[0]: result for result in in_turn}.values())

@@ -143,7 +143,7 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if count < 4:
         raise DataError(
             f"split protocol 'red' halves the validation set, and {count} examples are too few; give four or more, "
-            "or protocol=full_validation"
+            "or split_protocol=full_validation"
         )
     order = random_order(np.random.Generator(np.random.PCG64(seed)), count)
     size = 1000 if count > 2000 else -(-count // 2)

@@ -1,4 +1,4 @@
-"""What all modules share: building, injection, optimizer and schedule, and the stop at a loss that is no number.
+"""What all modules share: hyperparameters, building, injection, optimizer and schedule, the stop at a NaN loss.
 
 A subclass defines `build_network` and the steps. The network is built in `configure_model`, once, so that it can be
 sharded and `load_from_checkpoint` can rebuild it; adapters come from the `AdapterInjection` callback, or from the
@@ -17,19 +17,17 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from pera_lightning.errors import ConfigurationError, NonFiniteLossError, listed
+from pera_lightning.errors import ConfigurationError, NonFiniteLossError
 from pera_lightning.export.merged import MergedReport, export_merged
-from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import METADATA
 from pera_lightning.training.checkpoint_io import check_checkpoint
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import parameter_groups
+from pera_lightning.training.precision import DTYPES, check_trained_float32, keep_heads_float32
 from pera_lightning.training.reloading import inject_from
 from pera_lightning.training.schedules import SCHEDULES, lr_factor, warmup_length
 from pera_lightning.training.sharding import reads_weights, shard
 from pera_lightning.validation import check_choice, check_in_range, check_positive
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AdapterModule(LightningModule):
@@ -51,6 +49,7 @@ class AdapterModule(LightningModule):
     """
 
     adapter_injection: Callable[[nn.Module], Any] | None = None
+    asks: tuple[str, ...] = ()  # names in `data_description` that the module uses
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class AdapterModule(LightningModule):
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Injects what the checkpoint describes where the network is plain (`load_from_checkpoint`)."""
+        """Injects what the checkpoint describes into a network that is plain (`load_from_checkpoint`)."""
         if METADATA in checkpoint and self.model is not None:
             inject_from(self, checkpoint)
             keep_heads_float32(self.model)
@@ -164,7 +163,7 @@ class AdapterModule(LightningModule):
         """AdamW; what another module may choose otherwise.
 
         Args:
-            groups: of `parameter_groups`.
+            groups: groups that `parameter_groups` made.
         """
         return torch.optim.AdamW(groups)
 
@@ -175,14 +174,34 @@ class AdapterModule(LightningModule):
         return {}
 
     def data_description(self) -> Mapping[str, Any]:
-        """What the trainer's data module says of its data; empty for somebody else's data, or loaders alone."""
-        describe = getattr(getattr(self.trainer, "datamodule", None), "description", None)
-        return describe() if callable(describe) else {}
+        """What the trainer's data module says of its data; of somebody else's the attributes of the names `asks`."""
+        data = getattr(self._trainer, "datamodule", None)
+        describe = getattr(data, "description", None)
+        if callable(describe):
+            return describe()
+        return {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
+
+    def agree_on(self, name: str, said: int | None) -> None:
+        """Takes a hyperparameter from the data where it is not given, and compares where both say it.
+
+        Args:
+            name: name of the hyperparameter, which is saved with its value: `load_from_checkpoint` needs no data.
+            said: value of the data, None where they say nothing.
+        """
+        given = self.hparams[name]
+        if None not in (given, said) and given != said:
+            raise ConfigurationError(f"{name}={given}, but the data has {name}={said}: leave it out, or match it")
+        self.hparams[name] = said if given is None else given
+
+    def data_protocol(self) -> dict[str, Any] | None:
+        """What the data module says of itself for `results.json`; None where it says nothing."""
+        protocol = getattr(getattr(self._trainer, "datamodule", None), "protocol", None)
+        return protocol() if callable(protocol) else None
 
     # --- merging and export: cli/commands/merge.py and cli/commands/export.py ---
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
-        """Takes settings that the network depends on, where they were left to the data, from trained tensors.
+        """Takes hyperparameters that the network depends on, and that were left to the data, from trained tensors.
 
         Args:
             state: adapters and heads by their names in the network.
@@ -192,8 +211,8 @@ class AdapterModule(LightningModule):
         """Outputs (N, C) for a training or validation batch and their mean loss; a `merge_error.Forward`.
 
         Args:
-            network: `self.model`.
-            batch: as the module's steps take it.
+            network: the module's network.
+            batch: batch as the module's steps take it.
         """
         raise ConfigurationError(f"{type(self).__name__} defines no outputs_and_loss, by which a merge is measured")
 
@@ -211,10 +230,10 @@ class AdapterModule(LightningModule):
         """Merges the network, in place, and writes it as a folder of its own library.
 
         Args:
-            folder: made, whole or not at all.
-            data: the data module, for what belongs to a network in use: its tokenizer, or how it sees images.
-            class_names: by label, where there are classes and their names are known.
-            options: of `pera_lightning.export.merged.export_merged`, but for `forward`.
+            folder: folder to make, completely or not at all.
+            data: data module, for what belongs to a network in use: its tokenizer, or how it sees images.
+            class_names: names of the classes by label, if they are known.
+            options: further arguments of `pera_lightning.export.merged.export_merged`.
         """
 
         def write(made: Path) -> list[str]:
@@ -223,7 +242,7 @@ class AdapterModule(LightningModule):
         return export_merged(self.model, folder, write, forward=self.outputs_and_loss, **options)  # type: ignore[arg-type]
 
     def check_loss(self, loss: Tensor, batch_idx: int) -> None:
-        """Raises `NonFiniteLossError` where the loss is NaN or infinite."""
+        """Raises `NonFiniteLossError` for a loss that is NaN or infinite."""
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss is {loss.item()} at optimizer step {self.global_step}, epoch {self.current_epoch}, "
@@ -253,53 +272,3 @@ def one_value_each(module: nn.Module) -> dict[str, Any]:
                 )
         frame = frame.f_back
     return values
-
-
-def keep_heads_float32(network: nn.Module) -> None:
-    """Casts the modules trained whole to float32 over a base in low precision, and their inputs with them.
-
-    Args:
-        network: injected; nothing happens to one that is float32 throughout.
-    """
-    mark = injection_of(network)
-    for path in mark.trained_modules if mark else ():
-        head = network.get_submodule(path)
-        low = any(p.is_floating_point() and p.dtype != torch.float32 for p in head.parameters())
-        if low:
-            head.float()
-            head.register_forward_pre_hook(_cast_inputs)
-
-
-def release_heads(network: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Undoes `keep_heads_float32`.
-
-    Args:
-        network: whole again in `dtype` afterwards.
-        dtype: the base's.
-
-    Returns:
-        Paths of the heads that were cast.
-    """
-    cast = []
-    for path, module in network.named_modules():
-        hooks = [key for key, hook in module._forward_pre_hooks.items() if hook is _cast_inputs]
-        for key in hooks:
-            del module._forward_pre_hooks[key]
-        if hooks:
-            module.to(dtype)
-            cast.append(path)
-    return cast
-
-
-def check_trained_float32(network: nn.Module) -> None:
-    """Raises `ConfigurationError` where base parameters are trained in low precision, where small updates vanish."""
-    low = [n for n, p in network.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if low:
-        raise ConfigurationError(
-            f"{len(low)} trained parameters are in low precision, where small updates vanish: {listed(low, 2)}; set "
-            "base_dtype=float32"
-        )
-
-
-def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

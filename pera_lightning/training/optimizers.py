@@ -17,10 +17,10 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     Tensors of one dimension (biases, norms, PERA's h) get no weight decay.
 
     Args:
-        model: a module with an injected part, or none (then everything trained is "base").
-        lr: of adapters, and of base parameters where the method trains them.
-        head_lr: of the modules trained whole.
-        weight_decay: of tensors with two dimensions or more.
+        model: module with an injected network, or without one (then everything trained is "base").
+        lr: learning rate of adapters, and of base parameters that the method trains.
+        head_lr: learning rate of the modules trained in full.
+        weight_decay: weight decay of tensors with two dimensions or more.
 
     Returns:
         Non-empty groups: adapter, base, head, each perhaps with "_no_decay".
@@ -49,10 +49,10 @@ def with_own_rate(
     """Gives the parameters of a part of the network groups of their own.
 
     Args:
-        groups: of `parameter_groups`.
-        part: the parameters; those that are in no group are not trained.
-        name: of the part; a group of it is called "{name}_{group}".
-        lr: of the part.
+        groups: groups that `parameter_groups` made.
+        part: parameters of the part; those that are in no group are not trained.
+        name: name of the part; a group of it is called "{name}_{group}".
+        lr: learning rate of the part.
 
     Returns:
         Non-empty groups, each before what was taken out of it.

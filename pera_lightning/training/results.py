@@ -49,7 +49,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def inference_rows(model: nn.Module) -> dict[str, str]:
-    """The stages that a test has, and the row of the papers that each stands for.
+    """The stages that a test has, and the row of the papers' tables that each stands for.
 
     An AuroRA whose inference is dynamic is tested twice.
     """
@@ -63,11 +63,11 @@ def inference_rows(model: nn.Module) -> dict[str, str]:
 
 
 def about(module: LightningModule, task: str) -> dict[str, Any]:
-    """What was tested: the beginning of a result's `protocol`, for modules with `settings`.
+    """What was tested: the beginning of a result's `protocol`.
 
     Args:
-        module: attached to its trainer.
-        task: its name.
+        module: module with a hyperparameter `model_name`, attached to its trainer.
+        task: name of the task.
     """
     checkpoint = module.trainer.ckpt_path
     return {
@@ -77,12 +77,12 @@ def about(module: LightningModule, task: str) -> dict[str, Any]:
     }
 
 
-def collect(module: nn.Module, metrics: dict[str, float], **facts: Any) -> dict[str, Any]:
+def collect(module: nn.Module, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any]:
     """A result as primitives.
 
     Args:
-        module: what was tested; its injection gives method, hyperparameters and parameter counts.
-        metrics: name to value.
+        module: module that was tested; its injection gives method, hyperparameters and parameter counts.
+        metrics: values by name.
         facts: anything else, e.g. protocol, n, seconds.
     """
     found = find_injected(module)
@@ -110,21 +110,35 @@ def collect(module: nn.Module, metrics: dict[str, float], **facts: Any) -> dict[
 def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What the data say of themselves at test, with `selected_on_test` as it is for this checkpoint.
 
-    Where the same rows were cut otherwise in training, some that are scored on selected, and a warning says so.
+    If the same examples were split otherwise in training, some that are scored on selected, and a warning says so.
 
     Args:
-        data: of the test.
-        training: of the run that the checkpoint is of; None where it is not known.
+        data: protocol of the test's data.
+        training: protocol of the data that the checkpoint was trained with; None if it is not known.
     """
     cut = ("split_protocol", "split_seed")
     if not data or not training or all(data.get(key) == training.get(key) for key in cut):
         return data
-    same_rows = {*data.get("sha256", {}).values()} & {*training.get("sha256", {}).values()}
-    if not same_rows or data.get("selected_on_test"):
+    same = {*data.get("sha256", {}).values()} & {*training.get("sha256", {}).values()}
+    if not same or data.get("selected_on_test"):
         return data
     was, now = (", ".join(f"{key}={of.get(key)}" for key in cut) for of in (training, data))
-    rank_zero_warn(f"the checkpoint was selected with {was}, and is scored with {now}: on rows that selected it")
+    rank_zero_warn(f"the checkpoint was selected with {was}, and is scored with {now}: on examples that selected it")
     return {**data, "selected_on_test": True}
+
+
+def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) -> None:
+    """Writes what a test measured into the run's folder and prints where; every process must call it.
+
+    Args:
+        module: what was tested, attached to its trainer; in a fast_dev_run nothing is written.
+        metrics: values by name.
+        facts: what else `collect` takes.
+    """
+    trainer = module.trainer
+    folder = trainer.log_dir  # asked on every rank
+    if folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+        print(f"Results: {write(Path(folder), collect(module, metrics, **facts))}", flush=True)
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -225,7 +225,7 @@ BUILT = {
     "16-true": (["--trainer.precision", "16-true"], "precision=16-true casts the adapters too"),
     "a base trained in low precision": (
         ["--adapter.method", "FullFineTuning", "--model.base_dtype", "bfloat16"],
-        "trained parameters are in low precision, where small updates vanish",
+        "trained parameters are in low precision, in which small updates vanish",
     ),
     "unknown data set": (["--data.dataset", "dtdd"], "unknown data set 'dtdd'; there are"),
     "one class left": (["--data.classes", "[5]"], "classifying needs at least two classes; chosen: 5"),

@@ -237,7 +237,7 @@ def test_test_then_predict(quick, fitted, tmp_path):
     assert not (tmp_path / "quickstart" / "config.yaml").exists()  # that is the fit's
     result = quick("--ckpt_path", fitted.checkpoint, command="predict")
     table = tmp_path / "quickstart" / "predictions" / "predictions.csv"
-    assert f"Predictions of 179 images: {table}" in result.out
+    assert f"Predictions of 179 examples: {table}" in result.out
     assert len(table.read_text().splitlines()) == 180
 
 

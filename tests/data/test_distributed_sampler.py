@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
-from pera_lightning.data.distributed_sampler import PaddedShard, merge_shards, padded_shard
+from pera_lightning.data.distributed_sampler import PaddedShard, padded_shard
+from pera_lightning.training.distributed import merge_shards
 
 
 def negative(row):

@@ -83,7 +83,7 @@ def test_names_of_classes(vit, tmp_path):
     assert not (tmp_path / "wrong").exists()
 
 
-@pytest.mark.parametrize("name", list(transforms.PROTOCOLS))
+@pytest.mark.parametrize("name", list(transforms.TRANSFORMS))
 def test_the_folder_tells_how_evaluation_saw_the_images(vit, tmp_path, name):
     network = adapted(vit)
     given = {"mean": (0.3, 0.4, 0.5), "std": (0.2, 0.3, 0.4)}

@@ -22,7 +22,7 @@ from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearPr
 from pera_lightning.errors import CheckpointError, ConfigurationError, NotMergeableError
 from pera_lightning.export import merged
 from pera_lightning.export.transformers import export_transformers
-from pera_lightning.training.module import keep_heads_float32, release_heads
+from pera_lightning.training.precision import keep_heads_float32, release_heads
 from tests.tasks.causal_lm import language_helpers as text
 
 IDS = torch.randint(4, text.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(1))

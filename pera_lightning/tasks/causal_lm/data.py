@@ -118,12 +118,12 @@ class TextDataModule(TaskDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer given, else the one that the trainer's module requires; loaded once."""
         if self._tokenizer is None:
-            asked = {"tokenizer": self.tokenizer_name} if self.tokenizer_name is not None else self.requirements()
-            name = asked.get("tokenizer")
-            if name is None:
+            if self.tokenizer_name is not None:
+                self._tokenizer = load_tokenizer(self.tokenizer_name)
+            else:
+                self._tokenizer = self.requirements().get("tokenizer")
+            if self._tokenizer is None:
                 raise ConfigurationError("no tokenizer: give the data module tokenizer=, or train a CausalLMModule")
-            # A module of somebody else may have one that no folder holds.
-            self._tokenizer = load_tokenizer(name, asked.get("revision")) if isinstance(name, str) else name
             if self._tokenizer.pad_token_id is None:
                 rank_zero_info(
                     f"the tokenizer has no padding token: {pad_token_id(self._tokenizer)} fills up, masked throughout"

@@ -5,7 +5,7 @@ Papers: HiRA (ICLR 2025), PERA (arXiv 2604.11841) and AuroRA (arXiv 2505.18738) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from pera_lightning.data.batching import IGNORE, label_positions
-from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.causal_lm.evaluator import Evaluator
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
-from pera_lightning.tasks.causal_lm.questions import Questions
-from pera_lightning.training.module import DTYPES, release_heads
-from pera_lightning.training.normalised_loss import StepMeanModule
-from pera_lightning.training.transformers_models import check_extremes, forward_arguments, recompute_activations
+from pera_lightning.training.precision import DTYPES
+from pera_lightning.training.transformers_models import check_extremes, forward_arguments
+from pera_lightning.training.transformers_module import TransformersModule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from pera_lightning.tasks.causal_lm.questions import Questions
 
 
-class CausalLMModule(StepMeanModule):
+class CausalLMModule(TransformersModule):
     """Trains adapters of a causal language model of transformers.
 
     Training and validation batches are dicts of int64 tensors (B, T): ``input_ids``, ``labels`` (-100: no label) and
@@ -37,12 +35,7 @@ class CausalLMModule(StepMeanModule):
     batch), `val/loss`, `val/perplexity`, `val/token_accuracy`. Test batches are `Questions`: they are answered and
     scored by the protocol of the data module, see `Evaluator`.
 
-    Args:
-        model_name: hub id or folder.
-        attn_implementation: "sdpa", "eager", "flash_attention_2" …; by default transformers' choice.
-        activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
-        compile: compiles the network, after the injection.
-        revision: branch, tag or commit of the hub's repository.
+    Its arguments are those of the two bases, with other defaults of some.
     """
 
     counted = "step_tokens"
@@ -52,14 +45,9 @@ class CausalLMModule(StepMeanModule):
         model_name: str,
         lr: float = 1e-4,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-        attn_implementation: str | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-        revision: str | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(lr=lr, base_dtype=base_dtype, **shared)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        super().__init__(model_name, lr=lr, base_dtype=base_dtype, **shared)
         self._data: Mapping[str, Any] = {}  # what the data say of themselves, see `TextDataModule.description`
         self._evaluator: Evaluator | None = None
 
@@ -83,10 +71,7 @@ class CausalLMModule(StepMeanModule):
 
     def finish_network(self) -> None:
         self._check_tied_head()
-        if self.hparams["activation_checkpointing"]:
-            recompute_activations(self.model)  # type: ignore[arg-type]
-        if self.hparams["compile"]:
-            self.model.compile()
+        super().finish_network()
 
     def _check_tied_head(self) -> None:
         """A head that is trained in float32 cannot share its weight with embeddings in low precision."""
@@ -98,13 +83,6 @@ class CausalLMModule(StepMeanModule):
                 "the head shares its weight with the embeddings, and trained it is float32: set base_dtype=float32, or "
                 "leave the head out of trainable"
             )
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
-        return self._tokenizer
 
     def forward(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
         """Logits (B, K, V) at `positions` (K,) of the sequences, or at all of them.
@@ -122,9 +100,6 @@ class CausalLMModule(StepMeanModule):
         return logits if positions is None else logits[:, positions]
 
     # --- the handshake with the data: see `pera_lightning.data.base` ---
-
-    def data_requirements(self) -> dict[str, Any]:
-        return {"tokenizer": self.settings["model_name"], "revision": self.settings["revision"]}
 
     def setup(self, stage: str) -> None:
         self._data = self.data_description()
@@ -158,7 +133,7 @@ class CausalLMModule(StepMeanModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         summed, _, targets = self._shared_step(batch)
         # Not the mean of the batch: a token counts the same in whichever batch of the step it lies.
-        return self.step_loss(summed, (targets != IGNORE).sum(), batch_idx)
+        return self.normalised_loss(summed, (targets != IGNORE).sum(), batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         summed, logits, targets = self._shared_step(batch)
@@ -184,20 +159,6 @@ class CausalLMModule(StepMeanModule):
         summed, logits, targets = self._shared_step(batch)
         labelled = targets != IGNORE
         return logits[labelled], summed / labelled.sum()
-
-    def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
-        from pera_lightning.export.transformers import write_transformers
-
-        notes = []
-        if heads := release_heads(self.model, DTYPES[self.hparams["base_dtype"]]):  # type: ignore[arg-type]
-            notes.append(f"{listed(heads)} was trained in float32 and is {self.hparams['base_dtype']}, as the base is")
-        name = getattr(data, "tokenizer_name", None)
-        try:
-            tokenizer = self.tokenizer if name is None else load_tokenizer(name)
-        except ConfigurationError as error:
-            tokenizer = None
-            notes.append(f"no tokenizer was written: {error}")
-        return notes + write_transformers(self.model, folder, tokenizer)  # type: ignore[arg-type]
 
     def how_to_load(self, folder: Path) -> str:
         return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.tasks.dreambooth.image_grid import (
@@ -39,7 +38,7 @@ from pera_lightning.tasks.dreambooth.pipeline_files import FACTOR
 from pera_lightning.tasks.dreambooth.prompts import FILLER
 from pera_lightning.tasks.dreambooth.sampling import sample, sampler
 from pera_lightning.training import results
-from pera_lightning.training.distributed import all_gather_object
+from pera_lightning.training.distributed import all_gather_object, merge_shards
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 
 if TYPE_CHECKING:

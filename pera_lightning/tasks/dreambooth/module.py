@@ -29,9 +29,9 @@ from pera_lightning.tasks.dreambooth.networks import (
     noise_alphas,
 )
 from pera_lightning.training.fsdp2 import data_parallel_mesh
-from pera_lightning.training.module import DTYPES
-from pera_lightning.training.normalised_loss import StepMeanModule
+from pera_lightning.training.normalised_loss import NormalisedLossModule
 from pera_lightning.training.optimizers import with_own_rate
+from pera_lightning.training.precision import DTYPES
 from pera_lightning.validation import check_choice, check_in_range, check_positive, check_positive_int
 
 _STEPS = "trained_steps"  # in checkpoints
@@ -41,7 +41,7 @@ _TEXT = ("prompt_embeds", "pooled_prompt_embeds", "input_ids", "input_ids_2")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-class DreamBoothModule(StepMeanModule):
+class DreamBoothModule(NormalisedLossModule):
     """Trains adapters of SDXL on photographs of a subject.
 
     Training batches are dicts: ``pixel_values`` (B, 3, H, W) in [-1, 1] and ``prompts``, a list of text, or what the
@@ -293,7 +293,7 @@ class DreamBoothModule(StepMeanModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         summed, count, _ = self._shared_step(batch)
-        return self.step_loss(summed, count, batch_idx)
+        return self.normalised_loss(summed, count, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

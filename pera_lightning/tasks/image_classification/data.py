@@ -1,41 +1,37 @@
 """Images for classification: the data module over the catalogue, the hub, local folders and digits.
 
-What a picture goes through is in `transforms.py`, where it comes from in `image_sources.py`, which rows belong to
-which split in `splits.py` and `image_datasets.py`. Here is the Lightning side of it.
+What a picture goes through is in `transforms.py`, where it comes from in `reading.py` and `sources.py`, how splits are
+cut in `pera_lightning.data.splits`. Here is the Lightning side of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import splits
+from pera_lightning.data.base import TaskDataModule
 from pera_lightning.data.distributed_sampler import padded_shard
-from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest, listed
-from pera_lightning.tasks.image_classification import datasets as image_datasets
-from pera_lightning.tasks.image_classification import hub as image_hub
-from pera_lightning.tasks.image_classification import sources, transforms
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.tasks.image_classification import datasets, sources, transforms
+from pera_lightning.tasks.image_classification.reading import ImageDataset
+from pera_lightning.validation import check_in_range
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(TaskDataModule):
     """Batches of images and classes.
 
     Training, validation and test batches are ``(images, labels)``: (B, 3, H, W) float32 and (B,) int64. Prediction
     batches are ``(images, labels, ids)``, where a label is -1 if unknown and ids are file names relative to the
-    folder, or row numbers of the source. Over several processes each image is in one batch of one of them; where they
-    do not come out even, the last image fills up, with the label -100. Where a source lacks a split, it is cut from its
-    training rows by a seed of its own: the test rows first, then the validation rows from what remains. Which rows went
-    where is written to ``splits/`` in the run's log folder.
+    folder, or row numbers of the source. Over several processes each image is in one batch of one of them; shards that
+    do not come out even are filled up with the last image, labelled -100. A split that the source lacks is cut from its
+    training examples by a seed of its own: the test examples first, then the validation examples from what remains.
+    Which example went where is written to ``splits/`` in the run's log folder.
 
     Args:
         dataset: a name of the catalogue (oxford_pets, stanford_cars, cifar10, dtd, eurosat, fgvc, resisc45,
@@ -44,30 +40,30 @@ class ImageDataModule(L.LightningDataModule):
             is given as ``./name``.
         classes: keep these classes only, by name or by original number, and number them in this order from 0. The
             split is made before, so that runs on different classes share no test image with another's training.
-        transform: how pictures are prepared, one of `transforms.PROTOCOLS`: ``fourierft`` (the papers': random
+        transform: how pictures are prepared, one of `transforms.TRANSFORMS`: ``fourierft`` (the papers': random
             resized crop and flip), ``center``, ``timm`` or ``none``.
-        image_size: height and width in pixels. This and the next four are, where not given, the transform's own
-            (``fourierft``: bilinear, crop_pct 1) and else asked of the model: the `data_config` of the trainer's
-            module.
-        mean: of red, green and blue, on a scale of 0 to 1.
-        std: standard deviation of the same.
-        interpolation: of resizing: nearest, bilinear, bicubic, box, hamming or lanczos.
+        image_size: height and width in pixels. This and the next four are by default the transform's own
+            (``fourierft``: bilinear, crop_pct 1) or else those that the trainer's module requires.
+        mean: mean of red, green and blue, on a scale of 0 to 1.
+        std: standard deviation of red, green and blue.
+        interpolation: interpolation of resizing: nearest, bilinear, bicubic, box, hamming or lanczos.
         crop_pct: side of the evaluation crop over the side resized to.
         batch_size: images in a training batch, per process.
-        eval_batch_size: images in every other batch; as `batch_size` where not given.
-        drop_last: leave out the last training batch where it is smaller.
+        eval_batch_size: images in every other batch; by default `batch_size`.
+        drop_last: leaves out the last training batch if it is smaller.
         num_workers: processes that load images; 0 loads in the main one.
-        validation_fraction: of the training rows, where the source has no validation split; a tenth if not given.
-        test_fraction: of the training rows, where the source has no test split; a fifth if not given.
-        split_seed: of the cuts, and of nothing else.
+        validation_fraction: share of the training examples for a validation split that the source lacks; by default a
+            tenth.
+        test_fraction: share of the training examples for a test split that the source lacks; by default a fifth.
+        split_seed: seed of the cuts, and of nothing else.
         predict_folder: predict on all pictures under this folder, at any depth, in place of the test split. A folder
             on their path that is called like a class is their label.
-        config_name: for the hub: the data set's configuration.
-        image_column: for the hub: ``image`` if not given.
-        label_column: for the hub: ``label`` if not given.
-        train_split: for the hub: ``train`` if not given.
-        validation_split: for the hub: cut from the training rows if not given.
-        test_split: for the hub: cut from the training rows if not given.
+        config_name: configuration of a data set of the hub.
+        image_column: image column of a data set of the hub, by default ``image``.
+        label_column: label column of a data set of the hub, by default ``label``.
+        train_split: training split of a data set of the hub, by default ``train``.
+        validation_split: validation split of a data set of the hub, by default cut from the training split.
+        test_split: test split of a data set of the hub, by default cut from the training split.
 
     Raises:
         ConfigurationError, UnknownNameError: for values out of range, unknown or without effect on this data set.
@@ -112,35 +108,18 @@ class ImageDataModule(L.LightningDataModule):
         self.fractions = {"validation": validation_fraction, "test": test_fraction}
         self.split_seed = split_seed
         self.predict_folder = predict_folder
-        self.hub = {
-            "config_name": config_name,
-            "image_column": image_column,
-            "label_column": label_column,
-            "train_split": train_split,
-            "validation_split": validation_split,
-            "test_split": test_split,
-        }
-        self._check_numbers()
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("split_seed", 0)):
+            check_in_range(getattr(self, name), name, ge=least, integer=True)
+        for split, fraction in self.fractions.items():
+            if fraction is not None:
+                check_in_range(fraction, f"{split}_fraction", gt=0, lt=1)
+        options = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
+        named = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
+        self._read = ImageDataset(dataset, {**options, **named})
         self._sources: dict[str, sources.ImageSource] = {}
-        self._rows: dict[str, np.ndarray] = {}
+        self._rows: dict[str, np.ndarray] = {}  # of each split, numbers in its source
         self._kept: list[int] = []  # original numbers of the classes, in their new order
         self._to_predict: sources.FolderSource | None = None
-
-    def _check_numbers(self) -> None:
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("split_seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"{name} must be at least {least}; given {getattr(self, name)}")
-        for split, fraction in self.fractions.items():
-            if fraction is not None and not 0 < fraction < 1:
-                raise ConfigurationError(f"{split}_fraction must lie between 0 and 1, both excluded; given {fraction}")
-
-    def _check_fractions(self, existing: Iterable[str]) -> None:
-        for split in existing:
-            if self.fractions.get(split) is not None:
-                raise ConfigurationError(
-                    f"{split}_fraction={self.fractions[split]} would do nothing: {self.dataset} has its own {split} "
-                    "split"
-                )
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -157,23 +136,29 @@ class ImageDataModule(L.LightningDataModule):
         """How many classes there are. Known after `setup`."""
         return len(self.class_names)
 
+    def description(self) -> dict[str, Any]:
+        """What a module must know of these data, after `setup`: number and names of the classes."""
+        return {"num_classes": self.num_classes, "class_names": self.class_names}
+
     def expected_classes(self) -> int:
         """How many classes there are; for the catalogue and for chosen classes without reading any data."""
         if self.classes is not None:
             return len(self.classes)
-        if name := image_datasets.canonical(self.dataset):
-            return image_datasets.CATALOGUE[name].classes
+        if name := datasets.canonical(self.dataset):
+            return datasets.CATALOGUE[name].classes
         self.setup("fit")
         return self.num_classes
+
+    def preprocessing(self) -> transforms.Preprocessing:
+        """Image size, mean and the like: what was given, else the transform's own, else what the module requires."""
+        return transforms.resolve(self.transform, self.given, self.requirements().get("data_config"))
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Downloads, on one process, what the hub holds; keeps nothing."""
-        places = self._hub_splits(self._kind())
-        self._check_fractions(places)
-        for place in places.values():
-            image_hub.load_table(place.repository, self.hub["config_name"], place.split)
+        self._check_fractions(self._read.hub_splits())
+        self._read.download()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads labels and file names and makes the splits, once.
@@ -185,124 +170,84 @@ class ImageDataModule(L.LightningDataModule):
             self._build()
         if self.predict_folder is not None and stage in ("predict", None) and self._to_predict is None:
             self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
-        splits.record_run(self.trainer, self._short_name(), self.split_record)
+        splits.record_run(self.trainer, self._read.short_name, self.split_record)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented ``(images, labels)``."""
-        return self._loader(self._part("train", training=True), training=True)
+        images = self._images("train", training=True)
+        if self.drop_last and len(images) < self.batch_size:
+            raise ConfigurationError(
+                f"drop_last leaves no batch: {len(images)} training images of {self.dataset}, batch_size "
+                f"{self.batch_size}"
+            )
+        return self.make_loader(images, shuffle=True, batch_size=self.batch_size, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader:
         """``(images, labels)`` in a fixed order."""
-        return self._loader(self._part("validation"))
+        return self._evaluated(self._images("validation"))
 
     def test_dataloader(self) -> DataLoader:
         """``(images, labels)`` in a fixed order.
 
         Raises:
-            DataError: where the test split has no labels.
+            DataError: for a test split without labels.
         """
-        part = self._part("test")
-        if unknown := int((part.labels < 0).sum()):
+        images = self._images("test")
+        if unknown := int((images.labels < 0).sum()):
             raise DataError(
-                f"{unknown} of {len(part)} test images of {self.dataset} have no label, so nothing can be measured; "
+                f"{unknown} of {len(images)} test images of {self.dataset} have no label, so nothing can be measured; "
                 "give another test_split, or predict"
             )
-        return self._loader(part)
+        return self._evaluated(images)
 
     def predict_dataloader(self) -> DataLoader:
         """``(images, labels, ids)`` of `predict_folder`, else of the test split."""
         if self._to_predict is None:
-            return self._loader(self._part("test", with_identifier=True))
-        source = self._to_predict
-        everything = np.arange(len(source.files))
-        return self._loader(
-            sources.ImageRows(source, everything, source.labels, self._transform(False), with_identifier=True)
-        )
+            return self._evaluated(self._images("test", with_identifier=True))
+        source, transform = self._to_predict, self._transform(training=False)
+        every = np.arange(len(source.files))
+        return self._evaluated(sources.ImageExamples(source, every, source.labels, transform, with_identifier=True))
 
-    def _kind(self) -> str:
-        """What `dataset` means: "catalogue", "digits", "folder" or "hub"; refuses arguments it would ignore."""
-        name = self.dataset
-        if image_datasets.canonical(name):
-            kind = "catalogue"
-        elif name.lower() == "digits":
-            kind = "digits"
-        elif Path(name).expanduser().is_dir():
-            kind = "folder"
-        elif _HUB_ID.fullmatch(name):
-            kind = "hub"
-        elif "/" in name or name.startswith((".", "~")):
-            kind = "folder"
-        else:
-            known = [*image_datasets.CATALOGUE, "digits"]
-            raise UnknownNameError(
-                f"unknown data set {name!r}; there are {', '.join(known)}, data sets of the hub as org/name, and "
-                f"local folders{closest(name, known)}"
-            )
-        ignored = [argument for argument, value in self.hub.items() if value is not None and kind != "hub"]
-        if ignored:
-            raise ConfigurationError(f"{listed(ignored)}: for data sets of the hub (org/name) only, not for {name}")
-        return kind
+    def calibration_dataloader(self) -> DataLoader:
+        """Batches of training images as evaluation sees them, to calibrate a merge with."""
+        return self._evaluated(self._images("train"), batch_size=self.batch_size)
 
-    def _hub_splits(self, kind: str) -> dict[str, image_datasets.HubSplit]:
-        """Where the splits are that come from the hub; empty for what is local."""
-        if kind == "catalogue":
-            entry = image_datasets.CATALOGUE[image_datasets.canonical(self.dataset) or ""]
-            found = {"train": entry.train, "validation": entry.validation, "test": entry.test}
-        elif kind == "hub":
-            named = {split: self.hub[f"{split}_split"] for split in ("train", "validation", "test")}
-            named["train"] = named["train"] or "train"
-            found = {
-                split: None if name is None else image_datasets.HubSplit(self.dataset, name)
-                for split, name in named.items()
-            }
-        else:
-            found = {}
-        return {split: place for split, place in found.items() if place is not None}
+    # ---- building ---------------------------------------------------------------------------------------------------
 
-    def _read_sources(self, kind: str) -> dict[str, sources.ImageSource]:
-        if kind == "digits":
-            return {"train": sources.digits_source()}
-        if kind == "folder":
-            return sources.folder_sources(self.dataset)
-        found: dict[str, sources.ImageSource] = {}
-        for split, place in self._hub_splits(kind).items():
-            found[split] = image_hub.hub_source(
-                place.repository,
-                place.split,
-                config_name=self.hub["config_name"],
-                image_column=self.hub["image_column"] or "image",
-                label_column=self.hub["label_column"] or "label",
-                training_names=found["train"].class_names if found else None,
-            )
-        return found
+    def _check_fractions(self, existing: Iterable[str]) -> None:
+        for split in existing:
+            if (fraction := self.fractions.get(split)) is not None:
+                raise ConfigurationError(
+                    f"{split}_fraction={fraction} would do nothing: {self.dataset} has its own {split} split"
+                )
 
     def _build(self) -> None:
         """Reads the sources, cuts the splits and keeps the chosen classes."""
-        kind = self._kind()
-        found = self._read_sources(kind)
+        found, kind = self._read.read(), self._read.kind
         self._check_fractions(found)
         if kind == "catalogue":
             counts = {split: len(source.labels) for split, source in found.items()}
-            if note := image_datasets.count_note(image_datasets.canonical(self.dataset) or "", counts):
+            if note := datasets.count_note(datasets.canonical(self.dataset) or "", counts):
                 rank_zero_warn(note)
         names = found["train"].class_names
         kept = list(range(len(names))) if self.classes is None else sources.choose_classes(names, self.classes)
         if len(kept) < 2:
             only = listed(names[label] for label in kept) or "none"
             raise DataError(f"{self.dataset}: classifying needs at least two classes; chosen: {only}")
+        # Before the classes are chosen, so that the same image is in the same split whatever they are.
         rows = splits.cut(
             {split: np.arange(len(source.labels)) for split, source in found.items()},
             found["train"].labels,
-            validation_fraction=self.fractions["validation"] or image_datasets.VALIDATION_FRACTION,
-            test_fraction=self.fractions["test"] or image_datasets.TEST_FRACTION,
+            validation_fraction=self.fractions["validation"] or datasets.VALIDATION_FRACTION,
+            test_fraction=self.fractions["test"] or datasets.TEST_FRACTION,
             seed=self.split_seed,
             stratify=kind != "catalogue",  # the papers draw theirs regardless of class
         )
-        for split in rows:
+        for split in rows:  # "train" first, whose classes the others are compared with
             labels = found.get(split, found["train"]).labels[rows[split]]
             if self.classes is not None:
-                rows[split] = rows[split][np.isin(labels, kept)]
-                labels = labels[np.isin(labels, kept)]
+                chosen = np.isin(labels, kept)
+                rows[split], labels = rows[split][chosen], labels[chosen]
             if split != "test" and (labels < 0).any():
                 raise DataError(f"{int((labels < 0).sum())} {split} images of {self.dataset} have no label")
             if not len(labels):
@@ -316,81 +261,56 @@ class ImageDataModule(L.LightningDataModule):
                 )
         self._sources, self._rows, self._kept = found, rows, kept
 
-    def _short_name(self) -> str:
-        known = image_datasets.canonical(self.dataset)
-        path = Path(self.dataset).expanduser()
-        return known or (path.absolute().name if path.is_dir() and self.dataset.lower() != "digits" else self.dataset)
-
-    def protocol(self) -> dict[str, Any]:
-        """How images are seen and split, as primitives, for results: data set, transform, preprocessing, split."""
-        return {
-            "dataset": self.dataset,
-            "transform": self.transform,
-            "preprocessing": dataclasses.asdict(self._preprocessing()),
-            "split_seed": self.split_seed,
-            "sizes": {split: len(rows) for split, rows in self._rows.items()},
-        }
-
-    def split_record(self) -> dict[str, Any]:
-        """What ``splits/<dataset>.json`` says: data set, seed, classes, sizes and the rows of every split.
-
-        Returns:
-            Primitives. Under "indices", for each split: the source split it is "of", and its "rows" there, which are
-            numbers, file names for folders, or "all".
-        """
-        parts = {}
-        for split, rows in self._rows.items():
-            source = self._sources.get(split, self._sources["train"])
-            if len(rows) == len(source.labels):
-                chosen: str | list[Any] = "all"
-            elif isinstance(source, sources.FolderSource):
-                chosen = [source.identifier(row) for row in rows.tolist()]
-            else:
-                chosen = rows.tolist()
-            parts[split] = {"of": split if split in self._sources else "train", "rows": chosen}
-        return {
-            "dataset": self.dataset,
-            "seed": self.split_seed,
-            "classes": self.class_names,
-            "sizes": {split: len(rows) for split, rows in self._rows.items()},
-            "indices": parts,
-        }
-
-    # ---- loaders ----------------------------------------------------------------------------------------------------
-
     def _transform(self, training: bool) -> transforms.Transform:
-        return transforms.build(self.transform, self._preprocessing(), training=training)
+        return transforms.build(self.transform, self.preprocessing(), training=training)
 
-    def _preprocessing(self) -> transforms.Preprocessing:
-        module = getattr(self.trainer, "lightning_module", None)
-        return transforms.resolve(self.transform, self.given, getattr(module, "data_config", None))
-
-    def _part(self, split: str, *, training: bool = False, with_identifier: bool = False) -> sources.ImageRows:
+    def _images(self, split: str, *, training: bool = False, with_identifier: bool = False) -> sources.ImageExamples:
         if not self._sources:
             raise ConfigurationError(f"the images of {self.dataset} are there after setup(); call it first")
         source = self._sources.get(split, self._sources["train"])
         number = np.full(len(source.class_names) + 1, -1, dtype=np.int64)  # the last one serves -1, unknown
         number[self._kept] = np.arange(len(self._kept))
         rows = self._rows[split]
-        return sources.ImageRows(
-            source, rows, number[source.labels[rows]], self._transform(training), with_identifier=with_identifier
-        )
+        labels = number[source.labels[rows]]
+        return sources.ImageExamples(source, rows, labels, self._transform(training), with_identifier=with_identifier)
 
-    def _loader(self, part: sources.ImageRows, *, training: bool = False) -> DataLoader:
-        batch_size = self.batch_size if training else self.eval_batch_size
-        if training and self.drop_last and len(part) < batch_size:
-            raise ConfigurationError(
-                f"drop_last leaves no batch: {len(part)} training images of {self.dataset}, batch_size {batch_size}"
-            )
-        device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
-        rows = (
-            {"dataset": part, "shuffle": True} if training else padded_shard(part, self.trainer, sources.without_label)
-        )
-        return DataLoader(
-            **rows,
-            batch_size=batch_size,
-            drop_last=training and self.drop_last,
-            num_workers=self.num_workers,
-            collate_fn=sources.collate_identified if part.with_identifier else None,
-            pin_memory=device is not None and device.type not in ("cpu", "mps"),
-        )
+    def _evaluated(self, images: sources.ImageExamples, batch_size: int | None = None) -> DataLoader:
+        shard = padded_shard(images, self.trainer, sources.without_label)
+        collate = sources.collate_identified if images.with_identifier else None
+        return self.make_loader(**shard, batch_size=batch_size or self.eval_batch_size, collate_fn=collate)
+
+    # ---- what is said of it -----------------------------------------------------------------------------------------
+
+    def protocol(self) -> dict[str, Any]:
+        """How images are seen and split, as primitives, for results: data set, transform, preprocessing, split."""
+        return {
+            "dataset": self.dataset,
+            "transform": self.transform,
+            "preprocessing": dataclasses.asdict(self.preprocessing()),
+            "split_seed": self.split_seed,
+            "sizes": {split: len(rows) for split, rows in self._rows.items()},
+        }
+
+    def split_record(self) -> dict[str, Any]:
+        """What ``splits/<dataset>.json`` says: data set, seed, classes, sizes and the examples of every split.
+
+        Returns:
+            Primitives. Under "indices", for each split: the source split it is "of", and its "rows" there, which are
+            numbers, file names for folders, or "all".
+        """
+        indices = {}
+        for split, rows in self._rows.items():
+            source = self._sources.get(split, self._sources["train"])
+            chosen: str | list[Any] = rows.tolist()
+            if len(rows) == len(source.labels):
+                chosen = "all"
+            elif isinstance(source, sources.FolderSource):
+                chosen = [source.identifier(row) for row in rows.tolist()]
+            indices[split] = {"of": split if split in self._sources else "train", "rows": chosen}
+        return {
+            "dataset": self.dataset,
+            "seed": self.split_seed,
+            "classes": self.class_names,
+            "sizes": {split: len(rows) for split, rows in self._rows.items()},
+            "indices": indices,
+        }

@@ -1,8 +1,8 @@
 """The eight image data sets of the AuroRA paper: where each is, how it is split, and how large that makes it.
 
 The AuroRA paper (NeurIPS 2025) follows the protocol of FourierFT: where a source has no validation split, a tenth of
-its training rows becomes one; DTD, which has one split only, first gives a fifth to the test set. The held-out part
-is rounded up. FourierFT drew its split without a seed, so the rows themselves cannot be those of the papers; the
+its training examples becomes one; DTD, which has one split only, first gives a fifth to the test set. The held-out part
+is rounded up. FourierFT drew its split without a seed, so the examples themselves cannot be those of the papers; the
 sizes are.
 """
 
@@ -25,14 +25,14 @@ class HubSplit:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """Where the splits of a data set are, and how many rows they have after splitting.
+    """Where the splits of a data set are, and how many examples they have after splitting.
 
     Attributes:
-        train: the training rows.
-        validation: the validation rows; None where they are cut from `train`.
-        test: the test rows; None where they are cut from `train`, before the validation rows.
-        sizes: rows of train, validation and test after splitting, as in the paper.
-        classes: how many classes there are.
+        train: source of the training split.
+        validation: source of the validation split; None if it is cut from `train`.
+        test: source of the test split; None if it is cut from `train`, before the validation split.
+        sizes: examples of train, validation and test after splitting, as in the paper.
+        classes: number of classes.
     """
 
     train: HubSplit
@@ -42,7 +42,7 @@ class CatalogueEntry:
     classes: int
 
     def source_rows(self) -> dict[str, int]:
-        """Rows that each source has before anything is cut from it: ``{"train": …, "test": …}``."""
+        """Examples that each source has before anything is cut from it: ``{"train": …, "test": …}``."""
         train, validation, test = self.sizes
         rows = {"train": train + (validation if self.validation is None else 0) + (test if self.test is None else 0)}
         if self.validation is not None:
@@ -82,7 +82,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
 
 
 def canonical(name: str) -> str | None:
-    """The catalogue's spelling of `name`, whatever its case, hyphens and underscores; None where it has none."""
+    """The catalogue's spelling of `name`, whatever its case, hyphens and underscores; None for a name that it lacks."""
 
     def plain(text: str) -> str:
         return text.lower().replace("-", "").replace("_", "")
@@ -91,14 +91,14 @@ def canonical(name: str) -> str | None:
 
 
 def count_note(name: str, rows: Mapping[str, int]) -> str | None:
-    """Says where a source has other row counts than the paper's.
+    """Says if a source has other counts than the paper's.
 
     Args:
         name: a name of the catalogue.
-        rows: rows of each source that was found, by the keys of `CatalogueEntry.source_rows`.
+        rows: number of examples of each source that was found, by the keys of `CatalogueEntry.source_rows`.
 
     Returns:
-        One line with the counts given and expected, or None where they agree.
+        One line with the counts given and expected, or None if they agree.
     """
     expected = CATALOGUE[name].source_rows()
     if dict(rows) == expected:

@@ -39,7 +39,7 @@ class HubSource:
 
 
 def load_table(repository: str, config_name: str | None, split: str) -> datasets.Dataset:
-    """`hub.load_table`, which to pictures has an alternative of its own."""
+    """`hub.load_table`, with the alternative that pictures have."""
     return hub.load_table(repository, config_name, split, instead="a local folder of class folders")
 
 
@@ -62,13 +62,13 @@ def hub_source(
     Args:
         repository: ``org/name``.
         split: a split of it.
-        config_name: a configuration of it, where it has several.
-        image_column: holds the pictures.
-        label_column: holds the classes: class labels, whole numbers or text.
+        config_name: configuration of it, if it has several.
+        image_column: column of the pictures.
+        label_column: column of the classes: class labels, whole numbers or text.
         training_names: class names of the training split; None for that split itself.
 
     Raises:
-        DataError: where a column is missing or of another type, the split is empty, or its classes are not those of
+        DataError: for a column that is missing or of another type, an empty split, or classes that are not those of
             training.
     """
     import datasets
@@ -97,13 +97,13 @@ def read_labels(
     """Reads a label column in the numbering of the training split.
 
     Args:
-        table: n rows.
-        column: class labels (numbered as declared), or whole numbers or text (numbered in sorted order).
+        table: table of n examples.
+        column: name of the column: class labels (numbered as declared), or whole numbers or text (in sorted order).
         training_names: class names of the training split; None for that split itself.
-        where: names the data in messages.
+        where: words for the data in messages.
 
     Returns:
-        (n,) int64, -1 where the label is missing or negative; and the class names.
+        (n,) int64, -1 for a label that is missing or negative; and the class names.
     """
     import datasets
 

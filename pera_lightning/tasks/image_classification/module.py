@@ -17,13 +17,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.files import atomic_write
 from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
-from pera_lightning.training.distributed import all_gather_object
-from pera_lightning.training.module import DTYPES, AdapterModule
+from pera_lightning.training.module import AdapterModule
+from pera_lightning.training.precision import DTYPES
+from pera_lightning.training.predictions import write_predictions
 from pera_lightning.validation import check_in_range, check_positive_int
 
 
@@ -31,18 +30,20 @@ class ImageClassificationModule(AdapterModule):
     """Trains adapters and a new head of an image classifier.
 
     Batches are ``(images (B, 3, H, W), labels (B,))``, at predict ``(images, labels, ids)``. Images labelled -100,
-    which fill up where processes share a set, are measured nowhere. Logged: `train/loss`, `val/loss`, `val/accuracy`,
-    `val/accuracy_top5` (from six classes up), the same at test, with the accuracy of each class as `test_class/NAME`
-    and the confusion matrix as a picture in TensorBoard. An AuroRA whose inference is dynamic is tested twice:
-    `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's AuroRA).
+    which fill up the shards of several processes, are measured nowhere. Logged: `train/loss`, `val/loss`,
+    `val/accuracy`, `val/accuracy_top5` (from six classes up), the same at test, with the accuracy of each class as
+    `test_class/NAME` and the confusion matrix as a picture in TensorBoard. An AuroRA whose inference is dynamic is
+    tested twice: `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's AuroRA).
 
     Args:
         model_name: a timm name, ``hf-hub:org/name``, a timm folder, or ``asset:vit_digits``.
         pretrained: loads the weights; otherwise they are random.
-        num_classes: of the new head; by default the data module's.
+        num_classes: number of outputs of the new head; by default the data module's classes.
         image_size: height and width in pixels, by default the model's own.
-        label_smoothing: of the training loss, in [0, 1).
+        label_smoothing: label smoothing of the training loss, in [0, 1).
     """
+
+    asks = ("num_classes", "class_names")
 
     def __init__(
         self,
@@ -58,11 +59,21 @@ class ImageClassificationModule(AdapterModule):
         for name, value in (("num_classes", num_classes), ("image_size", image_size)):
             if value is not None:
                 check_positive_int(value, name)
+        self.class_names: list[str] | None = None  # by label, where the data have them
         self._data_config: dict[str, Any] | None = None
         self._started = 0.0
-        self._rows: list[tuple[str, str, float]] = []
+        self._predicted: list[tuple[str, str, float]] = []
 
     # --- the network ---
+
+    def setup(self, stage: str) -> None:
+        """Takes number and names of the classes from the data."""
+        data = self.data_description()
+        self.agree_on("num_classes", data.get("num_classes"))
+        self.class_names = [str(name) for name in data["class_names"]] if data.get("class_names") else None
+
+    def data_requirements(self) -> dict[str, Any]:
+        return {"data_config": self.data_config}
 
     def build_network(self, weights: bool = True) -> nn.Module:
         network = self._create(pretrained=weights and self.hparams["pretrained"])
@@ -73,7 +84,10 @@ class ImageClassificationModule(AdapterModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._check_classes()
+        if self.hparams["num_classes"] is None:
+            raise ConfigurationError(
+                "num_classes is not given, and no data module with num_classes is attached: give it"
+            )
         super().configure_model()
         if self.adapter_injection is not None and not any(p.requires_grad for p in self._head_parameters()):
             raise ConfigurationError(
@@ -98,20 +112,6 @@ class ImageClassificationModule(AdapterModule):
 
     def _create(self, pretrained: bool) -> nn.Module:
         return create(self.hparams["model_name"], pretrained=pretrained, image_size=self.hparams["image_size"])
-
-    def _check_classes(self) -> None:
-        """Takes the number of classes from the data module where it is not given, and compares where both are."""
-        given, data = self.hparams["num_classes"], getattr(self._trainer, "datamodule", None)
-        count = getattr(data, "num_classes", None)
-        if given is None and count is None:
-            raise ConfigurationError(
-                "num_classes is not given, and no data module with num_classes is attached: give it"
-            )
-        if given is not None and count is not None and given != count:
-            raise ConfigurationError(
-                f"num_classes={given}, but the data has {count} classes: leave it out, or match it"
-            )
-        self.hparams["num_classes"] = count if given is None else given  # saved: load_from_checkpoint needs no data
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -186,9 +186,7 @@ class ImageClassificationModule(AdapterModule):
     def on_test_epoch_end(self) -> None:
         inference = results.inference_rows(self)  # alike on all ranks, also on one that had padding only
         stages = list(inference)
-        folder = self.trainer.log_dir
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        names = [str(n) for n in names or range(self.hparams["num_classes"])]
+        names = self.class_names or [str(k) for k in range(self.hparams["num_classes"])]
         per_class: dict[str, dict[str, float]] = {}
         n = 0
         for stage in stages:
@@ -201,21 +199,9 @@ class ImageClassificationModule(AdapterModule):
             self.metrics[f"{stage}_classes"].reset()
         seconds = time.perf_counter() - self._started
         scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
-        if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
-            facts = {
-                "n": n,
-                "seconds": seconds,
-                "accuracy_per_class": per_class,
-                "inference": inference,
-            }
-            path = results.write(Path(folder), results.collect(self, scores, protocol=self._protocol(), **facts))
-            print(f"Results: {path}", flush=True)
-
-    def _protocol(self) -> dict[str, Any]:
-        """What was tested on what: network, checkpoint, and what the data module says of itself."""
-        data = getattr(self.trainer, "datamodule", None)
-        about = results.about(self, "image_classification")
-        return {**about, "data": data.protocol() if hasattr(data, "protocol") else None}
+        protocol = {**results.about(self, "image_classification"), "data": self.data_protocol()}
+        facts = {"n": n, "seconds": seconds, "accuracy_per_class": per_class, "inference": inference}
+        results.record(self, scores, protocol=protocol, **facts)
 
     def _draw(self, title: str, matrix: Tensor, names: list[str]) -> None:
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -231,7 +217,7 @@ class ImageClassificationModule(AdapterModule):
     # --- merging and export ---
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the number of classes from the trained head where it is not given."""
+        """Takes the number of classes from the trained head if it is not given."""
         if self.hparams["num_classes"] is not None:
             return
         with torch.device("meta"):
@@ -259,29 +245,25 @@ class ImageClassificationModule(AdapterModule):
     # --- prediction ---
 
     def on_predict_start(self) -> None:
-        self._rows = []
+        self._predicted = []
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Label index and probability of each image: ``{"id", "label", "probability"}``."""
         probability, label = self(batch[0]).float().softmax(-1).max(-1)
         prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
         ids = list(batch[2]) if len(batch) > 2 else [f"{prefix}{batch_idx}_{k}" for k in range(len(label))]
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        labels = [str(names[k]) if names else str(k) for k in label.tolist()]
-        self._rows += zip(ids, labels, probability.tolist(), strict=True)
+        labels = [self.class_names[k] if self.class_names else str(k) for k in label.tolist()]
+        self._predicted += zip(ids, labels, probability.tolist(), strict=True)
         return {"id": ids, "label": label, "probability": probability}
 
     def on_predict_end(self) -> None:
-        """Writes `predictions/predictions.csv`, each image once, in the order of the data."""
-        ranks = all_gather_object(self._rows)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
-            return
-        rows = merge_shards(ranks)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("id", "label", "probability"))
-        writer.writerows((i, label, f"{p:.6f}") for i, label, p in rows)
-        atomic_write(folder / "predictions.csv", text.getvalue().encode())
-        print(f"Predictions of {len(rows)} images: {folder / 'predictions.csv'}", flush=True)
+        write_predictions(self.trainer, {"predictions.csv": self._predicted}, as_csv)
+
+
+def as_csv(predicted: Sequence[tuple[str, str, float]]) -> str:
+    """The text of `predictions.csv` for ids, labels and probabilities."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("id", "label", "probability"))
+    writer.writerows((name, label, f"{probability:.6f}") for name, label, probability in predicted)
+    return text.getvalue()

@@ -15,7 +15,7 @@ def timm_name(model_name: str) -> str:
     """The name as timm takes it: ``asset:NAME`` (shipped with this package) and folders become ``local-dir:…``.
 
     Raises:
-        ConfigurationError: where the folder, the asset or timm's model does not exist.
+        ConfigurationError: for a folder, an asset or a model of timm that does not exist.
     """
     import timm
 
@@ -28,14 +28,14 @@ def timm_name(model_name: str) -> str:
     folder = Path(model_name.removeprefix("local-dir:"))
     if model_name.startswith("local-dir:") or folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigurationError(f"model_name={model_name!r}: {folder} has no config.json, so it is no timm folder")
+            raise ConfigurationError(f"model_name={model_name!r}: {folder} has no config.json, as timm's folders have")
         return f"local-dir:{folder.resolve()}"
     if ":" in model_name:  # hf-hub:org/name
         return model_name
     name = model_name.partition(".")[0]
     if not timm.is_model(name):
         near = closest(name, timm.list_models())
-        raise ConfigurationError(f"model_name={model_name!r} is no timm model, no folder and no hf-hub: id{near}")
+        raise ConfigurationError(f"model_name={model_name!r} is no model of timm, folder or hf-hub: id{near}")
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{name}.*")]
     if "." in model_name and model_name.partition(".")[2] not in tags:
         raise ConfigurationError(f"model_name={model_name!r}: {name} has the weights {', '.join(tags) or 'none'}")
@@ -51,7 +51,7 @@ def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.M
         image_size: height and width in pixels, None for the network's own.
 
     Raises:
-        ConfigurationError: where there is no such network, or its weights cannot be had.
+        ConfigurationError: for a network that does not exist, or whose weights cannot be had.
     """
     import timm
 

@@ -17,8 +17,8 @@ def confusion_figure(matrix: Tensor, names: list[str], title: str) -> Figure:
 
     Args:
         matrix: counts, (classes, classes), rows true, columns predicted.
-        names: of the classes.
-        title: of the figure.
+        names: names of the classes.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 

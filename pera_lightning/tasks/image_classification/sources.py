@@ -1,6 +1,6 @@
-"""Where pictures come from: a folder of class folders, or scikit-learn's digits; for the hub see `image_hub.py`.
+"""Where pictures come from: a folder of class folders, or scikit-learn's digits; for the hub see `hub.py`.
 
-A source has `labels` (n,) int64 with -1 where unknown, `class_names`, and two methods: `image(row)`, an RGB picture,
+A source has `labels` (n,) int64, -1 for unknown ones, `class_names`, and two methods: `image(row)`, an RGB picture,
 and `identifier(row)`, what that row is called in predictions and split files. Sources hold no open files and pickle,
 so that DataLoader workers of any start method take them.
 """
@@ -87,15 +87,15 @@ class ArraySource:
         return str(row)
 
 
-class ImageRows(Dataset):
-    """Chosen rows of a source, transformed.
+class ImageExamples(Dataset):
+    """Some examples of a source, transformed.
 
     Args:
         source: where the pictures are.
-        rows: (n,) row numbers of the source.
+        rows: (n,) numbers of the examples in the source.
         labels: (n,) their classes.
         transform: picture to tensor (3, H, W).
-        with_identifier: give ``(image, label, identifier)`` in place of ``(image, label)``.
+        with_identifier: whether items are ``(image, label, identifier)`` in place of ``(image, label)``.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ImageRows(Dataset):
 
 
 def without_label(item: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An item of `ImageRows` with `IGNORE` in place of its label."""
+    """An item of `ImageExamples` with `IGNORE` in place of its label."""
     return (item[0], IGNORE, *item[2:])
 
 
@@ -147,15 +147,15 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
     """Finds classes by name or number.
 
     Args:
-        names: of all classes, in their order.
-        wanted: names, or numbers: original labels, which are the names themselves where these are numbers.
+        names: names of all classes, in their order.
+        wanted: names, or numbers: original labels, which are the names themselves if these are numbers.
 
     Returns:
         Positions in `names`, in the order wanted.
 
     Raises:
-        DataError: where one does not exist.
-        ConfigurationError: where one is given twice.
+        DataError: for a class that does not exist.
+        ConfigurationError: for a class that is given twice.
     """
     numeric = all(name.isdecimal() for name in names)
     found = []
@@ -183,11 +183,11 @@ def read_class_folders(folder: Path, *, root: Path) -> FolderSource:
     """Reads a folder that holds a folder of pictures for every class.
 
     Args:
-        folder: holds the class folders.
+        folder: folder that holds the class folders.
         root: what the file names are relative to: `folder`, or the data set's own folder above it.
 
     Raises:
-        DataError: where there are fewer than two classes, an empty class or a broken picture.
+        DataError: for fewer than two classes, an empty class or a broken picture.
     """
     classes = _folders(folder)
     if len(classes) < 2:
@@ -212,7 +212,7 @@ def folder_sources(folder: str) -> dict[str, ImageSource]:
         The splits that exist; class folders without a split are all "train".
 
     Raises:
-        DataError: where the folder is missing, a split's name is unknown, or splits have different classes.
+        DataError: for a missing folder, an unknown name of a split, or splits with different classes.
     """
     root = require_folder(folder)
     names = [path.name for path in _folders(root)]
@@ -251,7 +251,7 @@ def predict_source(folder: str, class_names: list[str]) -> FolderSource:
     """All pictures under a folder, at any depth; a folder on their path that is called like a class is their label.
 
     Raises:
-        DataError: where there are none, or one is broken.
+        DataError: for a folder without pictures, or with a broken one.
     """
     root = require_folder(folder)
     files = image_files(root)

@@ -1,8 +1,8 @@
-"""From a picture to a tensor: named protocols on torchvision's transforms v2.
+"""From a picture to a tensor: named transforms, on torchvision's transforms v2.
 
-A protocol decides what training and evaluation do to a picture. What it needs to know of the model (size, mean,
+A named transform decides what training and evaluation do to a picture. What it needs to know of the model (size, mean,
 standard deviation, interpolation, crop) is a `Preprocessing`, put together from three places: what the user gave
-wins, then what the protocol itself fixes, then the model's own data configuration.
+wins, then what the transform itself fixes, then the model's own data configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pera_lightning.errors import ConfigurationError, UnknownNameError, closest, listed
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.validation import check_choice, check_in_range, check_positive_int
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def _center(of: Preprocessing, training: bool) -> Transform:
     return _compose(_resize_crop(of), of)
 
 
-def _whole(of: Preprocessing, training: bool) -> Transform:
+def _resize(of: Preprocessing, training: bool) -> Transform:
     from torchvision.transforms import v2
 
     return _compose([v2.Resize(of.size, interpolation=_mode(of))], of)
@@ -96,12 +97,12 @@ def _timm(of: Preprocessing, training: bool) -> Transform:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class NamedTransform:
     """A named way to prepare pictures.
 
     Attributes:
         build: makes the transform for training (True) or evaluation (False).
-        fixed: values that the protocol sets where the user gave none.
+        fixed: values that it sets unless the user gave others.
         crops: whether `crop_pct` means anything to it.
         square: whether height and width must be equal.
     """
@@ -112,28 +113,17 @@ class Protocol:
     square: bool = False
 
 
-PROTOCOLS: dict[str, Protocol] = {
+TRANSFORMS: dict[str, NamedTransform] = {
     # FourierFT's, which AuroRA follows: random resized crop and horizontal flip; evaluation resizes to the very size
     # it then crops. Its code leaves the interpolation to torchvision, that is, bilinear.
-    "fourierft": Protocol(_fourierft, fixed={"interpolation": "bilinear", "crop_pct": 1.0}, square=True),
+    "fourierft": NamedTransform(_fourierft, fixed={"interpolation": "bilinear", "crop_pct": 1.0}, square=True),
     # No augmentation: training sees what evaluation sees.
-    "center": Protocol(_center, square=True),
+    "center": NamedTransform(_center, square=True),
     # timm's own defaults (they add colour jitter), with the model's data configuration.
-    "timm": Protocol(_timm),
+    "timm": NamedTransform(_timm),
     # The whole picture resized to the exact size, nothing cut off: for digits and other small pictures.
-    "none": Protocol(_whole, crops=False),
+    "none": NamedTransform(_resize, crops=False),
 }
-
-
-def protocol(name: str) -> Protocol:
-    """The protocol of that name.
-
-    Raises:
-        UnknownNameError: where there is none.
-    """
-    if name not in PROTOCOLS:
-        raise UnknownNameError(f"unknown transform {name!r}; there are {listed(PROTOCOLS)}{closest(name, PROTOCOLS)}")
-    return PROTOCOLS[name]
 
 
 def check_given(
@@ -153,23 +143,20 @@ def check_given(
         ConfigurationError: for a value out of range, or one that the transform would ignore.
         UnknownNameError: for an unknown transform or interpolation.
     """
-    chosen = protocol(transform)
-    if image_size is not None and image_size < 1:
-        raise ConfigurationError(f"image_size must be at least 1 pixel; given {image_size}")
+    check_choice(transform, "transform", tuple(TRANSFORMS))
+    if image_size is not None:
+        check_positive_int(image_size, "image_size")
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != 3:
             raise ConfigurationError(f"{name} takes three numbers (red, green, blue); given {list(values)}")
     if std is not None and min(std) <= 0:
         raise ConfigurationError(f"std must be above 0; given {list(std)}")
-    if interpolation is not None and interpolation not in INTERPOLATIONS:
-        raise UnknownNameError(
-            f"unknown interpolation {interpolation!r}; there are {', '.join(INTERPOLATIONS)}"
-            f"{closest(interpolation, INTERPOLATIONS)}"
-        )
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ConfigurationError(f"crop_pct must be above 0 and at most 1; given {crop_pct}")
-    if crop_pct is not None and not chosen.crops:
-        raise ConfigurationError(f"transform {transform!r} crops nothing, so crop_pct={crop_pct} would do nothing")
+    if interpolation is not None:
+        check_choice(interpolation, "interpolation", INTERPOLATIONS)
+    if crop_pct is not None:
+        check_in_range(crop_pct, "crop_pct", gt=0, le=1)
+        if not TRANSFORMS[transform].crops:
+            raise ConfigurationError(f"transform {transform!r} crops nothing, so crop_pct={crop_pct} would do nothing")
     fields = {
         "size": None if image_size is None else (image_size, image_size),
         "mean": None if mean is None else tuple(mean),
@@ -181,18 +168,18 @@ def check_given(
 
 
 def resolve(transform: str, given: Mapping[str, Any], data_config: Mapping[str, Any] | None) -> Preprocessing:
-    """Puts a `Preprocessing` together: what was given, then what the protocol fixes, then the model's.
+    """Puts a `Preprocessing` together: what was given, then what the transform fixes, then the model's.
 
     Args:
-        transform: a name of `PROTOCOLS`.
-        given: from `check_given`.
+        transform: a name of `TRANSFORMS`.
+        given: what `check_given` returned.
         data_config: the model's, in timm's form (`input_size` as (3, H, W), `mean`, `std`, `interpolation`,
-            `crop_pct`); None where there is no model, or it has none.
+            `crop_pct`); None if no model says.
 
     Raises:
-        ConfigurationError: where something is still missing, or does not suit the protocol.
+        ConfigurationError: if something is still missing, or does not suit the transform.
     """
-    chosen = protocol(transform)
+    chosen = TRANSFORMS[transform]
     model = dict(data_config or {})
     if "input_size" in model:
         channels, height, width = model["input_size"]
@@ -204,8 +191,8 @@ def resolve(transform: str, given: Mapping[str, Any], data_config: Mapping[str, 
     missing = ["image_size" if name == "size" else name for name in needed if found.get(name) is None]
     if missing:
         raise ConfigurationError(
-            f"transform {transform!r} needs {', '.join(missing)}, and there is no model with a data_config to ask: "
-            "give them to the data module"
+            f"transform {transform!r} needs {', '.join(missing)}, and no model with a data_config says: give them to "
+            "the data module"
         )
     size = found["size"]
     if chosen.square and size[0] != size[1]:
@@ -226,9 +213,9 @@ def build(transform: str, of: Preprocessing, *, training: bool) -> Transform:
     """Makes the transform: an RGB picture in, a float32 tensor (3, H, W) out.
 
     Args:
-        transform: a name of `PROTOCOLS`.
+        transform: a name of `TRANSFORMS`.
         of: what the model expects.
-        training: with the protocol's augmentation, drawn from torch's and python's global generators (those that a
+        training: with its augmentation, drawn from torch's and python's global generators (those that a
             DataLoader seeds in its workers); else the evaluation form, which is deterministic.
     """
-    return protocol(transform).build(of, training)
+    return TRANSFORMS[transform].build(of, training)

@@ -1,8 +1,8 @@
 """Texts and pairs as token ids in an Arrow file, written once and mapped into memory ever after.
 
-The file's name is a hash of all that decides its content: tokenizer, length, and the texts. Labels are not in it. A row
-is cut by the tokenizer, which takes from the longer text of a pair and leaves the special tokens; so the length is part
-of the key.
+The file's name is a hash of all that decides its content: tokenizer, length, and the texts. Labels are not in it. An
+example is cut by the tokenizer, which takes from the longer text of a pair and leaves the special tokens; so the length
+is part of the key.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.cached_tables import kept
 from pera_lightning.data.tokenization import tokenizer_key
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.sequence_classification.examples import SequenceRows
+from pera_lightning.tasks.sequence_classification.examples import Examples
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
-_CHUNK = 4096  # rows tokenised and written at once
+_CHUNK = 4096  # examples tokenised and written at once
 
 
 def encode(
@@ -38,13 +38,13 @@ def encode(
     Args:
         tokenizer: any transformers tokenizer.
         texts: one or two lists, n texts each.
-        max_length: tokens of a row at most, special ones included.
+        max_length: most tokens of an example, special ones included.
 
     Returns:
-        ``input_ids`` and, where the tokenizer makes them, ``token_type_ids``, n lists each; and which rows were cut.
+        ``input_ids`` and, if the tokenizer makes them, ``token_type_ids``, n lists each; and which examples were cut.
 
     Raises:
-        ConfigurationError: where `max_length` leaves no room beside the special tokens.
+        ConfigurationError: for a `max_length` that leaves no room beside the special tokens.
     """
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if max_length < special + len(texts):
@@ -53,36 +53,37 @@ def encode(
         )
     options = {"padding": False, "return_attention_mask": False, "verbose": False}
     whole = tokenizer(*(list(column) for column in texts), truncation=False, **options)
-    rows = {name: [list(ids) for ids in whole[name]] for name in ("input_ids", "token_type_ids") if name in whole}
-    cut = [len(ids) > max_length for ids in rows["input_ids"]]
+    columns = {name: [list(ids) for ids in whole[name]] for name in ("input_ids", "token_type_ids") if name in whole}
+    cut = [len(ids) > max_length for ids in columns["input_ids"]]
+    # Only the long ones are tokenised again, with truncation: so it is known how many those are.
     if long := [number for number, over in enumerate(cut) if over]:
         own = [[column[number] for number in long] for column in texts]
         shorter = tokenizer(*own, truncation="longest_first", max_length=max_length, **options)
-        for name, column in rows.items():
+        for name, column in columns.items():
             for number, ids in zip(long, shorter[name], strict=True):
                 column[number] = list(ids)
-    return rows, cut
+    return columns, cut
 
 
 def tokenised(
     texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path, *, name: str
 ) -> datasets.Dataset:
-    """The table of what `encode` gives, from the cache where it is there; ``cut`` is one of its columns.
+    """The table of what `encode` gives, from the cache if it is there; ``cut`` is one of its columns.
 
     Args:
         texts: one or two lists, n texts each.
-        tokenizer: of the model.
-        max_length: tokens of a row at most.
-        folder: of the cache.
-        name: what the file's name begins with.
+        tokenizer: tokenizer of the model.
+        max_length: most tokens of an example.
+        folder: folder of the cache.
+        name: beginning of the file's name.
 
     Raises:
         ConfigurationError: as `encode`.
         DataError: where the folder cannot be written, or its file is damaged.
     """
     total = hashlib.sha256()
-    for row in zip(*texts, strict=True):
-        total.update(json.dumps(row).encode())
+    for example in zip(*texts, strict=True):
+        total.update(json.dumps(example).encode())
     facts = [_FORMAT, tokenizer_key(tokenizer), tokenizer.truncation_side, max_length, len(texts), total.hexdigest()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return kept(folder / f"{name}-{key}.arrow", lambda path: _write(texts, tokenizer, max_length, path))
@@ -95,41 +96,41 @@ def _write(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, m
     with pa.OSFile(str(path), "wb") as sink:
         try:
             for begin in range(0, len(texts[0]), _CHUNK):
-                rows, cut = encode(tokenizer, [column[begin : begin + _CHUNK] for column in texts], max_length)
-                if writer is None:  # only the first rows tell whether there are token types
-                    schema = pa.schema([*((name, lists) for name in rows), ("cut", pa.bool_())])
+                encoded, cut = encode(tokenizer, [column[begin : begin + _CHUNK] for column in texts], max_length)
+                if writer is None:  # only the first examples tell whether there are token types
+                    schema = pa.schema([*((name, lists) for name in encoded), ("cut", pa.bool_())])
                     writer = pa.ipc.new_stream(sink, schema)
-                columns = [*(pa.array(column, type=lists) for column in rows.values()), pa.array(cut)]
+                columns = [*(pa.array(column, type=lists) for column in encoded.values()), pa.array(cut)]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
         finally:
             if writer is not None:
                 writer.close()
 
 
-class SequenceTokens:
-    """Some rows of a table with their labels: what a loader draws from.
+class TokenDataset:
+    """Some examples of a table with their labels: what a loader draws from.
 
     Args:
         table: as `tokenised` gives it.
-        rows: that it was made of.
-        indices: numbers of the rows that are wanted, in order.
+        examples: what it was made of.
+        indices: numbers of the examples that are wanted, in order.
         with_ids: items say their ``id``.
 
     Attributes:
-        lengths: tokens of each row.
-        labels: of each row.
-        cut: how many rows were cut.
+        lengths: number of tokens of each example.
+        labels: label of each example.
+        cut: how many examples were cut.
         highest: the highest token id of the whole table.
     """
 
     def __init__(
-        self, table: datasets.Dataset, rows: SequenceRows, indices: np.ndarray, *, with_ids: bool = False
+        self, table: datasets.Dataset, examples: Examples, indices: np.ndarray, *, with_ids: bool = False
     ) -> None:
         import pyarrow.compute as pc
 
-        self._table, self._ids = table, rows.ids if with_ids else None
+        self._table, self._ids = table, examples.ids if with_ids else None
         columns = table.with_format("arrow")[:]
-        self.indices, self.labels = indices, rows.labels[indices]
+        self.indices, self.labels = indices, examples.labels[indices]
         self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]
         self.cut = int(columns.column("cut").to_numpy()[indices].sum())
         self.highest = int(pc.max(pc.list_flatten(columns.column("input_ids"))).as_py())
@@ -137,8 +138,8 @@ class SequenceTokens:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def longest_first(self) -> SequenceTokens:
-        """The same rows in another order, in which batches have little padding and the largest comes first."""
+    def longest_first(self) -> TokenDataset:
+        """The same examples in another order, in which batches have little padding and the largest comes first."""
         order = np.argsort(-self.lengths, kind="stable")
         other = copy.copy(self)
         other.indices, other.labels, other.lengths = self.indices[order], self.labels[order], self.lengths[order]
@@ -155,5 +156,5 @@ class SequenceTokens:
 
 
 def without_label(example: dict[str, Any]) -> dict[str, Any]:
-    """The same row without its label, in the label's type: an int for classes, a float for regression."""
+    """The same example without its label, in the label's type: an int for classes, a float for regression."""
     return {**example, "label": type(example["label"])(IGNORE)}

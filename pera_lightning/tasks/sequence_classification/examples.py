@@ -1,4 +1,4 @@
-"""Rows of one or two texts and a label, made of the columns of a table and checked."""
+"""Examples of one or two texts and a label, made of the columns of a table and checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it,
 
 
 @dataclass(frozen=True)
-class SequenceRows:
-    """Checked rows.
+class Examples:
+    """Checked examples of a split.
 
     Attributes:
         texts: one or two lists, n texts each.
-        labels: (n,) int64, or float32 for regression; `IGNORE` where unknown.
-        ids: n different names; row numbers, where the source has no ``idx``.
-        empty: rows of pairs of which one text is empty.
+        labels: (n,) int64, or float32 for regression; `IGNORE` for unknown ones.
+        ids: n different names; row numbers, if the source has no ``idx``.
+        empty: number of pairs of which one text is empty.
     """
 
     texts: tuple[list[str], ...]
@@ -43,18 +44,18 @@ class SequenceRows:
 
     @property
     def labelled(self) -> bool:
-        """Whether every row has a label."""
+        """Whether every example has a label."""
         return not (self.labels == IGNORE).any()
 
 
-def to_rows(columns: Columns, task: GLUETask, *, label_column: str, unlabelled: bool) -> SequenceRows:
-    """Rows of a table, whose texts and labels are those that a task needs.
+def to_examples(columns: Columns, task: GLUETask, *, label_column: str, unlabelled: bool) -> Examples:
+    """Makes the examples of a table, whose texts and labels are those that a task needs.
 
     Args:
         columns: the table.
-        task: gives the columns and the labels that are allowed.
-        label_column: its name.
-        unlabelled: labels may be missing or -1, as in GLUE's test sets.
+        task: the task, which says what columns are needed and what labels are allowed.
+        label_column: name of the column of labels.
+        unlabelled: whether labels may be missing or -1, as in GLUE's test sets.
 
     Raises:
         DataError: naming the first row that cannot be used, what it has and what is allowed.
@@ -68,18 +69,14 @@ def to_rows(columns: Columns, task: GLUETask, *, label_column: str, unlabelled: 
         values = columns.column(label_column, "label_column")
         known = {name: k for k, name in enumerate(task.class_names)}
         own = task.name == CUSTOM  # names are looked up; GLUE's labels are numbers
-        labels = np.array(
-            [
-                _label(value, k, columns.source, task, known if own else None, unlabelled)
-                for k, value in enumerate(values)
-            ]
-        )
+        label = partial(_label, source=columns.source, task=task, known=known if own else None, unlabelled=unlabelled)
+        labels = np.array([label(value, number) for number, value in enumerate(values)])
     labels = labels.astype(np.float32 if task.regression else np.int64)
-    return SequenceRows(texts, labels, _ids(columns), empty)
+    return Examples(texts, labels, _ids(columns), empty)
 
 
 def class_names_of(columns: Columns, label_column: str) -> list[str]:
-    """The classes in a table of training rows: numbers in their order, else names in theirs.
+    """The classes in a table of training examples: numbers in their order, else names in theirs.
 
     Raises:
         DataError: for labels that are missing, fractions, or all the same.
@@ -181,7 +178,7 @@ def _label(
             raise DataError(f"{where} is none of the classes; allowed: {task.labels_in_words}")
         return label
     if str(label) not in known:
-        raise DataError(f"{where} is no class of the training rows; allowed: {listed(known, 12)}")
+        raise DataError(f"{where} is no class of the training examples; allowed: {listed(known, 12)}")
     return known[str(label)]
 
 
@@ -228,10 +225,10 @@ def _ids(columns: Columns) -> list[str]:
     return list(seen)
 
 
-def digest(rows: SequenceRows) -> str:
-    """Sha256 of rows, in their order."""
+def digest(examples: Examples) -> str:
+    """Sha256 of examples, in their order."""
     total = hashlib.sha256()
-    for entry in zip(*rows.texts, rows.labels.tolist(), rows.ids, strict=True):
+    for entry in zip(*examples.texts, examples.labels.tolist(), examples.ids, strict=True):
         total.update(json.dumps(entry).encode())
     return total.hexdigest()
 

@@ -19,8 +19,8 @@ def example_losses(outputs: Tensor, labels: Tensor, weights: Tensor | None = Non
 
     Args:
         outputs: (B, C), any floating type; one output is the value of a regression.
-        labels: (B,), classes or values; -100 where there is none.
-        weights: (C,) of classes; by default 1.
+        labels: (B,), classes or values; -100 for an example without one.
+        weights: (C,) weights of the classes; by default 1.
     """
     outputs = outputs.float()
     if outputs.shape[1] == 1:
@@ -29,7 +29,7 @@ def example_losses(outputs: Tensor, labels: Tensor, weights: Tensor | None = Non
 
 
 def check_weights(weights: Any, num_labels: int | None) -> None:
-    """Raises `ConfigurationError` where class weights are neither "balanced" nor positive numbers, one a class."""
+    """Raises `ConfigurationError` for class weights other than "balanced" or a positive number a class."""
     if weights is None:
         return
     if num_labels == 1:

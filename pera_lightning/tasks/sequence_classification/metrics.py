@@ -72,12 +72,12 @@ class Correlation(Metric):
 
 
 def default_metrics(num_labels: int) -> tuple[str, ...]:
-    """What is measured where the data do not say; the first one selects."""
+    """What is measured if the data do not say; the first one selects."""
     return REGRESSION if num_labels == 1 else ("accuracy",)
 
 
 def check_metrics(names: Sequence[str], selection: str, num_labels: int) -> None:
-    """Raises `UnknownNameError` or `ConfigurationError` for metrics that there are not, or not for so many labels."""
+    """Raises `UnknownNameError` or `ConfigurationError` for metrics that do not exist, or not for so many labels."""
     known = (*CLASSIFICATION, *REGRESSION)
     # F1 is that of label 1, as in GLUE, so there is none of three classes.
     fitting = REGRESSION if num_labels == 1 else [n for n in CLASSIFICATION if n != "f1" or num_labels == 2]
@@ -95,8 +95,8 @@ def metric(name: str, num_labels: int) -> Metric:
     """A metric of predictions (class numbers, or values of a regression) and labels, both (N,).
 
     Args:
-        name: one that fits, see `check_metrics`.
-        num_labels: classes, 1 for a regression.
+        name: name of a metric that fits, see `check_metrics`.
+        num_labels: number of classes, 1 for a regression.
     """
     if name in REGRESSION:
         return Correlation(ranked=name == "spearman")
@@ -111,9 +111,9 @@ class Scores(nn.Module):
     """All metrics of one set, each example counted once, over several processes too.
 
     Args:
-        names: of the metrics.
-        selection: the one of them that is also called "metric".
-        num_labels: classes, 1 for a regression.
+        names: names of the metrics.
+        selection: name of the one that is also called "metric".
+        num_labels: number of classes, 1 for a regression.
     """
 
     def __init__(self, names: Sequence[str], selection: str, num_labels: int) -> None:
@@ -136,7 +136,7 @@ class Scores(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """The mean loss, the metrics, and "metric"; of all processes, which must all call it.
 
-        Where an output is NaN, so is all of it: the likeliest of such classes would be the first.
+        If an output is NaN, so is all of it: the likeliest of such classes would be the first.
         """
         loss = self.loss.compute()
         values = {name: measured.compute().float().to(loss.device) for name, measured in self.metrics.items()}
@@ -149,5 +149,5 @@ class Scores(nn.Module):
 
 
 def decided(outputs: Tensor) -> Tensor:
-    """Outputs (B, C) -> the likeliest class (B,), or where there is one output its value (B,)."""
+    """Outputs (B, C) -> the likeliest class (B,), or of a single output its value (B,)."""
     return outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
-from pera_lightning.files import atomic_write
-from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.sequence_classification.loss import check_weights, example_losses
 from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.tasks.sequence_classification.networks import (
-    check_rows,
+    check_lengths,
     check_trained,
     load_network,
     start_from,
@@ -31,26 +28,23 @@ from pera_lightning.tasks.sequence_classification.networks import (
 )
 from pera_lightning.tasks.sequence_classification.submission import submission
 from pera_lightning.training import results
-from pera_lightning.training.distributed import all_gather_object
-from pera_lightning.training.module import DTYPES, release_heads
-from pera_lightning.training.normalised_loss import StepMeanModule
-from pera_lightning.training.transformers_models import forward_arguments, recompute_activations
+from pera_lightning.training.precision import DTYPES
+from pera_lightning.training.predictions import write_predictions
+from pera_lightning.training.transformers_models import forward_arguments
+from pera_lightning.training.transformers_module import TransformersModule
 from pera_lightning.validation import check_in_range, check_positive_int
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _STARTED = "started_from"
 
 
-class SequenceClassificationModule(StepMeanModule):
+class SequenceClassificationModule(TransformersModule):
     """Trains adapters and a new head of an encoder on sentences, or pairs of them, with a label each.
 
-    Batches are dicts: ``input_ids`` and ``attention_mask`` (B, T), ``token_type_ids`` where the tokenizer makes them,
-    ``labels`` (B,), int64 classes or, where `num_labels` is 1, float values to predict; at predict ``ids`` too, a list
-    of text. Examples labelled -100, which fill up where processes share a set, are measured nowhere. The loss is
-    cross-entropy, or the squared error of a regression; that of an optimizer step is one mean over its examples, of
-    all ranks and accumulated batches.
+    Batches are dicts: ``input_ids`` and ``attention_mask`` (B, T), ``token_type_ids`` if the tokenizer makes them,
+    ``labels`` (B,), int64 classes or, if `num_labels` is 1, float values to predict; at predict ``ids`` too, a list of
+    text. Examples labelled -100, which fill up the shards of several processes, are measured nowhere. The loss is
+    cross-entropy, or the squared error of a regression, normalised over the optimizer step: one mean over its examples,
+    of all ranks and accumulated batches.
 
     Logged: `train/loss` (of the batch), `val/loss`, the data module's `metrics` as `val/accuracy`, `val/f1`,
     `val/matthews`, `val/pearson` or `val/spearman`, and `val/metric`, the one that selects; the same at test. Further
@@ -59,19 +53,16 @@ class SequenceClassificationModule(StepMeanModule):
 
     Args:
         model_name: hub id or folder of an encoder; its head is made anew.
-        num_labels: classes, 1 for a regression; by default the data module's.
+        num_labels: number of classes, 1 for a regression; by default the data module's.
         head_dropout: probability of the dropout before the classifier, by default the model's.
-        class_weights: of the training loss: each example's is multiplied by that of its class. "balanced" asks the
-            data module (n / (C nₖ), whose mean over the training examples is 1).
-        attn_implementation: "sdpa", "eager", "flash_attention_2" …; by default transformers' choice.
-        activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
-        compile: compiles the network, after the injection.
-        revision: branch, tag or commit of the hub's repository.
+        class_weights: weight of each class in the training loss. "balanced" asks the data module (n / (C nₖ), whose
+            mean over the training examples is 1).
         mnli_checkpoint: checkpoint or adapter folder of a run with the same method and base, whose adapters training
             starts from, with a new head; for MRPC, RTE and STS-B, as in LoRA's scripts.
     """
 
     counted = "step_examples"
+    asks = ("num_labels", "metrics", "selection", "test_sets", "task")
 
     def __init__(
         self,
@@ -79,14 +70,10 @@ class SequenceClassificationModule(StepMeanModule):
         num_labels: int | None = None,
         head_dropout: float | None = None,
         class_weights: Literal["balanced"] | list[float] | None = None,
-        attn_implementation: str | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-        revision: str | None = None,
         mnli_checkpoint: str | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(**shared)
+        super().__init__(model_name, **shared)
         if num_labels is not None:
             check_positive_int(num_labels, "num_labels")
         if head_dropout is not None:
@@ -96,9 +83,9 @@ class SequenceClassificationModule(StepMeanModule):
         self.scores = nn.ModuleDict()
         self.started_from: dict[str, Any] | None = None  # path and task
         self._random: frozenset[str] = frozenset()
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._data: Mapping[str, Any] = {}  # what the data say of themselves
         self._started = 0.0
-        self._rows: dict[int, list[tuple[str, float]]] = {}
+        self._predicted: dict[int, list[tuple[str, float]]] = {}
 
     # --- the network ---
 
@@ -119,45 +106,22 @@ class SequenceClassificationModule(StepMeanModule):
         )
         return network
 
-    def configure_model(self) -> None:
-        if self.model is not None:
-            return
-        self._check_labels()
-        super().configure_model()
-
-    def _check_labels(self) -> None:
-        """Takes the number of labels from the data module where it is not given, and compares where both are."""
-        given, count = self.hparams["num_labels"], getattr(self._data, "num_labels", None)
-        if None not in (given, count) and given != count:
-            what = "a regression, num_labels=1" if count == 1 else f"{count} classes"
-            raise ConfigurationError(f"num_labels={given}, but the data has {what}: leave it out, or match it")
-        self.hparams["num_labels"] = count if given is None else given  # saved: load_from_checkpoint needs no data
+    def setup(self, stage: str) -> None:
+        """Takes the number of labels from the data, and what they are measured and written by."""
+        self._data = self.data_description()
+        self.agree_on("num_labels", self._data.get("num_labels"))
         check_weights(self.hparams["class_weights"], self.hparams["num_labels"])
 
     def finish_network(self) -> None:
         if self.adapter_injection is not None:
             check_trained(self.model, self._random)  # type: ignore[arg-type]
-        if self.hparams["activation_checkpointing"]:
-            recompute_activations(self.model)  # type: ignore[arg-type]
-        if self.hparams["compile"]:
-            self.model.compile()  # type: ignore[union-attr]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, for the data module."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
-        return self._tokenizer
-
-    @property
-    def _data(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
+        super().finish_network()
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, num_labels); of a regression its value (B, 1)."""
         config, known = self.model.config.get_text_config(), forward_arguments(self.model)  # type: ignore
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        # The model's own padding token: by it decoders find where a row ends, and the tokenizer may fill with another.
+        # The model's own padding token: by it decoders find where a text ends, and the tokenizer may fill with another.
         inputs = {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id), "attention_mask": mask}
         # RoBERTa has one type, for the first sentence and the second.
         if "token_type_ids" in batch and "token_type_ids" in known and getattr(config, "type_vocab_size", 2) > 1:
@@ -177,13 +141,14 @@ class SequenceClassificationModule(StepMeanModule):
         super().on_fit_start()
         if self.trainer.ckpt_path is None:  # which comes instead
             self.check_start()
-        self.trained_with = self._protocol_of_data()
-        self._check_rows()
+        self.trained_with = self.data_protocol()
+        self._check_lengths()
         weights = self.hparams["class_weights"]
         if weights == "balanced":
-            if not hasattr(self._data, "class_weights"):
+            weigh = getattr(getattr(self.trainer, "datamodule", None), "class_weights", None)
+            if weigh is None:
                 raise ConfigurationError("class_weights='balanced' asks a data module, and there is none; give a list")
-            weights = self._data.class_weights()
+            weights = weigh()
         self.class_weights = None if weights is None else torch.as_tensor(weights).float().to(self.device)
 
     def on_train_start(self) -> None:
@@ -195,12 +160,10 @@ class SequenceClassificationModule(StepMeanModule):
                 rank_zero_warn(f"mnli_checkpoint={path} was trained on {task}, and not on mnli")
             self.started_from = {"path": path, "task": task}
 
-    def _check_rows(self) -> None:
-        if hasattr(self._data, "extremes"):
-            check_rows(self.model, *self._data.extremes())  # type: ignore[arg-type]
-
-    def _protocol_of_data(self) -> dict[str, Any] | None:
-        return self._data.protocol() if hasattr(self._data, "protocol") else None
+    def _check_lengths(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "extremes"):
+            check_lengths(self.model, *data.extremes())  # type: ignore[arg-type]
 
     def _shared_step(self, batch: Mapping[str, Any], weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (B,), 0 without a label, outputs (B, num_labels) in float32, labels (B,)."""
@@ -209,21 +172,21 @@ class SequenceClassificationModule(StepMeanModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         losses, _, labels = self._shared_step(batch, self.class_weights)
-        return self.step_loss(losses.sum(), (labels != IGNORE).sum(), batch_idx)
+        return self.normalised_loss(losses.sum(), (labels != IGNORE).sum(), batch_idx)
 
     # --- validation and test ---
 
     def _set_names(self, count: int) -> list[str]:
         """What is put behind a stage's name, for so many sets: nothing for the first."""
-        names = list(getattr(self._data, "test_sets", ()))
+        names = list(self._data.get("test_sets", ()))
         names += [str(k) for k in range(len(names), count)]
         return ["", *(f"_{name}" for name in names[1:count])]
 
     def _begin(self, stages: Sequence[str], count: int) -> None:
         """Makes the scores of each stage and set, empty."""
         labels = self.hparams["num_labels"]
-        names = getattr(self._data, "metrics", None) or default_metrics(labels)
-        selection = getattr(self._data, "selection", None) or names[0]
+        names = self._data.get("metrics") or default_metrics(labels)
+        selection = self._data.get("selection") or names[0]
         check_metrics(names, selection, labels)
         sets = [f"{stage}{name}" for stage in stages for name in self._set_names(count)]
         self.scores = nn.ModuleDict({name: Scores(names, selection, labels) for name in sets}).to(self.device)
@@ -241,7 +204,7 @@ class SequenceClassificationModule(StepMeanModule):
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":  # not within a fit
-            self._check_rows()
+            self._check_lengths()
         self._begin(["val"], len(self.trainer.num_val_batches))
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -251,7 +214,7 @@ class SequenceClassificationModule(StepMeanModule):
         self._computed()
 
     def on_test_start(self) -> None:
-        self._check_rows()
+        self._check_lengths()
         self._begin(list(results.inference_rows(self)), len(self.trainer.num_test_batches))
         self._started = time.perf_counter()
 
@@ -265,31 +228,26 @@ class SequenceClassificationModule(StepMeanModule):
         n = {name: scores.n() for name, scores in self.scores.items()}
         if not all(n.values()):
             none = listed(name for name, count in n.items() if not count)
-            raise DataError(f"no row of {none} has a label to test by; predict them")
+            raise DataError(f"no example of {none} has a label to test by; predict them")
         values = self._computed()
-        seconds, folder = time.perf_counter() - self._started, self.trainer.log_dir  # asked on every rank
-        if self.trainer.is_global_zero and folder is not None and not self.trainer.fast_dev_run:
-            facts = {"n": n, "seconds": seconds, "inference": results.inference_rows(self)}
-            metrics = {name: value.item() for name, value in values.items()}
-            result = results.collect(self, metrics, protocol=self._protocol(), **facts)
-            print(f"Results: {results.write(Path(folder), result)}", flush=True)
-
-    def _protocol(self) -> dict[str, Any]:
-        """What was tested on what: network, checkpoint, and what the data module says of itself."""
-        return {
+        seconds = time.perf_counter() - self._started
+        protocol = {
             **results.about(self, "sequence_classification"),
             "num_labels": self.hparams["num_labels"],
             "selection": next(iter(self.scores.values())).selection,
             "mnli_checkpoint": self.started_from,
-            "data": results.scored(self._protocol_of_data(), self.trained_with),
+            "data": results.scored(self.data_protocol(), self.trained_with),
             "training": self.trained_with,
         }
+        facts = {"n": n, "seconds": seconds, "inference": results.inference_rows(self)}
+        metrics = {name: value.item() for name, value in values.items()}
+        results.record(self, metrics, protocol=protocol, **facts)
 
     # --- prediction ---
 
     def on_predict_start(self) -> None:
-        self._check_rows()
-        self._rows = {k: [] for k in range(len(self.trainer.num_predict_batches))}
+        self._check_lengths()
+        self._predicted = {k: [] for k in range(len(self.trainer.num_predict_batches))}
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Outputs and what they decide: ``{"ids", "outputs" (B, num_labels), "predictions" (B,)}``."""
@@ -297,30 +255,24 @@ class SequenceClassificationModule(StepMeanModule):
         predictions = decided(outputs)
         prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
         ids = batch.get("ids") or [f"{prefix}{batch_idx}_{k}" for k in range(len(outputs))]
-        self._rows[dataloader_idx] += zip(ids, predictions.tolist(), strict=True)
+        self._predicted[dataloader_idx] += zip(ids, predictions.tolist(), strict=True)
         return {"ids": ids, "outputs": outputs, "predictions": predictions}
 
     def on_predict_end(self) -> None:
-        """Writes a file a set as GLUE's leaderboard takes it, each row once, in the order of the data."""
-        ranks = all_gather_object(self._rows)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        task = getattr(self._data, "task", None)
-        written = getattr(task, "written", str)
+        """Writes a file for each set as GLUE's leaderboard takes it."""
+        task = self._data.get("task")
+        written = getattr(task, "written", str)  # as a label, or as the name of a class
         names = [*getattr(task, "submission_files", ())]
-        names += [f"predictions{name}" for name in self._set_names(len(self._rows))[len(names) :]]
-        for index, name in zip(self._rows, names, strict=False):
-            rows = merge_shards([own[index] for own in ranks])
-            text = submission((row, written(prediction)) for row, prediction in rows)
-            atomic_write(folder / f"{name}.tsv", text.encode())
-            print(f"Predictions of {len(rows)} rows: {folder / name}.tsv", flush=True)
+        names += [f"predictions{name}" for name in self._set_names(len(self._predicted))[len(names) :]]
+        files = {f"{name}.tsv": own for name, own in zip(names, self._predicted.values(), strict=False)}
+        write_predictions(
+            self.trainer, files, lambda of_set: submission((name, written(value)) for name, value in of_set)
+        )
 
     # --- merging and export ---
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the number of labels from the trained head where it is not given."""
+        """Takes the number of labels from the trained head if it is not given."""
         if self.hparams["num_labels"] is None:
             count = trained_labels(self.hparams["model_name"], self.hparams["revision"], state)
             if count is None:
@@ -332,24 +284,6 @@ class SequenceClassificationModule(StepMeanModule):
         losses, outputs, labels = self._shared_step(batch)
         known = labels != IGNORE
         return outputs[known], losses[known].mean()
-
-    def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
-        from pera_lightning.export.transformers import write_transformers
-
-        notes = []
-        if heads := release_heads(self.model, DTYPES[self.hparams["base_dtype"]]):  # type: ignore[arg-type]
-            notes.append(f"{listed(heads)} was trained in float32 and is {self.hparams['base_dtype']}, as the base is")
-        if class_names is not None and len(class_names) == self.hparams["num_labels"]:
-            config = self.model.config  # type: ignore[union-attr]
-            config.id2label = dict(enumerate(class_names))
-            config.label2id = {name: k for k, name in config.id2label.items()}
-        name = getattr(data, "tokenizer_name", None)
-        try:
-            tokenizer = self.tokenizer if name is None else load_tokenizer(name)
-        except ConfigurationError as error:
-            tokenizer = None
-            notes.append(f"no tokenizer was written: {error}")
-        return notes + write_transformers(self.model, folder, tokenizer)  # type: ignore[arg-type]
 
     def how_to_load(self, folder: Path) -> str:
         return f"transformers.AutoModelForSequenceClassification.from_pretrained({str(folder)!r})"

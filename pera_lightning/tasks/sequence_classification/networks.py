@@ -1,4 +1,4 @@
-"""Sequence classifiers of transformers, by hub id or folder, with a new head; every way to fail put into words.
+"""Sequence classifiers of transformers, by hub id or folder, with a new head, and what is checked of them.
 
 The head is all that lies outside of the model's base: BERT's `classifier`, RoBERTa's (a dense layer and the output),
 DistilBERT's `pre_classifier` and `classifier`, DeBERTa's `pooler` and `classifier`. It is made anew, so that a head for
@@ -22,7 +22,7 @@ from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import check_injection, check_state
 from pera_lightning.pretrained import explained
 from pera_lightning.training.checkpoint_io import checkpoint_adapters, read_checkpoint
-from pera_lightning.training.normalised_loss import StepMeanModule
+from pera_lightning.training.normalised_loss import NormalisedLossModule
 from pera_lightning.training.sharding import sharded_like
 from pera_lightning.training.transformers_models import check_extremes
 
@@ -51,15 +51,15 @@ def load_network(
 
     Args:
         name: hub id, or folder.
-        num_labels: outputs of the head.
-        dtype: of the weights.
-        head_dropout: before the classifier; by default the configuration's.
+        num_labels: number of outputs of the head.
+        dtype: type of the weights.
+        head_dropout: probability of the dropout before the classifier; by default the configuration's.
         attn_implementation: "sdpa", "eager" …, by default transformers' choice.
         revision: branch, tag or commit of the hub's repository.
         weights: False builds from the configuration alone, with random weights; the head's are named then.
 
     Raises:
-        ConfigurationError: where the model cannot be had, or is no classifier.
+        ConfigurationError: for a model that cannot be had, or is not a classifier.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -85,6 +85,7 @@ def load_network(
         raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise explained(error, name, "model") from error
+    # Whatever of the network would stay random is refused or named, so that it is trained.
     _check_kind(network, name)
     _check_dropout(network, head_dropout)
     head = head_parameters(network)
@@ -122,13 +123,13 @@ def _check_kind(network: PreTrainedModel, name: str) -> None:
         )
     if network.config.get_text_config().pad_token_id is None:
         raise ConfigurationError(
-            f"model {name} has no pad_token_id, by which {type(network).__name__} tells where a row ends: set it in "
+            f"model {name} has no pad_token_id, by which {type(network).__name__} tells where a text ends: set it in "
             "its config.json, or give an encoder such as BERT"
         )
 
 
 def _check_dropout(network: PreTrainedModel, head_dropout: float | None) -> None:
-    """Raises `ConfigurationError` where a dropout was asked for, and none of the head has it."""
+    """Raises `ConfigurationError` if a dropout was asked for, and none of the head has it."""
     base = {*network.base_model.modules()}
     there = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m not in base]
     if head_dropout is not None and head_dropout not in (there or [0.0]):
@@ -144,7 +145,7 @@ def _check_base(name: str, found: Mapping[str, Any], head: Collection[str]) -> N
     if missing:
         raise ConfigurationError(
             f"model {name} has no weights for {len(missing)} of its tensors, which would be random: "
-            f"{listed(missing, 2)}; give one that was saved whole"
+            f"{listed(missing, 2)}; give one that was saved in full"
         )
     wrong = sorted(key for key, *_ in found["mismatched_keys"] if key not in head)
     if wrong:
@@ -173,7 +174,7 @@ def _renew(network: PreTrainedModel) -> None:
 
 
 def check_trained(network: PreTrainedModel, random: Collection[str]) -> None:
-    """Raises `ConfigurationError` where parameters that no file gave are not trained.
+    """Raises `ConfigurationError` if parameters that no file gave are not trained.
 
     Args:
         network: injected.
@@ -195,11 +196,11 @@ def _module_of(parameter: str, network: PreTrainedModel) -> str:
 
 
 def trained_labels(name: str, revision: str | None, state: Mapping[str, Tensor]) -> int | None:
-    """How many outputs a trained head has; None where there is none.
+    """How many outputs a trained head has; None without one.
 
     Args:
         name: hub id, or folder.
-        revision: of the hub's repository.
+        revision: branch, tag or commit of the hub's repository.
         state: trained tensors by their names in the network.
     """
     with torch.device("meta"):
@@ -209,7 +210,7 @@ def trained_labels(name: str, revision: str | None, state: Mapping[str, Tensor])
 
 
 def positions(network: PreTrainedModel) -> int | None:
-    """Tokens that a row may have, special ones included; None where the model sets no limit."""
+    """Tokens that an example may have, special ones included; None for a model that sets no limit."""
     for path, module in network.base_model.named_modules():
         # RoBERTa counts positions from behind that of padding: of 514 there are 512 for tokens.
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -217,19 +218,19 @@ def positions(network: PreTrainedModel) -> int | None:
     return getattr(network.config, "max_position_embeddings", None)
 
 
-def check_rows(network: PreTrainedModel, longest: int, highest: int) -> None:
-    """Raises `ConfigurationError` where rows are longer than the positions, or have ids that the model has not.
+def check_lengths(network: PreTrainedModel, longest: int, highest: int) -> None:
+    """Raises `ConfigurationError` for examples longer than the positions, or with ids that the model lacks.
 
     Args:
         network: the network.
-        longest: tokens of the longest row.
-        highest: the highest token id, padding included.
+        longest: number of tokens of the longest example.
+        highest: highest token id, padding included.
     """
     usable = positions(network)
     if usable is not None and longest > usable:
         raise ConfigurationError(
-            f"rows have up to {longest} tokens, and the model has positions for {usable}; set the data's max_length to "
-            f"{usable} or less"
+            f"examples have up to {longest} tokens, and the model has positions for {usable}; set the data's "
+            f"max_length to {usable} or less"
         )
     check_extremes(network, longest, highest)
 
@@ -238,20 +239,21 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     """Loads the adapters of another run, and not its head.
 
     Args:
-        network: injected as that run's was.
-        path: a Lightning checkpoint of it, or its adapter folder.
+        network: network that is injected as that run's was.
+        path: Lightning checkpoint or adapter folder of that run.
 
     Returns:
         The task that it was trained on, where a checkpoint says so.
 
     Raises:
-        CheckpointError: where there are no such adapters, or they are of another method or base.
+        CheckpointError: for a path without such adapters, or with those of another method or base.
     """
     folder = Path(path).is_dir()
     state, spec = read_adapter(path) if folder else checkpoint_adapters(path)
     mark = injection_of(network)
     if mark is None:
         raise ConfigurationError(f"mnli_checkpoint={path}: there are no adapters to start; add AdapterInjection")
+    # Of the checkpoint everything but its heads, and of this network its own, so that the check covers all names.
     heads = tuple(f"{module}." for module in spec["trained_modules"])
     taken = {name: value for name, value in state.items() if not name.startswith(heads)}
     own = tuple(f"{module}." for module in mark.trained_modules)
@@ -262,5 +264,5 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     with torch.no_grad():
         for name, value in taken.items():
             present[name].copy_(sharded_like(value.to(present[name].dtype), present[name]))
-    trained_with = None if folder else read_checkpoint(path).get(StepMeanModule.trained)
+    trained_with = None if folder else read_checkpoint(path).get(NormalisedLossModule.trained)
     return (trained_with or {}).get("task")

@@ -1,4 +1,4 @@
-"""Where rows of sequence classification come from: GLUE on the hub, its files in a folder, or files of one's own."""
+"""Where sequence classification gets its examples: GLUE on the hub, its files in a folder, or files of one's own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from pera_lightning.data import hub
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.tasks.sequence_classification.examples import (
-    SequenceRows,
+    Examples,
     check_text_columns,
     class_names_of,
-    to_rows,
+    to_examples,
 )
 from pera_lightning.tasks.sequence_classification.files import Columns, read_columns, split_file
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, REPOSITORY, GLUETask, custom_task, find_task
@@ -28,12 +28,12 @@ class GLUESource:
     """The splits of a task.
 
     Attributes:
-        name: of the task; `CUSTOM` for files of one's own.
-        folder: with GLUE's splits as files; without it they are the hub's.
-        files: of a custom task, by split.
-        text_columns: of a custom task.
-        label_column: of the labels.
-        regression: a custom task's labels are numbers to predict.
+        name: name of the task; `CUSTOM` for files of one's own.
+        folder: folder with GLUE's splits as files; None for those of the hub.
+        files: files of a custom task, by split.
+        text_columns: text columns of a custom task.
+        label_column: name of the column of labels.
+        regression: whether a custom task's labels are numbers to predict.
 
     Raises:
         ConfigurationError, UnknownNameError: for an unknown task, or what would have no effect on this one.
@@ -65,7 +65,7 @@ class GLUESource:
 
     @cached_property
     def task(self) -> GLUETask:
-        """Columns, labels and metrics; of a custom task they are found in its training rows."""
+        """Columns, labels and metrics; of a custom task they are found in its training examples."""
         if self.name != CUSTOM:
             return find_task(self.name)
         columns = self.read("train")
@@ -74,11 +74,11 @@ class GLUESource:
 
     @property
     def on_hub(self) -> bool:
-        """Whether rows come from the hub."""
+        """Whether the examples come from the hub."""
         return self.folder is None and self.name != CUSTOM
 
     def table(self, split: str) -> datasets.Dataset:
-        """A split on the hub, downloaded where it is not in the cache."""
+        """A split on the hub, downloaded if it is not in the cache."""
         return hub.load_table(REPOSITORY, self.task.config, split, instead="a folder with the same columns")
 
     def read(self, split: str) -> Columns:
@@ -88,10 +88,10 @@ class GLUESource:
         if self.folder is not None:
             return read_columns(split_file(self.folder, split))
         if split not in self.files:
-            raise ConfigurationError(f"this run needs the {split} rows of the custom task: give {split}_file")
+            raise ConfigurationError(f"this run needs the {split} examples of the custom task: give {split}_file")
         return read_columns(self.files[split])
 
-    def rows(self, split: str) -> SequenceRows:
-        """The rows of a split, checked; those of a test split may have no labels."""
+    def examples(self, split: str) -> Examples:
+        """The examples of a split, checked; those of a test split may have no labels."""
         unlabelled = split.startswith("test")
-        return to_rows(self.read(split), self.task, label_column=self.label_column, unlabelled=unlabelled)
+        return to_examples(self.read(split), self.task, label_column=self.label_column, unlabelled=unlabelled)

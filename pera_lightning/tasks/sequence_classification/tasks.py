@@ -24,16 +24,16 @@ class GLUETask:
     """What sets one task of sentence classification apart.
 
     Attributes:
-        name: in configs and on the command line.
-        text_columns: one, or the two that make a pair.
-        class_names: by label; empty for regression.
-        metrics: of `accuracy`, `f1` (of label 1), `matthews`, `pearson` and `spearman`.
-        selection: the one of them that chooses the best epoch.
-        config: of the hub's data set; empty for a task that is not there.
-        sets: of validation and test alike, by dataloader; the first is the one that selects.
-        submission_files: one a set, without their ending.
-        writes_names: a submission has names of classes, not numbers.
-        label_range: of a regression's labels, both ends included.
+        name: name in configs and on the command line.
+        text_columns: name of one column, or of the two that make a pair.
+        class_names: names of the classes by label; empty for regression.
+        metrics: some of `accuracy`, `f1` (of label 1), `matthews`, `pearson` and `spearman`.
+        selection: metric that chooses the best epoch.
+        config: configuration of the hub's data set; empty for a task that it lacks.
+        sets: names of the sets that validation and test have, by dataloader; the first is the one that selects.
+        submission_files: name of each set's file, without its ending.
+        writes_names: whether a submission has names of classes, not numbers.
+        label_range: least and largest label of a regression.
     """
 
     name: str
@@ -69,8 +69,8 @@ class GLUETask:
         """A set in full, as the hub's splits are called: ``validation``, ``test_mismatched``.
 
         Args:
-            kind: "validation", "test" or what else there is of each set.
-            name: one of `sets`.
+            kind: "validation", "test" or what else each set has.
+            name: name of the set, one of `sets`.
         """
         return f"{kind}_{name}" if name else kind
 
@@ -183,8 +183,8 @@ def custom_task(text_columns: Sequence[str], class_names: Sequence[str]) -> GLUE
     """The task of somebody's own files.
 
     Args:
-        text_columns: one, or the two that make a pair.
-        class_names: by label; none for regression.
+        text_columns: name of one column, or of the two that make a pair.
+        class_names: names of the classes by label; none for regression.
 
     Raises:
         ConfigurationError: for another number of columns.

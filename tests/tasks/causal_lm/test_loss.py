@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from pera_lightning.tasks.causal_lm.loss import CHUNK, summed_loss
-from pera_lightning.training.normalised_loss import StepMean
+from pera_lightning.training.normalised_loss import NormalisedLoss
 
 N, V = 11, 7
 
@@ -99,7 +99,7 @@ def test_nothing_of_the_logits_size_is_kept_but_the_logits(dtype):
 def test_the_gradient_is_of_the_sum_over_all_tokens(counts, batches):
     """A window may be shorter than `batches`; Lightning divides by `batches` all the same."""
     sums = [torch.tensor(2.0 + k, dtype=torch.float64) for k in range(len(counts))]
-    mean = StepMean()
+    mean = NormalisedLoss()
     for _ in range(2):  # the second window starts from nothing
         accumulated = sum(mean.loss(s, n, world=1) / batches for s, n in zip(sums, counts, strict=True))
         whole = accumulated * mean.correction(batches)
@@ -109,7 +109,7 @@ def test_the_gradient_is_of_the_sum_over_all_tokens(counts, batches):
 
 def test_ranks_are_averaged_by_others():
     """Two ranks with 3 and 9 tokens, then 4 and 0: each knows the tokens of both."""
-    ranks = [StepMean(), StepMean()]
+    ranks = [NormalisedLoss(), NormalisedLoss()]
     sums = [[6.0, 1.0], [30.0, 0.0]]
     averaged = 0.0
     for k, tokens in enumerate((12, 4)):
@@ -121,13 +121,13 @@ def test_ranks_are_averaged_by_others():
 
 
 def test_one_batch_a_step_needs_no_correction():
-    mean = StepMean()
+    mean = NormalisedLoss()
     assert mean.loss(torch.tensor(8.0), 4, world=1).item() == 2
     assert mean.correction(1) == 1
 
 
 def test_the_state_in_the_middle_of_a_window():
-    mean, other = StepMean(), StepMean()
+    mean, other = NormalisedLoss(), NormalisedLoss()
     mean.loss(torch.tensor(1.0), 4, world=1)
     other.load(mean.state())
     for one in (mean, other):
@@ -136,7 +136,7 @@ def test_the_state_in_the_middle_of_a_window():
 
 
 def test_a_window_that_was_never_finished_is_forgotten():
-    mean = StepMean()
+    mean = NormalisedLoss()
     mean.loss(torch.tensor(1.0), 4, world=1)
     mean.start()
     mean.loss(torch.tensor(1.0), 7, world=1)

@@ -101,14 +101,14 @@ def test_classes_by_name_and_by_number(flat):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1; given 0"),
-        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
-        ({"num_workers": -1}, "num_workers must be at least 0"),
-        ({"split_seed": -1}, "split_seed must be at least 0"),
-        ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1"),
-        ({"test_fraction": 0.0}, "test_fraction must lie between 0 and 1"),
+        ({"batch_size": 0}, "batch_size=0: an integer of at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0: an integer of at least 1"),
+        ({"num_workers": -1}, "num_workers=-1: an integer of at least 0"),
+        ({"split_seed": -1}, "split_seed=-1: an integer of at least 0"),
+        ({"validation_fraction": 1.0}, r"validation_fraction=1.0: a number in \(0, 1\)"),
+        ({"test_fraction": 0.0}, r"test_fraction=0.0: a number in \(0, 1\)"),
         ({"image_size": 0}, "image_size"),
-        ({"transform": "fancy"}, "unknown transform 'fancy'"),
+        ({"transform": "fancy"}, "transform='fancy' does not exist; one of fourierft"),
     ],
 )
 def test_values_out_of_range(arguments, message):
@@ -198,7 +198,7 @@ def _trainer(folder, **arguments):
 def test_a_fit_asks_the_model_and_records_the_split(tmp_path):
     data, probe = ImageDataModule("digits"), Probe()
     data.setup()
-    with pytest.raises(ConfigurationError, match="needs image_size, mean, std, and there is no model"):
+    with pytest.raises(ConfigurationError, match="needs image_size, mean, std, and no model with a data_config says"):
         data.train_dataloader()
     trainer = _trainer(tmp_path)
     trainer.fit(probe, data)

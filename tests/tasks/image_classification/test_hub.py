@@ -37,7 +37,7 @@ def test_a_class_order_of_its_own_is_mapped_by_name(hub):
     hub.add("org/name", "train", [0, 1] * 10)
     hub.add("org/name", "test", [0, 0, 1], names=("b", "a"))
     data = image_module("org/name", test_split="test")
-    assert data._part("test").labels.tolist() == [1, 1, 0]
+    assert data._images("test").labels.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_plain_label_columns_are_numbered_in_sorted_order(hub, kind, labels, nam
     hub.add("org/name", "train", labels * 10, kind=datasets.Value(kind))
     data = image_module("org/name")
     assert data.class_names == names
-    assert set(data._part("train").labels.tolist()) == {0, 1}
+    assert set(data._images("train").labels.tolist()) == {0, 1}
     hub.add("org/name", "test", ["z" if kind == "string" else 7], kind=datasets.Value(kind))
     with pytest.raises(DataError, match=r"'test' has [z7] in column 'label' that training lacks"):
         image_module("org/name", test_split="test")

@@ -235,7 +235,7 @@ def test_predictions_are_written(vit, tmp_path, capsys):
     assert [row["label"] for row in rows] == [data.class_names[k] for k in label]
     assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=2e-6)
     assert torch.equal(torch.cat([batch["label"] for batch in batches]), label)
-    assert f"Predictions of 11 images: {tmp_path / 'predictions' / 'predictions.csv'}" in capsys.readouterr().out
+    assert f"Predictions of 11 examples: {tmp_path / 'predictions' / 'predictions.csv'}" in capsys.readouterr().out
 
 
 def test_predictions_of_a_plain_loader_have_numbers(vit, tmp_path):

@@ -28,9 +28,9 @@ def test_names_that_timm_takes(vit, monkeypatch):
     ("name", "expected"),
     [
         ("asset:vit", "model_name='asset:vit': no such asset; there are: vit_digits"),
-        ("vit_base_patch16_223", "no timm model, no folder and no hf-hub: id; closest: vit_base_patch16_224"),
+        ("vit_base_patch16_223", "no model of timm, folder or hf-hub: id; closest: vit_base_patch16_224"),
         ("vit_base_patch16_224.orig", "vit_base_patch16_224 has the weights .*orig_in21k"),
-        ("local-dir:nothing", "nothing has no config.json, so it is no timm folder"),
+        ("local-dir:nothing", "nothing has no config.json, as timm's folders have"),
         ("", "has no config.json"),
     ],
 )
@@ -40,7 +40,7 @@ def test_names_that_do_not_exist(name, expected):
 
 
 def test_a_folder_without_a_config(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"has no config\.json, so it is no timm folder"):
+    with pytest.raises(ConfigurationError, match=r"has no config\.json, as timm's folders have"):
         timm_name(str(tmp_path))
 
 

@@ -37,7 +37,7 @@ def test_every_row_is_trained_on_once_an_epoch_in_another_order_each_time(folder
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_label_stays_with_its_text_in_every_loader(folder, num_workers):
     write(folder / "test.jsonl", pairs(9))
-    data = glue(folder, protocol="red", num_workers=num_workers, tokenizer=(tokenizer := pair_tokenizer()))
+    data = glue(folder, split_protocol="red", num_workers=num_workers, tokenizer=(tokenizer := pair_tokenizer()))
     data.setup("test")
     data.setup("predict")
     for name in ("train", "val", "test", "predict"):
@@ -76,9 +76,8 @@ def test_a_tokenizer_without_token_types_gives_batches_without(folder):
 def test_single_texts_and_regression(tmp_path):
     rows = [{"text": f"{k:03d}", "score": k / 10} for k in range(8)]
     files = {f"{s}_file": write(tmp_path / f"{s}.csv", rows) for s in ("train", "validation")}
-    data = glue(
-        tmp_path, task="custom", text_columns=["text"], label_column="score", regression=True, protocol="red", **files
-    )
+    options = {"text_columns": ["text"], "label_column": "score", "regression": True, "split_protocol": "red"}
+    data = glue(tmp_path, task="custom", **options, **files)
     assert (data.num_labels, data.class_names, data.metrics, data.selection) == (
         1,
         [],
@@ -97,7 +96,7 @@ def test_over_two_processes_each_evaluated_row_counts_once_and_fillers_have_no_l
     for stage, loader in (("fit", "val_dataloader"), ("test", "test_dataloader"), ("predict", "predict_dataloader")):
         seen, sizes = [], []
         for rank in (0, 1):
-            data = glue(folder, stage, protocol="red", trainer={"world_size": 2, "global_rank": rank})
+            data = glue(folder, stage, split_protocol="red", trainer={"world_size": 2, "global_rank": rank})
             batches = list(getattr(data, loader)())
             sizes.append([len(batch["labels"]) for batch in batches])
             seen += numbers(batches) if stage != "predict" else [i for batch in batches for i in batch["ids"]]
@@ -127,7 +126,7 @@ def test_prediction_rows_are_in_the_order_of_the_file_with_the_ids_of_its_idx(fo
 
 
 def test_the_parts_of_a_protocol_are_what_the_loaders_give(folder):
-    data = glue(folder, protocol="red")
+    data = glue(folder, split_protocol="red")
     data.setup("test")
     selection, scored = numbers(data.val_dataloader()), numbers(data.test_dataloader())
     assert len(selection) == 11
@@ -140,11 +139,11 @@ def test_the_parts_of_a_protocol_are_what_the_loaders_give(folder):
 
 
 def test_one_protocol_and_split_seed_give_the_same_parts_at_fit_and_at_test_alone(folder):
-    fitted = glue(folder, protocol="red")
+    fitted = glue(folder, split_protocol="red")
     fitted.setup("test")
-    alone = glue(folder, "test", protocol="red")
+    alone = glue(folder, "test", split_protocol="red")
     assert numbers(alone.test_dataloader()) == numbers(fitted.test_dataloader())
-    other = glue(folder, "test", protocol="red", split_seed=43)
+    other = glue(folder, "test", split_protocol="red", split_seed=43)
     assert sorted(numbers(other.test_dataloader())) != sorted(numbers(alone.test_dataloader()))
 
 
@@ -154,7 +153,7 @@ def test_mnli_has_two_sets_in_every_stage(tmp_path):
     for name, count in (("matched", 8), ("mismatched", 6)):
         write(tmp_path / f"validation_{name}.jsonl", rows[:count])
         write(tmp_path / f"test_{name}.jsonl", [{**row, "label": -1} for row in rows[:count]])
-    data = glue(tmp_path, task="mnli", protocol="red")
+    data = glue(tmp_path, task="mnli", split_protocol="red")
     data.setup("test")
     data.setup("predict")
     assert data.test_sets == ["matched", "mismatched"]
@@ -167,7 +166,7 @@ def test_a_test_set_with_labels_is_scored_on_by_own_test_alone(tmp_path):
     rows = {split: [{"t": f"{k:03d}", "label": "yn"[k % 2]} for k in range(n)] for split, n in (("a", 6), ("b", 5))}
     files = {f"{s}_file": write(tmp_path / f"{s}.tsv", rows["a"]) for s in ("train", "validation")}
     files["test_file"] = write(tmp_path / "test.tsv", rows["b"])
-    data = glue(tmp_path, "test", task="custom", text_columns=["t"], protocol="own_test", **files)
+    data = glue(tmp_path, "test", task="custom", text_columns=["t"], split_protocol="own_test", **files)
     assert len(numbers(data.test_dataloader())) == 5
     assert data.class_names == ["n", "y"]
     assert data.protocol()["sizes"] == {"test": 5}
@@ -178,21 +177,21 @@ def test_a_test_set_with_labels_is_scored_on_by_own_test_alone(tmp_path):
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_own_test_refuses_a_test_set_without_labels_before_any_training(folder, stage):
     with pytest.raises(DataError) as error:
-        glue(folder, stage, protocol="own_test")
+        glue(folder, stage, split_protocol="own_test")
     one_line(error, "test", "without label", "protocol=red")
     (folder / "test.jsonl").unlink()
     with pytest.raises(DataError) as error:
-        glue(folder, stage, protocol="own_test")
+        glue(folder, stage, split_protocol="own_test")
     one_line(error, "no test.jsonl")
 
 
 def test_validating_reads_no_test_set(folder):
     (folder / "test.jsonl").unlink()
-    assert len(numbers(glue(folder, "validate", protocol="own_test").val_dataloader())) == 21
+    assert len(numbers(glue(folder, "validate", split_protocol="own_test").val_dataloader())) == 21
 
 
 def test_evaluation_has_batches_of_its_own_size(folder):
-    data = glue(folder, protocol="red", batch_size=4, eval_batch_size=7)
+    data = glue(folder, split_protocol="red", batch_size=4, eval_batch_size=7)
     for stage in ("test", "predict"):
         data.setup(stage)
     largest = {
@@ -216,7 +215,7 @@ def test_rows_are_tokenised_once_and_the_cache_knows_length_and_texts(folder):
     glue(folder, tokenizer=tokenizer)
     made = tokenizer.texts
     assert made >= 62
-    glue(folder, tokenizer=tokenizer, protocol="red", train_limit=5, batch_size=2)
+    glue(folder, tokenizer=tokenizer, split_protocol="red", train_limit=5, batch_size=2)
     assert tokenizer.texts == made
     glue(folder, tokenizer=tokenizer, max_length=20)
     assert tokenizer.texts > made
@@ -296,7 +295,7 @@ def test_balanced_weights_are_those_of_the_rows_trained_on(tmp_path):
 
 def test_a_run_records_its_rows_and_a_later_test_does_not_overwrite_them(folder, tmp_path):
     log = tmp_path / "logs"
-    data = glue(folder, protocol="red", train_limit=7, trainer={"log_dir": str(log)})
+    data = glue(folder, split_protocol="red", train_limit=7, trainer={"log_dir": str(log)})
     record = json.loads((log / "splits" / "rte.json").read_text())
     assert record["sizes"] == {"train": 7, "validation": 11, "test": 10}
     assert (record["protocol"], record["seed"], record["selected_on_test"]) == ("red", 42, False)
@@ -307,7 +306,7 @@ def test_a_run_records_its_rows_and_a_later_test_does_not_overwrite_them(folder,
     assert parts["test"]["of"] == "validation"
     data.setup("test")
     assert [path.name for path in (log / "splits").iterdir()] == ["rte.json"]
-    glue(folder, "test", protocol="red", trainer={"log_dir": str(log)})
+    glue(folder, "test", split_protocol="red", trainer={"log_dir": str(log)})
     assert json.loads((log / "splits" / "rte.json").read_text()) == record
     assert json.loads((log / "splits" / "rte-test.json").read_text())["parts"]["test"] == parts["test"]
 
@@ -344,13 +343,15 @@ def test_through_a_trainer_with_the_modules_tokenizer(folder):
         **options,
     )
     module = Classifier()
-    data = GLUEDataModule("rte", folder=str(folder), protocol="red", batch_size=8, cache_dir=str(folder / "cache"))
+    data = GLUEDataModule(
+        "rte", folder=str(folder), split_protocol="red", batch_size=8, cache_dir=str(folder / "cache")
+    )
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
     trainer.predict(module, data)
     assert module.rows == {"train": 41, "val": 11, "test": 10, "predict": 9}
 
-    own = GLUEDataModule("rte", folder=str(folder), protocol="own_test", cache_dir=str(folder / "cache"))
+    own = GLUEDataModule("rte", folder=str(folder), split_protocol="own_test", cache_dir=str(folder / "cache"))
     with pytest.raises(DataError, match="without label"):
         trainer.fit(module, own)
     assert module.rows["train"] == 41
@@ -367,3 +368,11 @@ def test_nothing_is_there_before_setup_and_a_tokenizer_is_needed(folder):
     data.trainer = SimpleNamespace(lightning_module=None, world_size=1, state=SimpleNamespace(fn="fit"))
     with pytest.raises(ConfigurationError, match="no tokenizer"):
         data.setup("fit")
+
+
+def test_the_former_name_of_the_split_protocol_acts_and_says_so(folder):
+    with pytest.warns(UserWarning, match="protocol=red acts as split_protocol, as it is called now: give that"):
+        data = glue(folder, protocol="red", split_protocol="full_validation")  # of a config, say
+    assert data.split_protocol == "red"
+    assert data.protocol()["sizes"] == {"train": 41, "validation": 11, "test": 10}
+    assert glue(folder).split_protocol == "full_validation"

@@ -53,7 +53,7 @@ def test_predictions_of_ones_own_regression_keep_their_digits():
 def test_files_of_every_kind_give_the_same_rows(tmp_path, suffix):
     rows = [{"text": "häh, ja", "label": "yes", "idx": 7}, {"text": "no 'thing'", "label": "no", "idx": 8}]
     made = custom(tmp_path, rows, suffix)
-    got = made.rows("train")
+    got = made.examples("train")
     assert got.texts == (["häh, ja", "no 'thing'"],)
     assert made.task.class_names == ("no", "yes")
     assert got.labels.tolist() == [1, 0]
@@ -62,16 +62,16 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path, suffix):
 
 def test_csv_has_quoted_fields_and_tsv_takes_quotes_as_they_are(tmp_path):
     quoted = custom(tmp_path, 'text,label\r\n"a, ""b""\nc",1\r\nd,0\r\n\r\n')
-    assert quoted.rows("train").texts == (['a, "b"\nc', "d"],)
+    assert quoted.examples("train").texts == (['a, "b"\nc', "d"],)
     plain = custom(tmp_path, '\ufefftext\tlabel\n"unbalanced\t1\nd"\t0\n', ".tsv")
-    assert plain.rows("train").texts == (['"unbalanced', 'd"'],)
+    assert plain.examples("train").texts == (['"unbalanced', 'd"'],)
 
 
 def test_json_may_hold_line_separators_in_a_text(tmp_path):
     rows = "".join(
         json.dumps({"text": t, "label": k}, ensure_ascii=False) + "\n" for k, t in enumerate(["a\u2028b", "c"])
     )
-    assert custom(tmp_path, rows, ".jsonl").rows("train").texts == (["a\u2028b", "c"],)
+    assert custom(tmp_path, rows, ".jsonl").examples("train").texts == (["a\u2028b", "c"],)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_json_may_hold_line_separators_in_a_text(tmp_path):
 def test_classes_are_those_of_training_in_their_order(tmp_path, values, names):
     made = custom(tmp_path, [{"text": "t", "label": value} for value in values], ".jsonl")
     assert made.task.class_names == names
-    assert [names[k] for k in made.rows("train").labels] == [
+    assert [names[k] for k in made.examples("train").labels] == [
         {"1.0": "1", "2.0": "2"}.get(str(value), str(value).lower()) for value in values
     ]
 
@@ -108,7 +108,7 @@ def test_a_test_set_without_labels_or_some_has_minus_100(tmp_path):
     ):
         made.files["test"] = tmp_path / "test.jsonl"
         write(made.files["test"], rows)
-        got = made.rows("test")
+        got = made.examples("test")
         assert got.labels.tolist() == labels
         assert got.labelled == (IGNORE not in labels)
 
@@ -118,24 +118,24 @@ def test_minus_one_is_a_label_of_ones_own_regression_and_none_of_stsb(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", rows)
     made = source(tmp_path, "stsb")
-    assert made.rows("test").labels.tolist() == [IGNORE]
+    assert made.examples("test").labels.tolist() == [IGNORE]
     with pytest.raises(DataError, match="no label"):
-        made.rows("train")
+        made.examples("train")
     own = custom(tmp_path, rows, ".jsonl", ("sentence1",), regression=True)
-    assert own.rows("train").labels.tolist() == [-1.0]
-    assert own.rows("train").labels.dtype == np.float32
+    assert own.examples("train").labels.tolist() == [-1.0]
+    assert own.examples("train").labels.dtype == np.float32
 
 
 def test_a_pair_of_glue_may_lack_one_text_and_is_counted_but_not_both(tmp_path):
     rows = pairs(3)
     write(tmp_path / "train.jsonl", [{**rows[0], "sentence2": ""}, *rows[1:]])
-    assert source(tmp_path, "rte").rows("train").empty == 1
+    assert source(tmp_path, "rte").examples("train").empty == 1
     write(tmp_path / "train.jsonl", [{**rows[0], "sentence2": " ", "sentence1": ""}, *rows[1:]])
     with pytest.raises(DataError, match=r"row 0 .*'sentence1' is empty"):
-        source(tmp_path, "rte").rows("train")
+        source(tmp_path, "rte").examples("train")
     own = custom(tmp_path, "a,b,label\nx,,1\ny,z,0\n", text_columns=("a", "b"))
     with pytest.raises(DataError, match=r"row 0 of .*'b' is empty"):
-        own.rows("train")
+        own.examples("train")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_row_that_cannot_be_used_is_named_with_what_is_allowed(tmp_path, chang
     rows[3].update(change)
     write(tmp_path / "train.jsonl", rows)
     with pytest.raises(DataError) as error:
-        source(tmp_path, "rte").rows("train")
+        source(tmp_path, "rte").examples("train")
     one_line(error, str(tmp_path / "train.jsonl"), *words)
 
 
@@ -196,7 +196,7 @@ def test_a_row_that_cannot_be_used_is_named_with_what_is_allowed(tmp_path, chang
 )
 def test_a_file_that_cannot_be_used_is_explained(tmp_path, rows, options, words):
     with pytest.raises(DataError) as error:
-        custom(tmp_path, rows, **options).rows("train")
+        custom(tmp_path, rows, **options).examples("train")
     one_line(error, "rows.csv", *words)
 
 
@@ -204,13 +204,13 @@ def test_a_file_that_cannot_be_used_is_explained(tmp_path, rows, options, words)
 def test_a_number_that_float32_cannot_hold_is_refused(tmp_path, number):
     rows = [{"text": "a", "label": 1.5}, {"text": "b", "label": number}]
     with pytest.raises(DataError) as error:
-        custom(tmp_path, rows, ".jsonl", regression=True).rows("train")
+        custom(tmp_path, rows, ".jsonl", regression=True).examples("train")
     one_line(error, "row 1", "out of range", "32 bits")
 
 
 def test_a_class_name_that_no_file_can_hold_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
-        custom(tmp_path, [{"text": "a", "label": "\ud800x"}, {"text": "b", "label": "y"}], ".jsonl").rows("train")
+        custom(tmp_path, [{"text": "a", "label": "\ud800x"}, {"text": "b", "label": "y"}], ".jsonl").examples("train")
     one_line(error, "row 0", "'\\ud800x'", "lone surrogate")
 
 
@@ -219,7 +219,7 @@ def test_validation_labels_that_training_lacks_are_named(tmp_path):
     made.files["validation"] = tmp_path / "other.csv"
     made.files["validation"].write_text("text,label\na,x\nb,z\n")
     with pytest.raises(DataError) as error:
-        made.rows("validation")
+        made.examples("validation")
     one_line(error, "row 1", "'z'", "x, y")
 
 
@@ -240,25 +240,25 @@ def test_a_folder_without_the_file_lists_what_it_has(tmp_path, files, words):
     for name in files:
         write(tmp_path / name, pairs(3))
     with pytest.raises(DataError) as error:
-        source(tmp_path, "rte").rows("validation")
+        source(tmp_path, "rte").examples("validation")
     one_line(error, *words)
 
 
 def test_missing_folders_files_and_odd_kinds(tmp_path):
     with pytest.raises(DataError, match="is no folder"):
-        source(tmp_path / "none", "rte").rows("train")
+        source(tmp_path / "none", "rte").examples("train")
     with pytest.raises(DataError, match="cannot be read"):
         _ = source(files={"train": tmp_path / "none.csv"}, text_columns=("t",)).task
     with pytest.raises(DataError, match=r"\.jsonl, \.json, \.csv, \.tsv, not \.xlsx"):
         _ = source(files={"train": tmp_path / "rows.xlsx"}, text_columns=("t",)).task
     with pytest.raises(ConfigurationError, match="give validation_file"):
-        source(files={"train": tmp_path / "a.csv"}, text_columns=("t",), regression=True).rows("validation")
+        source(files={"train": tmp_path / "a.csv"}, text_columns=("t",), regression=True).examples("validation")
     (tmp_path / "validation.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"validation\.jsonl has no rows"):
-        source(tmp_path, "rte").rows("validation")
+        source(tmp_path, "rte").examples("validation")
     (tmp_path / "validation.jsonl").write_text("[1, 2]")
     with pytest.raises(DataError, match=r"row 0 .* no object but int"):
-        source(tmp_path, "rte").rows("validation")
+        source(tmp_path, "rte").examples("validation")
 
 
 @pytest.mark.parametrize(
@@ -266,24 +266,24 @@ def test_missing_folders_files_and_odd_kinds(tmp_path):
     [
         ("rtf", {}, UnknownNameError, ["unknown task 'rtf'", "cola, sst2", "closest: rte"]),
         ("STS-B", {}, UnknownNameError, ["'STS-B'", "closest: stsb"]),
-        ("rte", {"protocol": "redd"}, UnknownNameError, ["'redd'", "full_validation, red", "closest: red"]),
-        ("rte", {"batching": "packed"}, ConfigurationError, ["'packed'", "grouped, random"]),
+        ("rte", {"split_protocol": "redd"}, UnknownNameError, ["'redd'", "full_validation, red", "closest: red"]),
+        ("rte", {"batching": "packed"}, UnknownNameError, ["batching='packed'", "grouped, random"]),
         ("rte", {"train_file": "a.csv"}, ConfigurationError, ["train_file", "task=custom only"]),
         ("rte", {"text_columns": ["a"], "regression": True}, ConfigurationError, ["text_columns, regression"]),
         ("custom", {}, ConfigurationError, ["train_file"]),
         (None, {"folder": "x", "train_file": "a.csv"}, ConfigurationError, ["folder is for tasks of GLUE"]),
         ("custom", {"train_file": "a.csv", "text_columns": ["a", "b", "c"]}, ConfigurationError, ["one column"]),
         ("custom", {"train_file": "a.csv", "text_columns": ["a", "a"]}, ConfigurationError, ["one column"]),
-        ("rte", {"protocol": "own_test"}, ConfigurationError, ["own_test", "hidden", "red"]),
+        ("rte", {"split_protocol": "own_test"}, ConfigurationError, ["own_test", "hidden", "red"]),
         (
             "custom",
-            {"train_file": "a.csv", "protocol": "own_test"},
+            {"train_file": "a.csv", "split_protocol": "own_test"},
             ConfigurationError,
             ["own_test", "give it as test_file"],
         ),
-        ("rte", {"max_length": 0}, ConfigurationError, ["max_length must be at least 1"]),
-        ("rte", {"train_limit": 0}, ConfigurationError, ["train_limit must be at least 1"]),
-        ("rte", {"split_seed": -1}, ConfigurationError, ["split_seed must be at least 0"]),
+        ("rte", {"max_length": 0}, ConfigurationError, ["max_length=0: an integer of at least 1"]),
+        ("rte", {"train_limit": 0}, ConfigurationError, ["train_limit=0: an integer of at least 1"]),
+        ("rte", {"split_seed": -1}, ConfigurationError, ["split_seed=-1: an integer of at least 0"]),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_data_is_read(task, options, kind, words):

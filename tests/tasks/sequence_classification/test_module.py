@@ -137,7 +137,7 @@ def test_validation_within_a_fit_starts_from_nothing(bert, tmp_path):
 def test_a_test_set_without_labels_is_refused(bert, tmp_path):
     rows = [{**row, "label": -100} for row in sentences(5)]
     data = Sentences([rows], train=sentences(5))
-    with pytest.raises(DataError, match="no row of test has a label to test by; predict them"):
+    with pytest.raises(DataError, match="no example of test has a label to test by; predict them"):
         make_trainer(tmp_path).test(module(bert), datamodule=data)
 
 
@@ -323,8 +323,8 @@ def test_values_that_are_not_allowed(bert, options, text):
 @pytest.mark.parametrize(
     ("options", "data", "text"),
     [
-        ({"num_labels": 3}, {"classes": 2}, "num_labels=3, but the data has 2 classes"),
-        ({"num_labels": 2}, {"classes": 1}, "num_labels=2, but the data has a regression, num_labels=1"),
+        ({"num_labels": 3}, {"classes": 2}, "num_labels=3, but the data has num_labels=2: leave it out"),
+        ({"num_labels": 2}, {"classes": 1}, "num_labels=2, but the data has num_labels=1: leave it out"),
         ({"class_weights": "balanced"}, {"classes": 1}, "a regression has no classes"),
         ({}, {"classes": 2, "metrics": ("pearson",)}, "'pearson' does not fit 2 classes"),
     ],

@@ -1,0 +1,99 @@
+"""What the name of an image data set means, and where its splits are: the catalogue, the hub, a folder or digits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pera_lightning.errors import ConfigurationError, UnknownNameError, closest, listed
+from pera_lightning.tasks.image_classification import hub, sources
+from pera_lightning.tasks.image_classification.datasets import CATALOGUE, HubSplit, canonical
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set by its name.
+
+    Attributes:
+        name: as given to `ImageDataModule`.
+        hub: options for data sets of the hub, by their names there; None for those that are not given.
+    """
+
+    name: str
+    hub: Mapping[str, str | None]
+
+    @cached_property
+    def kind(self) -> str:
+        """What the name means: "catalogue", "digits", "folder" or "hub".
+
+        Raises:
+            UnknownNameError: for a name that is none of them.
+            ConfigurationError: for options that would be ignored.
+        """
+        if canonical(self.name):
+            kind = "catalogue"
+        elif self.name.lower() == "digits":
+            kind = "digits"
+        elif Path(self.name).expanduser().is_dir():
+            kind = "folder"
+        elif _HUB_ID.fullmatch(self.name):
+            kind = "hub"
+        elif "/" in self.name or self.name.startswith((".", "~")):
+            kind = "folder"  # that is missing, which reading it says
+        else:
+            known = [*CATALOGUE, "digits"]
+            raise UnknownNameError(
+                f"unknown data set {self.name!r}; there are {', '.join(known)}, data sets of the hub as org/name, and "
+                f"local folders{closest(self.name, known)}"
+            )
+        ignored = [option for option, value in self.hub.items() if value is not None and kind != "hub"]
+        if ignored:
+            raise ConfigurationError(f"{listed(ignored)}: for data sets of the hub (org/name) only, not {self.name}")
+        return kind
+
+    @property
+    def short_name(self) -> str:
+        """What the file of its splits is called."""
+        if self.kind == "folder":
+            return Path(self.name).expanduser().absolute().name
+        return canonical(self.name) or self.name
+
+    def hub_splits(self) -> dict[str, HubSplit]:
+        """Where the splits are that come from the hub; empty for what is local."""
+        if self.kind == "catalogue":
+            entry = CATALOGUE[canonical(self.name) or ""]
+            found = {"train": entry.train, "validation": entry.validation, "test": entry.test}
+            return {split: place for split, place in found.items() if place is not None}
+        if self.kind == "hub":
+            named = {split: self.hub[f"{split}_split"] for split in ("train", "validation", "test")}
+            named["train"] = named["train"] or "train"
+            return {split: HubSplit(self.name, name) for split, name in named.items() if name is not None}
+        return {}
+
+    def download(self) -> None:
+        """Downloads what the hub holds."""
+        for place in self.hub_splits().values():
+            hub.load_table(place.repository, self.hub["config_name"], place.split)
+
+    def read(self) -> dict[str, sources.ImageSource]:
+        """The splits that exist, their labels read and their pictures left where they are; "train" comes first."""
+        if self.kind == "digits":
+            return {"train": sources.digits_source()}
+        if self.kind == "folder":
+            return sources.folder_sources(self.name)
+        found: dict[str, sources.ImageSource] = {}
+        for split, place in self.hub_splits().items():
+            found[split] = hub.hub_source(
+                place.repository,
+                place.split,
+                config_name=self.hub["config_name"],
+                image_column=self.hub["image_column"] or "image",
+                label_column=self.hub["label_column"] or "label",
+                training_names=found["train"].class_names if found else None,
+            )
+        return found
