@@ -88,6 +88,7 @@ class AdapterModule(LightningModule):
         """Builds, injects and, under FSDP2, shards, once."""
         if self.model is not None:
             return
+        # With FSDP2 one process reads the weights; the others build on the meta device and get their shards from it.
         mesh = data_parallel_mesh(self)
         if reads_weights(mesh):
             self.model = self._injected(self.build_network())
@@ -149,6 +150,7 @@ class AdapterModule(LightningModule):
             raise ConfigurationError(
                 "nothing is trained: give AdapterInjection a method with adapters or trainable=[…]"
             )
+        # Steps of the whole run, so that the schedule ends with it; Lightning knows accumulation and epochs.
         optimizer = self.make_optimizer(groups)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = warmup_length(total, steps=h["warmup_steps"], ratio=h["warmup_ratio"])

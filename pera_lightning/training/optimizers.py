@@ -30,6 +30,7 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     heads = tuple(f"{prefix}{name}." for name in (mark.trained_modules if mark else ()))
     adapters = adapter_parameter_names(model)
     groups: dict[str, dict[str, Any]] = {}
+    # Every trained parameter is in one group: by what it belongs to, and by whether it decays.
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

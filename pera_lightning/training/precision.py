@@ -22,6 +22,7 @@ def keep_heads_float32(network: nn.Module) -> None:
     mark = injection_of(network)
     for path in mark.trained_modules if mark else ():
         head = network.get_submodule(path)
+        # Its inputs come from a base in low precision: a hook casts them, and marks what `release_heads` undoes.
         low = any(p.is_floating_point() and p.dtype != torch.float32 for p in head.parameters())
         if low:
             head.float()

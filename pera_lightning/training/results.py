@@ -41,6 +41,7 @@ def versions() -> dict[str, str]:
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process in bytes: resident, and on the CUDA device where one was used."""
+    # Linux gives kibibytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
@@ -122,6 +123,7 @@ def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> d
     same = {*data.get("sha256", {}).values()} & {*training.get("sha256", {}).values()}
     if not same or data.get("selected_on_test"):
         return data
+    # The files are the same, the draw is another: some that are scored on now chose the checkpoint.
     was, now = (", ".join(f"{key}={of.get(key)}" for key in cut) for of in (training, data))
     rank_zero_warn(f"the checkpoint was selected with {was}, and is scored with {now}: on examples that selected it")
     return {**data, "selected_on_test": True}

@@ -19,6 +19,7 @@ def lr_factor(step: int, *, total: int, warmup: int, schedule: str) -> float:
     Returns:
         A number in [0, 1].
     """
+    # Linear from zero, then by the schedule over what remains; a resumed run may go past `total`.
     if step < warmup:
         return step / warmup
     if schedule == "constant":

@@ -267,6 +267,7 @@ class ImageDataModule(TaskDataModule):
     def _images(self, split: str, *, training: bool = False, with_identifier: bool = False) -> sources.ImageExamples:
         if not self._sources:
             raise ConfigurationError(f"the images of {self.dataset} are there after setup(); call it first")
+        # A split that was cut has its images in the training source; classes are numbered anew.
         source = self._sources.get(split, self._sources["train"])
         number = np.full(len(source.class_names) + 1, -1, dtype=np.int64)  # the last one serves -1, unknown
         number[self._kept] = np.arange(len(self._kept))

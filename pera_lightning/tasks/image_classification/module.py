@@ -179,6 +179,7 @@ class ImageClassificationModule(AdapterModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._update("test", batch)
+        # AuroRA infers dynamic or static: a dynamic one is measured both ways, on the same batch.
         with static_inference(self) as dynamic:
             if dynamic:
                 self._update("test_static", batch)
@@ -189,6 +190,7 @@ class ImageClassificationModule(AdapterModule):
         names = self.class_names or [str(k) for k in range(self.hparams["num_classes"])]
         per_class: dict[str, dict[str, float]] = {}
         n = 0
+        # The confusion matrix counts each image once, so its sum is n.
         for stage in stages:
             values = self.metrics[f"{stage}_classes"].compute()
             per_class[stage] = dict(zip(names, values["accuracy_per_class"].tolist(), strict=True))
@@ -220,6 +222,7 @@ class ImageClassificationModule(AdapterModule):
         """Takes the number of classes from the trained head if it is not given."""
         if self.hparams["num_classes"] is not None:
             return
+        # timm says what the head is called; its rows are the classes.
         with torch.device("meta"):
             heads = self._create(pretrained=False).pretrained_cfg["classifier"]
         head = heads if isinstance(heads, str) else heads[0]  # distilled networks have two

@@ -157,6 +157,7 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
         DataError: for a class that does not exist.
         ConfigurationError: for a class that is given twice.
     """
+    # Where the names are numbers, a number is a name, not a position.
     numeric = all(name.isdecimal() for name in names)
     found = []
     for one in wanted:
@@ -216,6 +217,7 @@ def folder_sources(folder: str) -> dict[str, ImageSource]:
     """
     root = require_folder(folder)
     names = [path.name for path in _folders(root)]
+    # Either every folder is a split, or every folder is a class.
     splits = {name: split for split, known in SPLIT_FOLDERS.items() for name in known}
     if not any(name in splits for name in names):
         return {"train": read_class_folders(root, root=root)}
@@ -259,5 +261,6 @@ def predict_source(folder: str, class_names: list[str]) -> FolderSource:
         raise DataError(f"predict_folder {folder} has no images ({', '.join(SUFFIXES)}) at any depth")
     check_headers(root, files)
     number = {name: label for label, name in enumerate(class_names)}
+    # The outermost folder that is called like a class counts.
     labels = [next((number[part] for part in Path(file).parts[:-1] if part in number), -1) for file in files]
     return FolderSource(root, files, np.array(labels, dtype=np.int64), class_names)

@@ -47,6 +47,7 @@ def _compose(first: list[Any], of: Preprocessing) -> Transform:
     import torch
     from torchvision.transforms import v2
 
+    # Normalised as floats in [0, 1], after all that works on the picture's own pixels.
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(of.mean, of.std), v2.ToPureTensor()]
     return v2.Compose([*first, *last])
 
@@ -180,6 +181,7 @@ def resolve(transform: str, given: Mapping[str, Any], data_config: Mapping[str, 
         ConfigurationError: if something is still missing, or does not suit the transform.
     """
     chosen = TRANSFORMS[transform]
+    # Later ones win: the model's, what the transform fixes, what was given.
     model = dict(data_config or {})
     if "input_size" in model:
         channels, height, width = model["input_size"]

@@ -46,6 +46,7 @@ def encode(
     Raises:
         ConfigurationError: for a `max_length` that leaves no room beside the special tokens.
     """
+    # The longer text of a pair loses tokens, each keeps at least one.
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if max_length < special + len(texts):
         raise ConfigurationError(
@@ -81,6 +82,7 @@ def tokenised(
         ConfigurationError: as `encode`.
         DataError: where the folder cannot be written, or its file is damaged.
     """
+    # The name is a hash of all that decides the content, so a file that is there is the right one.
     total = hashlib.sha256()
     for example in zip(*texts, strict=True):
         total.update(json.dumps(example).encode())
@@ -129,7 +131,7 @@ class TokenDataset:
         import pyarrow.compute as pc
 
         self._table, self._ids = table, examples.ids if with_ids else None
-        columns = table.with_format("arrow")[:]
+        columns = table.with_format("arrow")[:]  # mapped, not read; only lengths are kept
         self.indices, self.labels = indices, examples.labels[indices]
         self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]
         self.cut = int(columns.column("cut").to_numpy()[indices].sum())
@@ -140,6 +142,7 @@ class TokenDataset:
 
     def longest_first(self) -> TokenDataset:
         """The same examples in another order, in which batches have little padding and the largest comes first."""
+        # Running out of memory shows in the first batch.
         order = np.argsort(-self.lengths, kind="stable")
         other = copy.copy(self)
         other.indices, other.labels, other.lengths = self.indices[order], self.labels[order], self.lengths[order]

@@ -206,6 +206,7 @@ class GLUEDataModule(TaskDataModule):
         if self.task.regression:
             raise ConfigurationError(f"{self.source.name} is a regression: there are no classes to weigh")
         labels = self._examples("train").labels
+        # Of the examples that are trained on, which are fewer with a train_limit.
         counts = np.bincount(labels[self._plan.limited(len(labels))], minlength=self.num_labels)
         if not counts.all():
             none = listed(name for name, count in zip(self.class_names, counts, strict=True) if not count)
@@ -216,6 +217,7 @@ class GLUEDataModule(TaskDataModule):
 
     def prepare_data(self) -> None:
         """Downloads what this run needs, once on each machine, and tokenises it where several processes would."""
+        # One process tokenises into the cache, the others find it there; a single one does so in `setup`.
         several = getattr(self.trainer, "world_size", 1) > 1
         command = None if self.trainer is None else self.trainer.state.fn
         stages = ("fit", "test") if command is None else (getattr(command, "value", command),)

@@ -95,6 +95,7 @@ def class_names_of(columns: Columns, label_column: str) -> list[str]:
         if _broken(label):
             raise DataError(f"row {number} of {columns.source}: label {_quoted(value)} {_BROKEN}; correct it")
         labels.append(label)
+    # Numbers stay in their order, so that the classes of somebody's 0, 1, 2 are 0, 1, 2; one name makes all names.
     found = {*labels}
     numbers = all(isinstance(label, int) for label in found)
     names = [str(label) for label in (sorted(found) if numbers else sorted(found, key=str))]
@@ -102,6 +103,7 @@ def class_names_of(columns: Columns, label_column: str) -> list[str]:
         raise DataError(
             f"{columns.source}: all rows have the label {names[0]!r}; classifying needs two classes or more"
         )
+    # A column of texts, taken for classes: most labels would differ.
     if not numbers and len(names) > 100 and len(names) > len(labels) // 2:
         raise DataError(
             f"{columns.source}: {len(names)} different labels in {len(labels)} rows of column {label_column!r}, such "
@@ -116,7 +118,7 @@ def _texts(columns: Columns, task: GLUETask) -> tuple[tuple[list[str], ...], int
     Such pairs of GLUE are counted and kept: published rows are taken as they are, or results would not compare.
     """
     texts = [columns.column(name, "text_columns") for name in task.text_columns]
-    lenient = task.name != CUSTOM
+    lenient = task.name != CUSTOM  # one text of a pair may be empty, both may not
     empty = 0
     for number, row in enumerate(zip(*texts, strict=True)):
         blank = [isinstance(text, str) and not text.strip() for text in row]
@@ -138,6 +140,7 @@ def _canonical(value: Any) -> int | float | str | None:
         value = value.strip()
         if value.lower() in ("true", "false"):  # as JSON's booleans are called here: other tools write True
             return value.lower()
+        # CSV has no types: what looks like a number is one, so that 1, "1" and 1.0 are the same class.
         if not _NUMBER.fullmatch(value):
             return value or None
         value = float(value) if "." in value else int(value)
@@ -155,6 +158,7 @@ def _label(
 ) -> int | float:
     """One label as a number, or `IGNORE` for a row that has none and needs none."""
     label = _canonical(value)
+    # -1 says "unlabelled" in GLUE's files, but is a value of a regression whose range holds it.
     missing = label is None or (label == -1 and not (task.regression and task.label_range[0] <= -1))
     if missing and unlabelled:
         return IGNORE
@@ -173,7 +177,7 @@ def _label(
         return score
     if isinstance(label, float):
         raise DataError(f"{where} is a number of a regression, and {task.name} has classes: {task.labels_in_words}")
-    if known is None:
+    if known is None:  # GLUE's own: numbers of the classes
         if not isinstance(label, int) or not 0 <= label < task.num_labels:
             raise DataError(f"{where} is none of the classes; allowed: {task.labels_in_words}")
         return label
@@ -215,7 +219,7 @@ def _ids(columns: Columns) -> list[str]:
         return [str(number) for number in range(len(columns))]
     seen: dict[str, int] = {}
     for number, value in enumerate(columns.values[_INDEX]):
-        first = seen.setdefault(str(value), number)
+        first = seen.setdefault(str(value), number)  # the row that had this id before, or this one
         if _broken(value):
             where = f"row {number} of {columns.source}"
             raise DataError(f"{where}: {_INDEX!r} is {_quoted(value)}, which {_BROKEN}; correct it")
@@ -227,7 +231,7 @@ def _ids(columns: Columns) -> list[str]:
 
 def digest(examples: Examples) -> str:
     """Sha256 of examples, in their order."""
-    total = hashlib.sha256()
+    total = hashlib.sha256()  # of texts, labels and ids, so that results of other data are told apart
     for entry in zip(*examples.texts, examples.labels.tolist(), examples.ids, strict=True):
         total.update(json.dumps(entry).encode())
     return total.hexdigest()

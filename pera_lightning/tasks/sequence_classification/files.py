@@ -78,6 +78,7 @@ def read_columns(path: Path) -> Columns:
 
 def _json_columns(path: Path) -> Columns:
     entries = read_json(path)
+    # All keys of all rows, in the order they turn up: a row may lack what it has no value for.
     names: dict[str, None] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
@@ -89,11 +90,13 @@ def _json_columns(path: Path) -> Columns:
 
 
 def _separated_columns(path: Path, separator: str) -> Columns:
+    # GLUE's own .tsv has quotes as characters of the text.
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader(io.StringIO(read_text(path)), delimiter=separator, quoting=quoting, strict=True)
     rows: list[list[str]] = []
     try:
         for row in reader:
+            # The csv module takes ragged rows, whose columns would shift.
             if rows and row and len(row) != len(rows[0]):
                 raise DataError(
                     f"line {reader.line_num} of {path} has {len(row)} fields, and its header {len(rows[0])}; correct "

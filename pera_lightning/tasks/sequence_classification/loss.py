@@ -23,6 +23,7 @@ def example_losses(outputs: Tensor, labels: Tensor, weights: Tensor | None = Non
         weights: (C,) weights of the classes; by default 1.
     """
     outputs = outputs.float()
+    # By `where` and ignore_index, not by selecting: shapes stay those of the batch.
     if outputs.shape[1] == 1:
         return (outputs[:, 0] - labels.float()).square().where(labels != IGNORE, 0.0)
     return F.cross_entropy(outputs, labels, weights, ignore_index=IGNORE, reduction="none")

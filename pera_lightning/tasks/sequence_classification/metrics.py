@@ -140,6 +140,7 @@ class Scores(nn.Module):
         """
         loss = self.loss.compute()
         values = {name: measured.compute().float().to(loss.device) for name, measured in self.metrics.items()}
+        # A NaN loss says that some output was NaN.
         values = {name: value.where(~loss.isnan(), torch.nan) for name, value in values.items()}
         return {"loss": loss, **values, "metric": values[self.selection]}
 

@@ -188,6 +188,7 @@ class SequenceClassificationModule(TransformersModule):
         names = self._data.get("metrics") or default_metrics(labels)
         selection = self._data.get("selection") or names[0]
         check_metrics(names, selection, labels)
+        # Anew for each run: which metrics there are is known from the data, and nothing of an earlier run is left.
         sets = [f"{stage}{name}" for stage in stages for name in self._set_names(count)]
         self.scores = nn.ModuleDict({name: Scores(names, selection, labels) for name in sets}).to(self.device)
 
@@ -220,6 +221,7 @@ class SequenceClassificationModule(TransformersModule):
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._update("test", batch, dataloader_idx)
+        # AuroRA infers dynamic or static: a dynamic one is measured both ways, on the same batch.
         with static_inference(self) as dynamic:
             if dynamic:
                 self._update("test_static", batch, dataloader_idx)

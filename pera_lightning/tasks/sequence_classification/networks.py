@@ -106,6 +106,7 @@ def _is_pretrained(config: PretrainedConfig) -> bool:
 
 def _prepare(config: PretrainedConfig, num_labels: int, head_dropout: float | None) -> None:
     """Sets what the head depends on in a model's configuration."""
+    # transformers reads outputs, loss and names of the head from here.
     config.num_labels = num_labels
     config.id2label = {k: f"LABEL_{k}" for k in range(num_labels)}  # those of another task may be as many
     config.label2id = {label: k for k, label in config.id2label.items()}
@@ -164,6 +165,7 @@ def head_parameters(network: PreTrainedModel) -> frozenset[str]:
 @torch.no_grad()
 def _renew(network: PreTrainedModel) -> None:
     """Initialises the head as the model's class does, whatever was loaded into it."""
+    # As `from_pretrained` initialises what it finds no weights for: by the class's own rule.
     base = {*network.base_model.modules()}
     for module in network.modules():
         if module in base or module is network:
@@ -203,6 +205,7 @@ def trained_labels(name: str, revision: str | None, state: Mapping[str, Tensor])
         revision: branch, tag or commit of the hub's repository.
         state: trained tensors by their names in the network.
     """
+    # The output layer is the tensor that has the size which was asked for, whatever it is called.
     with torch.device("meta"):
         network, head = load_network(name, num_labels=_PROBE, dtype=torch.float32, revision=revision, weights=False)
     last = [n for n in sorted(head) if network.get_parameter(n).shape[0] == _PROBE and n in state]
@@ -260,7 +263,7 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     kept = {name: value for name, value in network.state_dict().items() if name.startswith(own)}
     check_injection({**spec, "trained_modules": list(mark.trained_modules)}, mark, path)
     check_state(network, {**taken, **kept}, path)
-    present = network.state_dict()
+    present = network.state_dict()  # its tensors, which FSDP2 may have sharded already
     with torch.no_grad():
         for name, value in taken.items():
             present[name].copy_(sharded_like(value.to(present[name].dtype), present[name]))

@@ -79,7 +79,7 @@ class GLUESource:
 
     def table(self, split: str) -> datasets.Dataset:
         """A split on the hub, downloaded if it is not in the cache."""
-        return hub.load_table(REPOSITORY, self.task.config, split, instead="a folder with the same columns")
+        return hub.load_table(REPOSITORY, self.name, split, instead="a folder with the same columns")
 
     def read(self, split: str) -> Columns:
         """The columns of a split, unchecked."""

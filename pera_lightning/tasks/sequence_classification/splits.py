@@ -53,6 +53,7 @@ class Plan:
         """The numbers of the training examples that are used, of `count`."""
         if self.train_limit is None:
             return np.arange(count)
+        # The first of one random order, so that a smaller limit's examples are among a larger one's.
         order = splits.random_order(np.random.Generator(np.random.PCG64(self.seed)), count)
         return np.sort(order[: self.train_limit])
 
@@ -83,10 +84,11 @@ class Plan:
         chosen: dict[str, Subset] = {}
         for split in self.needed(task, stage):
             examples = read(split)
-            kind, _, name = split.partition("_")
+            kind, _, name = split.partition("_")  # of MNLI "validation_mismatched", else "validation"
             if kind == "train":
                 chosen[split] = Subset(split, self.limited(len(examples)))
             elif kind == "validation":
+                # The validation set serves twice, as the split protocol says: to select, and to be scored on.
                 selection, scored = self.cut(len(examples), self.seed)
                 chosen[split] = Subset(split, selection)
                 if scored is not None:

@@ -24,12 +24,11 @@ class GLUETask:
     """What sets one task of sentence classification apart.
 
     Attributes:
-        name: name in configs and on the command line.
+        name: name in configs, on the command line and on the hub.
         text_columns: name of one column, or of the two that make a pair.
         class_names: names of the classes by label; empty for regression.
         metrics: some of `accuracy`, `f1` (of label 1), `matthews`, `pearson` and `spearman`.
         selection: metric that chooses the best epoch.
-        config: configuration of the hub's data set; empty for a task that it lacks.
         sets: names of the sets that validation and test have, by dataloader; the first is the one that selects.
         submission_files: name of each set's file, without its ending.
         writes_names: whether a submission has names of classes, not numbers.
@@ -41,7 +40,6 @@ class GLUETask:
     class_names: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("accuracy",)
     selection: str = "accuracy"
-    config: str = ""
     sets: tuple[str, ...] = ("",)
     submission_files: tuple[str, ...] = ()
     writes_names: bool = False
@@ -88,80 +86,43 @@ class GLUETask:
         return self.class_names[int(prediction)] if self.writes_names else str(int(prediction))
 
 
+_PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
+_F1 = ("f1", "accuracy")
 
-TASKS: dict[str, GLUETask] = {
-    task.name: task
-    for task in (
-        GLUETask(
-            "cola",
-            ("sentence",),
-            ("unacceptable", "acceptable"),
-            metrics=("matthews",),
-            selection="matthews",
-            config="cola",
-            submission_files=("CoLA",),
-        ),
-        GLUETask("sst2", ("sentence",), ("negative", "positive"), config="sst2", submission_files=("SST-2",)),
-        GLUETask(
-            "mrpc",
-            ("sentence1", "sentence2"),
-            ("not_equivalent", "equivalent"),
-            metrics=("f1", "accuracy"),
-            config="mrpc",
-            submission_files=("MRPC",),
-        ),
-        GLUETask(
-            "stsb",
-            ("sentence1", "sentence2"),
-            metrics=("pearson", "spearman"),
-            selection="pearson",
-            config="stsb",
-            submission_files=("STS-B",),
-            label_range=(0.0, 5.0),
-        ),
-        GLUETask(
-            "qqp",
-            ("question1", "question2"),
-            ("not_duplicate", "duplicate"),
-            metrics=("f1", "accuracy"),
-            config="qqp",
-            submission_files=("QQP",),
-        ),
-        GLUETask(
-            "mnli",
-            ("premise", "hypothesis"),
-            ("entailment", "neutral", "contradiction"),
-            config="mnli",
-            sets=("matched", "mismatched"),
-            submission_files=("MNLI-m", "MNLI-mm"),
-            writes_names=True,
-        ),
-        GLUETask(
-            "qnli",
-            ("question", "sentence"),
-            _ENTAILMENT,
-            config="qnli",
-            submission_files=("QNLI",),
-            writes_names=True,
-        ),
-        GLUETask(
-            "rte",
-            ("sentence1", "sentence2"),
-            _ENTAILMENT,
-            config="rte",
-            submission_files=("RTE",),
-            writes_names=True,
-        ),
-        GLUETask(
-            "wnli",
-            ("sentence1", "sentence2"),
-            ("not_entailment", "entailment"),
-            config="wnli",
-            submission_files=("WNLI",),
-        ),
-    )
-}
+_TASKS = (
+    GLUETask(
+        "cola",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        metrics=("matthews",),
+        selection="matthews",
+        submission_files=("CoLA",),
+    ),
+    GLUETask("sst2", ("sentence",), ("negative", "positive"), submission_files=("SST-2",)),
+    GLUETask("mrpc", _PAIR, ("not_equivalent", "equivalent"), metrics=_F1, submission_files=("MRPC",)),
+    GLUETask(
+        "stsb",
+        _PAIR,
+        metrics=("pearson", "spearman"),
+        selection="pearson",
+        submission_files=("STS-B",),
+        label_range=(0.0, 5.0),
+    ),
+    GLUETask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=_F1, submission_files=("QQP",)),
+    GLUETask(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        sets=("matched", "mismatched"),
+        submission_files=("MNLI-m", "MNLI-mm"),
+        writes_names=True,
+    ),
+    GLUETask("qnli", ("question", "sentence"), _ENTAILMENT, submission_files=("QNLI",), writes_names=True),
+    GLUETask("rte", _PAIR, _ENTAILMENT, submission_files=("RTE",), writes_names=True),
+    GLUETask("wnli", _PAIR, ("not_entailment", "entailment"), submission_files=("WNLI",)),
+)
+TASKS = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> GLUETask:
