@@ -23,6 +23,7 @@ import pera_lightning
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.cli.lost_process import lost_process
 from pera_lightning.cli.messages import explain
+from pera_lightning.cli.run_defaults import complete, default_logger, run_folder
 from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
 from pera_lightning.training.callback import AdapterInjection
 
@@ -71,7 +72,10 @@ class PeraCLI(LightningCLI):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
+        self._folder = run_folder(self._words)
         defaults: dict[str, Any] = {
+            "trainer_defaults": {"logger": default_logger(self._folder)},
             "save_config_callback": SaveConfigAtStart,
             "save_config_kwargs": {"overwrite": True},
             "parser_class": OneLineParser,
@@ -79,11 +83,14 @@ class PeraCLI(LightningCLI):
             "auto_configure_optimizers": False,
             "seed_everything_default": 0,
         }
-        self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
         super().__init__(**{**defaults, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AdapterInjection, "adapter")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        complete(self.config.get(str(self.config.get("subcommand")), self.config), self._folder)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's hyperparameters override what the command line says."""

@@ -49,7 +49,7 @@ def usage() -> str:
             "examples:",
             "  python cli.py fit --config configs/quickstart.yaml",
             "  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8",
-            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --method calibrated --output DIR",
+            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --mode calibrated --output DIR",
             "  python cli.py COMMAND --help   every key of a command",
         ]
     )
@@ -113,7 +113,7 @@ def find_configs(words: list[str]) -> list[str]:
 def _config(value: str) -> str:
     if Path(value).is_file() or value.lstrip().startswith("{"):
         return value
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     shipped = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
     if shipped is not None:
         inside = shipped / value.removeprefix("configs/")

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import splits
+from pera_lightning.data.base import draw_batches
 from pera_lightning.data.distributed_sampler import dealt
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest, listed
 from pera_lightning.tasks.image_classification import datasets as image_datasets
@@ -218,6 +219,10 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(
             sources.ImageRows(source, everything, source.labels, self._transform(False), with_identifier=True)
         )
+
+    def calibration_batches(self, count: int) -> list[Any]:
+        """Draws training batches without augmentation."""
+        return draw_batches(self._loader(self._part("train")), count, self.batch_size)
 
     def _kind(self) -> str:
         """What `dataset` means: "catalogue", "digits", "folder" or "hub"; refuses arguments it would ignore."""

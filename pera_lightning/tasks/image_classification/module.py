@@ -20,6 +20,8 @@ from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.distributed_sampler import in_order
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
+from pera_lightning.tasks.image_classification import transforms
+from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
 from pera_lightning.training.distributed import all_gather_object
@@ -50,6 +52,9 @@ class ImageClassificationModule(AdapterModule):
         label_smoothing: of the training loss, in [0, 1).
         base_dtype: of the frozen base; adapters and head are float32.
     """
+
+    selection_metric = ("val/accuracy", "max")
+    classes_argument = "num_classes"
 
     def __init__(
         self,
@@ -301,3 +306,16 @@ class ImageClassificationModule(AdapterModule):
         writer.writerows((i, label, f"{p:.6f}") for i, label, p in rows)
         write_atomically(folder / "predictions.csv", text.getvalue().encode())
         print(f"Predictions of {len(rows)} images: {folder / 'predictions.csv'}", flush=True)
+
+    # --- memory ---
+
+    def example_batch(self, data: Any) -> tuple[tuple[Tensor, Tensor], str]:
+        if not isinstance(data, ImageDataModule):
+            return super().example_batch(data)
+        size = transforms.resolve(data.transform, data.given, self.data_config).size
+        images = torch.empty(data.batch_size, 3, *size, device="meta")
+        labels = torch.empty(data.batch_size, dtype=torch.int64, device="meta")
+        return (images, labels), f"{data.batch_size} images of {size[0]}x{size[1]} pixels"
+
+    def training_loss(self, batch: Any) -> Tensor:
+        return self._shared_step(batch, self.hparams["label_smoothing"])[0]
