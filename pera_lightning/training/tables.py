@@ -33,6 +33,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_c
     out = io.StringIO()
     console = Console(file=out, color_system=None, highlight=False, markup=False, emoji=False)
     # Where even wrapped text does not fit, lines run over rather than lose digits.
-    console.width = max(console.width, sum(narrowest) + 2 * len(narrowest))
+    console.width = max(console.width, sum(narrowest) + 2 * (len(narrowest) - 1))
     console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

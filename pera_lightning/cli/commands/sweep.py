@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI, check_strategy
+from pera_lightning.cli.run_defaults import FOLDER, class_of, config_file
 from pera_lightning.cli.sweeps.folder import (
     check_keys,
     check_same,
@@ -45,7 +45,6 @@ from pera_lightning.cli.sweeps.running import Sweep, going_on, run_words
 from pera_lightning.cli.sweeps.summary import COMPLETE
 from pera_lightning.errors import ConfigurationError, PeraError
 
-_CONFIGS = ("--config", "-c")
 _ANY_SEED = 271828  # where a config is read for no run in particular
 # What a run's folder sets; not compared between sweeps of one folder.
 _PLACE = re.compile(
@@ -148,11 +147,8 @@ def output_folder(request: Request) -> Path:
             raise ConfigurationError("--output is empty: give a folder")
         folder = Path(request.output).expanduser()
         return folder if folder.name not in ("", "..") else folder.resolve()
-    for word, following in zip(request.words, [*request.words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        config = value if equals else following
-        if flag in _CONFIGS and config and not config.lstrip().startswith("{"):
-            return Path("runs") / f"{Path(config).stem}_sweep"
+    if (file := config_file(request.words)) is not None:
+        return FOLDER / f"{file.stem}_sweep"
     raise ConfigurationError("no --output, and no --config FILE to name one by: give a folder")
 
 
@@ -319,9 +315,8 @@ def placement_of(config: Any) -> Any:
     loggers = [one.as_dict() for one in (logger if isinstance(logger, list) else [logger])]
     if not loggers:
         return False
-    path = loggers[0]["class_path"]
-    module, _, name = path.rpartition(".")
-    if not issubclass(getattr(importlib.import_module(module), name), (TensorBoardLogger, CSVLogger)):
+    name = loggers[0]["class_path"].rpartition(".")[2]
+    if not issubclass(class_of(loggers[0]), (TensorBoardLogger, CSVLogger)):
         raise ConfigurationError(
             f"trainer.logger: {name} has a folder of its own making, and a sweep needs each run's: give "
             "TensorBoardLogger or CSVLogger (save_dir, name, version), in a list the first"

@@ -12,6 +12,7 @@ from typing import Any
 from pera_lightning.cli.sweeps.choice import data_of
 from pera_lightning.cli.sweeps.plan import setting_name, short_keys
 from pera_lightning.errors import listed
+from pera_lightning.training.tables import format_table
 
 COMPLETE = "complete"
 
@@ -83,7 +84,7 @@ def _selection(group: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """Lines up a summary: a line for each setting and metric, the selection score first."""
-    cells = [["setting", "metric", "n", "mean ± sd", "median", "min", "max"]]
+    rows = []
     for row in summary:
         lines = {} if row["selection"] is None else {f"{row['selection']['name']} (selection)": row["selection"]}
         setting = setting_name(row["values"])
@@ -92,16 +93,9 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
                 "-" if of[key] is None else f"{of[key]:.4f}" for key in ("mean", "sd", "median", "min", "max")
             )
             n = f"{of['n']} of {of['n'] + of['not_finite']}" if of["not_finite"] else str(of["n"])
-            cells.append([setting, metric, n, f"{mean} ± {spread}", *rest])
+            rows.append([setting, metric, n, f"{mean} ± {spread}", *rest])
             setting = ""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lined = [
-        "  ".join(
-            [f"{a:<{widths[0]}}", f"{b:<{widths[1]}}"] + [c.rjust(w) for c, w in zip(rest, widths[2:], strict=True)]
-        )
-        for a, b, *rest in cells
-    ]
-    return "\n".join(line.rstrip() for line in lined)
+    return format_table(["setting", "metric", "n", "mean ± sd", "median", "min", "max"], rows, text_columns=2)
 
 
 def scores(record: Mapping[str, Any]) -> str:

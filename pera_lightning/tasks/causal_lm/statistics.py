@@ -8,6 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.training.tables import format_table
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -116,13 +117,7 @@ def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]
     columns = [*first, *(key for key in columns if key not in first + last), *last]
     records = [*rows, {"set": "average", **average_row(rows, main_metric)}]
-    cells = [columns, *([_cell(key, record.get(key)) for key in columns] for record in records)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for cell in cells:
-        padded = [text.rjust(width) for text, width in zip(cell[1:], widths[1:], strict=True)]
-        lines.append("  ".join([cell[0].ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
+    return format_table(columns, [[_cell(key, record.get(key)) for key in columns] for record in records])
 
 
 def _cell(key: str, value: Any) -> str:
