@@ -24,12 +24,9 @@ def explain(message: str, options: Iterable[str] = (), classes: Mapping[str, Ite
     """Finds the telling line of a parser's message and puts the key before it.
 
     Args:
-        message: what jsonargparse says, over one line or many.
-        options: the command's own options (``--trainer.max_epochs``), for suggestions.
-        classes: key ("adapter.method") to the short class names that it takes, for suggestions.
-
-    Returns:
-        One line.
+        message: message of jsonargparse, over one line or many.
+        options: options of the command (``--trainer.max_epochs``), for suggestions.
+        classes: short class names that a key ("adapter.method") takes, for suggestions.
     """
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     for pattern in _TELLING:
@@ -64,7 +61,7 @@ def _owner(message: str) -> str:
 
 
 def _expected(message: str) -> str:
-    """What was given, and the types or values that are allowed."""
+    """A line with the types or values that are allowed, and what was given."""
     kinds = []
     for kind in re.findall(r"Expected a (?!path but)(.+?)(?:\. Got value: .*)?$", message, re.MULTILINE):
         plain = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
@@ -81,7 +78,7 @@ def _expected(message: str) -> str:
 
 
 def _option(message: str, option: str) -> str:
-    """An option that a class does not take, with those that it does."""
+    """A line for an option that a class does not take, with those that it takes."""
     owner = _owner(message)
     if not owner:
         return f"option {option!r} is not accepted"

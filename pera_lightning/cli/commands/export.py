@@ -1,4 +1,4 @@
-"""`export`: what was trained, written for others: this package's adapter folder, PEFT, diffusers, or merged weights."""
+"""`export`: writes what was trained for others: this package's adapter folder, PEFT, diffusers, or merged weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.injection.state import adapter_state_dict, save_adapter
 from pera_lightning.validation import check_positive_int
 
-# Options that act with each format only.
+# Options that act with each format.
 _ACTING = {
     "adapter": (),
     "peft": ("mode", "batches", "rank", "max_error", "target"),

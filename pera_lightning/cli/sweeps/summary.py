@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: statistics a setting, a table and a CSV file."""
+"""The summary of a sweep: statistics of each setting, a table and a CSV file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def statistics_of(values: Sequence[float | None]) -> dict[str, Any]:
     """Statistics of the values that are numbers; in the values' unit.
 
     Args:
-        values: one a run; None, NaN and infinite ones are counted, and left out of the rest.
+        values: value of each run; None, NaN and infinite ones are counted, and left out of the rest.
 
     Returns:
         ``n`` and ``not_finite`` (counts), ``mean``, ``median``, ``sd`` (of the sample, n - 1; None for one value),
