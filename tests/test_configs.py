@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from pera_lightning.cli.lightning_cli import PeraCLI
-from pera_lightning.cli.run_defaults import run_folder
+from pera_lightning.cli.run_defaults import default_folder
 from pera_lightning.tasks.image_classification.datasets import CATALOGUE
 from tests.run_helpers import ROOT
 
@@ -245,7 +245,7 @@ def test_paper_configs_differ_where_they_must_only(path):
 
 
 def test_the_log_folders_are_all_different():
-    folders = {run_folder(["--config", str(path)]) for path in CONFIGS}
+    folders = {default_folder(["--config", str(path)]) for path in CONFIGS}
     assert len(folders) == len(CONFIGS)
     assert {Path("runs/quickstart"), Path("runs/paper/pera/roberta_base_rte")} <= folders
 

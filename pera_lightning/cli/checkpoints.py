@@ -23,6 +23,7 @@ def resuming_command(words: Sequence[str]) -> str:
         words: words of the fit after the program's name.
     """
     option = "--ckpt_path"
+    # Drops the option, its value in the next word, and the form with "=".
     kept = [
         word
         for word, before in zip(words, ["", *words], strict=False)
@@ -50,6 +51,7 @@ def checkpoint_of_run(name: str, log_dir: str | None) -> str:
 
 def check_checkpoint_exists(given: str | None, log_dir: str | None) -> None:
     """Raises `PeraError` for a local file that does not exist, naming the checkpoints of the run's folder."""
+    # Names that Lightning resolves itself, and URLs, are not files.
     if given is None or given in ("best", "last", "hpc", "registry") or ":" in given or Path(given).exists():
         return
     there = [str(path) for path in sorted((Path(log_dir or ".") / "checkpoints").glob("*.ckpt"))]
@@ -58,6 +60,7 @@ def check_checkpoint_exists(given: str | None, log_dir: str | None) -> None:
 
 def warn_without_last(trainer: Trainer) -> None:
     """Warns of a fit with ``--ckpt_path last`` that finds nothing to go on from, and so begins anew."""
+    # A checkpoint callback without a folder of its own writes beside the logs.
     keeper = trainer.checkpoint_callback
     folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.log_dir or ".") / "checkpoints")
     if keeper is not None and not any(folder.glob("last*.ckpt")):

@@ -29,7 +29,7 @@ from pera_lightning.cli.checkpoints import (
 )
 from pera_lightning.cli.lost_process import lost_process
 from pera_lightning.cli.messages import explain
-from pera_lightning.cli.run_defaults import complete, default_logger, run_folder
+from pera_lightning.cli.run_defaults import complete, default_folder, default_logger
 from pera_lightning.errors import PeraError, UnknownNameError, closest
 from pera_lightning.training.callback import AdapterInjection
 
@@ -50,6 +50,7 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser, whose error the outer one may recover from
             super().error(message, ex)
+        # The options of the command that was given, for suggestions, not those of the outer parser.
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
         raise InputError(explain(message, options, known_classes()))
@@ -79,7 +80,7 @@ class PeraCLI(LightningCLI):
 
     def __init__(self, **kwargs: Any) -> None:
         self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
-        self._folder = run_folder(self._words)
+        self._folder = default_folder(self._words)
         defaults: dict[str, Any] = {
             "trainer_defaults": {"logger": default_logger(self._folder)},
             "save_config_callback": SaveConfigAtStart,
@@ -126,6 +127,7 @@ class PeraCLI(LightningCLI):
         if subcommand in EVALUATIONS and given is None:
             rank_zero_warn(f"{subcommand} without --ckpt_path: adapters and head are as initialised, not trained")
         elif subcommand in EVALUATIONS and given in ("best", "last"):
+            # Lightning knows these names only in the process that trained.
             arguments["ckpt_path"] = checkpoint_of_run(given, self.trainer.log_dir)
         elif subcommand == "fit" and given is not None and (found := self._written_before_requeue()):
             rank_zero_warn(f"requeued by SLURM: going on from {found}, not from --ckpt_path {given}")
@@ -194,10 +196,12 @@ def run(args: Sequence[str]) -> None:
     except (MisconfigurationException, OSError) as error:
         raise PeraError(str(error)) from error
     except (ValueError, TypeError, ArithmeticError) as error:
+        # Lightning's checks of the trainer's values are wrong input; elsewhere these are bugs, with a traceback.
         if isinstance(error, PeraError) or not raised_by_lightning(error):
             raise
         raise PeraError(f"{type(error).__name__}: {error}") from error
     except RuntimeError as error:
+        # The process that ended first has the error that matters; the others point at it.
         if line := lost_process(error):
             raise PeraError(line) from error
         raise

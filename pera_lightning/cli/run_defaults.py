@@ -35,12 +35,13 @@ def config_file(words: Sequence[str]) -> Path | None:
     return next((Path(value) for value in given if value and not value.lstrip().startswith("{")), None)
 
 
-def run_folder(words: Sequence[str]) -> Path:
+def default_folder(words: Sequence[str]) -> Path:
     """The folder of a run by its first config: below ``runs``, the path from a folder ``configs`` on, or its name."""
     file = config_file(words)
     if file is None:
         return FOLDER / "run"
     *folders, name = file.with_suffix("").parts
+    # Papers repeat names (pera/roberta_base_rte, aurora/roberta_base_rte): folders below configs/ tell them apart.
     below = folders[len(folders) - folders[::-1].index("configs") :] if "configs" in folders else ()
     return FOLDER.joinpath(*below, name)
 
@@ -64,17 +65,20 @@ def complete(config: Any, folder: Path) -> None:
     given = trainer["callbacks"] or []
     given = given if isinstance(given, list) else [given]
     classes = [class_of(callback) for callback in given]
+    # The module's class says which metric selects; it is not built yet.
     added: list[dict[str, Any]] = []
     if trainer["enable_checkpointing"] is not False and not any(issubclass(cls, Checkpoint) for cls in classes):
         model = config.get("model") or {}
         selection = getattr(class_of(model), "selection_metric", None) if model.get("class_path") else None
         added += checkpoints(selection)
+    # The monitor of learning rates refuses a trainer without a logger.
     if trainer["logger"] is not False and not any(issubclass(cls, LearningRateMonitor) for cls in classes):
         added.append({"class_path": f"{_CALLBACKS}LearningRateMonitor", "init_args": {"logging_interval": "step"}})
     if added:
         parser = ArgumentParser(exit_on_error=False)  # fills in what each class has by default
         parser.add_argument("--callbacks", type=list[Callback])
         trainer["callbacks"] = [*given, *parser.parse_object({"callbacks": added})["callbacks"]]
+    # SLURM's checkpoint and what is written without a logger lie with the run too.
     if trainer["default_root_dir"] is None:
         trainer["default_root_dir"] = _root(trainer["logger"], folder)
 

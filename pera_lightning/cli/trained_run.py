@@ -83,6 +83,7 @@ class Trained:
                 "pera_lightning.merge or export_peft"
             )
         self.run = run_folder(path)
+        # The checkpoint says what was injected; the config only which base and data.
         state, spec = read_trained(path)
         load_network(self.module, state, spec, path)
         self.notes = other_adapter(cli.config_init["adapter"], self.module.model)  # type: ignore[arg-type]
@@ -97,6 +98,7 @@ class Trained:
 
     def class_names(self) -> list[str] | None:
         """Names of the classes, of data that are read anyway or as the fit wrote them down; None if unknown."""
+        # Nothing is read for names alone: the fit wrote them into splits/.
         if self._ready and hasattr(self.data, "class_names"):
             return [str(name) for name in self.data.class_names]
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
@@ -163,6 +165,7 @@ def configured(words: Sequence[str]) -> list[str]:
         raise ConfigurationError("no --ckpt_path: give a checkpoint of a run, or an adapter folder")
     if not values_of(words, CONFIG_FLAGS):
         return ["--config", str(_config_of(path)), *words]
+    # "--config FILE" moves with its value.
     configs: list[str] = []
     others: list[str] = []
     rest = iter(words)
@@ -219,9 +222,11 @@ def load_network(module: AdapterModule, state: dict[str, Tensor], spec: dict[str
         spec: description of the injection.
         source: where they come from, for messages.
     """
+    # Number of classes and the like, where the fit took them from the data.
     module.settle(state)
     network = module.build_network()
     check_plain(network, state, spec, source, check_base=True)
+    # Injected as described, then compared by fingerprint and names, before anything is loaded.
     module.adapter_injection = lambda plain: inject_spec(plain, spec)
     module.model = module.injected(network)
     check_injection(spec, injection_of(network), source)  # type: ignore[arg-type]
@@ -252,6 +257,7 @@ def attach(module: AdapterModule, data: LightningDataModule) -> None:
         trainer = Trainer(accelerator="cpu", devices=1, fast_dev_run=True, **quiet)
     finally:
         log.setLevel(level)
+    # The handshake of module and data goes through the trainer, see `pera_lightning.data.base`.
     trainer.strategy.connect(module)
     trainer.state.fn = TrainerFn.FITTING
     trainer.datamodule = data

@@ -22,17 +22,24 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_c
     Returns:
         Lines without a newline at the end.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none")
-    narrowest = []
-    for k, (title, *cells) in enumerate(zip(header, *rows, strict=True)):
-        text = k < text_columns
-        narrowest.append(max(len(one) for cell in (title, *cells) for one in (cell.split(" ") if text else [cell])))
-        table.add_column(title, justify="left" if text else "right", no_wrap=not text, min_width=narrowest[-1])
-    for row in rows:
-        table.add_row(*row)
     out = io.StringIO()
     console = Console(file=out, color_system=None, highlight=False, markup=False, emoji=False)
-    # Where even wrapped text does not fit, lines run over rather than lose digits.
-    console.width = max(console.width, sum(narrowest) + 2 * (len(narrowest) - 1))
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    # Titles and text may wrap at each word, numbers stay in one piece.
+    least = []
+    for k, (title, *cells) in enumerate(columns):
+        pieces = [piece for cell in cells for piece in (cell.split(" ") if k < text_columns else [cell])]
+        least.append(max(map(len, [*title.split(" "), *pieces])))
+    # The widest columns give way; where nothing can, lines run over rather than lose digits.
+    while sum(widths) + 2 * (len(widths) - 1) > console.width and widths != least:
+        widest = max(range(len(widths)), key=lambda k: (widths[k] > least[k], widths[k]))
+        widths[widest] -= 1
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none")
+    for k, (title, width) in enumerate(zip(header, widths, strict=True)):
+        table.add_column(title, justify="left" if k < text_columns else "right", width=width)
+    for row in rows:
+        table.add_row(*row)
+    console.width = sum(widths) + 2 * len(widths)
     console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

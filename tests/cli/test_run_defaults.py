@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pera_lightning.cli.lightning_cli import PeraCLI
-from pera_lightning.cli.run_defaults import run_folder
+from pera_lightning.cli.run_defaults import default_folder
 from tests.run_helpers import QUICKSTART
 
 
@@ -23,7 +23,7 @@ from tests.run_helpers import QUICKSTART
     ],
 )
 def test_the_folder_of_a_run_is_told_by_its_first_config(words, folder):
-    assert run_folder(words) == Path(folder)
+    assert default_folder(words) == Path(folder)
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ def chosen_options(config: Any) -> dict[str, Any]:
     for name in ("format", "output"):
         if not config[name]:
             raise ConfigurationError(f"no --{name}: give " + (", ".join(_ACTING) if name == "format" else "a folder"))
+    # An option without effect is refused rather than ignored.
     names = dict.fromkeys(name for acting in _ACTING.values() for name in acting)
     given = {name: config[name] for name in names if config[name] is not None}
     idle = [name for name in given if name not in _ACTING[config["format"]]]
@@ -98,6 +99,7 @@ def merge_options(trained: Trained, mode: str | None, count: int | None) -> dict
 
     A calibration needs its data anyway. The static mode needs none, and is measured where batches are asked for.
     """
+    # Training batches fit the linear map; validation batches, which it has not seen, measure it.
     options: dict[str, Any] = {} if mode is None else {"method": mode}
     if mode == "calibrated":
         options["batches"] = trained.calibration_batches(count or BATCHES)
@@ -141,6 +143,7 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
     )
     load = f"peft.PeftModel.from_pretrained(base, {output!r})"
     if report.max_lora_rank is not None:
+        # vLLM takes adapters up to rank 16 unless told otherwise.
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(report.max_lora_rank)]
         load = shlex.join([*words, "--lora-modules", f"{Path(output).name}={output}"])
     _told(trained, report, load)

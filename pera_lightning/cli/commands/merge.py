@@ -41,6 +41,7 @@ def run(args: Sequence[str]) -> None:
         check_positive_int(count, "batches")
     if output:
         check_output_folder(output, overwrite=overwrite, apart=cli.read())
+    # Everything that can be refused is refused before the base is loaded.
     trained = Trained(cli)
     module = trained.module
     options = merge_options(trained, cli.config["mode"], count or BATCHES)

@@ -40,6 +40,7 @@ def run(args: Sequence[str]) -> None:
     module, injector = cli.model, cli.config_init["adapter"].injector()
     if not hasattr(module, "dry_run"):
         raise ConfigurationError(f"{type(module).__name__} has no dry_run: params works on this package's modules")
+    # The head's size is counted too; a fit would ask the data for it.
     if module.classes_argument and module.classes is None:
         if not hasattr(cli.datamodule, "expected_classes"):
             raise ConfigurationError(
@@ -59,6 +60,7 @@ def run(args: Sequence[str]) -> None:
     options = {name: value for name, value in given.items() if name == "answer_length"}
     if options and "answer_length" not in inspect.signature(module.example_batch).parameters:
         raise ConfigurationError(f"answer_length={options['answer_length']} acts on language models only")
+    # On the meta device: shapes and types, no weights.
     module.adapter_injection = injector
     module.build_injected(weights=False)
     print(injection_of(module.model).report)

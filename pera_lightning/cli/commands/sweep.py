@@ -102,6 +102,7 @@ def run(args: Sequence[str]) -> None:
     """
     if "--help" in args or "-h" in args:
         SweepCLI(["--help"])
+    # Nothing is written before all is read: a wrong config is refused before the first run.
     check_alone(os.environ)
     request = read_request(args)
     folder = output_folder(request)
@@ -115,6 +116,7 @@ def run(args: Sequence[str]) -> None:
     if request.dry_run:
         _print_plan(folder, plan, before, request.words)
         return
+    # Another sweep may have come first between reading the folder and locking it.
     with locked(folder) as lock, Processes(lock) as processes:
         if read_sweep(folder) != before:
             raise ConfigurationError(f"{folder} was written by another sweep meanwhile: give the command again")
@@ -176,6 +178,7 @@ def read_plan(folder: Path, request: Request, before: Mapping[str, Any] | None) 
     Raises:
         PeraError: for a config that fit would not take, or that a sweep cannot place.
     """
+    # Every setting is parsed once, with any seed; runs of a setting differ in the seed alone.
     combinations = settings(request.grid)
     parsed = [parse(request, values, told=bool(request.grid)) for values in combinations]
     for one in parsed:
@@ -184,6 +187,7 @@ def read_plan(folder: Path, request: Request, before: Mapping[str, Any] | None) 
     planned = runs(request.grid, seeds)
     by_name = {setting_name(values): one for values, one in zip(combinations, parsed, strict=True)}
     check_starts(folder, request, planned, by_name)
+    # A later sweep of the folder is compared in the setting that the first one noted, swept or not.
     reference = combinations[0] if before is None else before["reference"]
     shared = parsed[combinations.index(reference)] if reference in combinations else parse(request, reference)
     return Plan(
@@ -230,6 +234,7 @@ def check_starts(folder: Path, request: Request, planned: Sequence[Run], parsed:
     Raises:
         PeraError: for a module that a run could not train.
     """
+    # Where no word has the seed in it, the setting's config serves all its runs.
     own = any(SEED in word for word in request.words)
     for run in planned:
         one, place = parsed[setting_name(run.values)], folder / run.name
@@ -313,6 +318,7 @@ def _print_plan(folder: Path, plan: Plan, before: Mapping[str, Any] | None, word
         place = folder / run.name
         complete = is_complete(place, records.get(run.name))
         fitted = fit_finished(place)
+        # As a sweep would find it now.
         status = COMPLETE if complete else "to be tested" if fitted else "to be run"
         print(f"[{k}/{len(plan.runs)}] {run.name}: {status}")
         own = run_words(run, place, words, plan.placements[setting_name(run.values)])

@@ -60,6 +60,7 @@ def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
     """
     if len(summary) < 2:
         return [], ""
+    # Scores of unlike data cannot be compared: a best setting for each data.
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in summary:
         groups.setdefault(json.dumps(row["data"], sort_keys=True), []).append(row)
@@ -80,6 +81,7 @@ def _best_of(group: Sequence[Mapping[str, Any]], label: str | None) -> tuple[Map
     """The best of several settings of the same data, or None, and a line that says so."""
     of = "" if label is None else f" of {label}"
     by = [row["selection"] for row in group]
+    # One metric, in one direction, of all runs.
     kinds = {(one["name"], one["mode"]) for one in by if one is not None}
     if None in by or len(kinds) != 1:
         return None, f"No setting{of} is named best: the runs have no selection score that all of them share."
@@ -102,6 +104,7 @@ def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
     """Words for the data of each group of settings, those of the grid where these tell them apart."""
     if len(groups) == 1:
         return [None]
+    # Keys of the grid name the data where each group has one value of them, and not all the same.
     keys = [
         key
         for key in groups[0][0]["values"]
@@ -111,6 +114,7 @@ def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
     by_grid = [setting_name({key: group[0]["values"][key] for key in keys}) for group in groups]
     if keys and len(set(by_grid)) == len(groups):
         return list(by_grid)
+    # Else the facts that differ do.
     facts = [group[0]["data"] for group in groups]
     unlike = [key for key in dict.fromkeys(key for one in facts for key in one) if _differs(key, facts)]
     return [", ".join(f"{key}={_value(one.get(key, []))}" for key in unlike) for one in facts]

@@ -88,6 +88,7 @@ def locked(folder: Path) -> Iterator[int]:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): give another --output") from None
+    # The lock is the kernel's: it goes with the last process that holds it, however that ends.
     try:
         try:
             flock(lock, LOCK_EX | LOCK_NB)
@@ -139,6 +140,7 @@ def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
     Raises:
         DataError: where the disk is full, or the folder gone.
     """
+    # Summed up from all runs of the folder, those of earlier sweeps too.
     sweep["summary"] = summarise(sweep["runs"])
     sweep["best"], sweep["best_text"] = best_settings(sweep["summary"])
     try:
@@ -168,6 +170,7 @@ def is_complete(run: Path, record: Mapping[str, Any] | None) -> bool:
         return False
     file = run / record["results"]
     time = _written(file)
+    # A test by hand with other words would write other results into the same place.
     if time is None or digest(file) != record["results_sha256"]:
         return False
     return all(time >= written for written in _checkpoint_times(run))

@@ -35,6 +35,7 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
     best = folder / "best.ckpt"
     if best in files:
         return "best", selection(read_checkpoint(best), best.name)
+    # Any checkpoint says which file its callback holds for the best.
     checkpoint = read_checkpoint(files[-1])
     for _, state in keepers(checkpoint):
         best = folder / Path(state["best_model_path"]).name
@@ -65,6 +66,7 @@ def selection(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any] | None
     """
     for key, state in keepers(checkpoint):
         if Path(state["best_model_path"]).name == name and (found := _KEEPER.fullmatch(key)):
+            # The callback's key in the file holds its options: ModelCheckpoint{'monitor': …, 'mode': 'max', …}.
             mode = literal_eval(found[1]).get("mode", "min")
             score = float(state["best_model_score"])
             return {"name": state["monitor"], "mode": mode, "score": score if isfinite(score) else None}

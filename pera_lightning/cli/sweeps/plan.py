@@ -54,6 +54,7 @@ def read_request(words: Sequence[str]) -> Request:
     Raises:
         ConfigurationError: for wrong values of sweep's own options, and for options that sweep sets itself.
     """
+    # Sweep's own options are taken out; all other words go to every run, unread.
     request, rest = Request(), list(words)
     while rest:
         word = rest.pop(0)
@@ -72,6 +73,7 @@ def read_request(words: Sequence[str]) -> Request:
                 _once(option, request.output)
                 request.output = value
             else:
+                # One --grid may be followed by several keys.
                 entries = [value]
                 while rest and not rest[0].startswith("-"):
                     entries.append(rest.pop(0))
@@ -134,6 +136,7 @@ def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
     if parts is None or not all(parts):
         problem = "brackets or quotes that do not close" if parts is None else "one of its values is empty"
         raise ConfigurationError(f"--grid {text}: {problem}")
+    # 1e-3 and 0.001 are one value.
     written = [canonical(part) for part in parts]
     for part in written:
         if written.count(part) > 1:
@@ -190,6 +193,7 @@ def runs(grid: Mapping[str, Sequence[str]], seeds: Iterable[int]) -> list[Run]:
     """
     seeds = list(seeds)
     planned = [Run(run_name(values, seed), values, seed) for values in settings(grid) for seed in seeds]
+    # On some file systems a.txt and A.txt are one file.
     folded: dict[str, str] = {}
     for run in planned:
         other = folded.setdefault(run.name.casefold(), run.name)
@@ -205,6 +209,7 @@ def run_name(values: Mapping[str, str], seed: int) -> str:
     short = short_keys(values)
     end = f"_seed={seed}"
     name = "_".join(f"{short[key]}={_safe(canonical(text))}" for key, text in values.items())
+    # A name that is too long ends with a digest of all of it.
     if len(name) + len(end) > _NAME_LENGTH:
         name = f"{name[: _NAME_LENGTH - len(end) - 9]}-{_digest(name)}"
     return name + end
@@ -222,6 +227,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
     short = {}
     for key in keys:
         parts = key.split(".")
+        # From the last part on, until no other key ends in the same parts.
         for k in range(1, len(parts) + 1):
             short[key] = ".".join(parts[-k:])
             if not any(other != key and f".{other}".endswith(f".{short[key]}") for other in keys):

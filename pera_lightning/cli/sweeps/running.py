@@ -92,6 +92,7 @@ class Sweep:
         print(f"Runs in {self.folder}: {len(self.wanted)}; the output of each is in its {LOG}", flush=True)
         for k, run in enumerate(self.wanted, 1):
             record, place = self.records[run.name], self.folder / run.name
+            # What is complete is kept, whichever sweep ran it.
             kept = is_complete(place, record)
             if not kept:
                 record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})
@@ -110,12 +111,14 @@ class Sweep:
 
     def _run(self, run: Run, record: dict[str, Any], place: Path) -> None:
         words = run_words(run, place, self.words, self.placements[setting_name(run.values)])
+        # A run that was stopped goes on from its own last checkpoint.
         if not fit_finished(place):
             code, seconds = self._process("fit", [*words, *going_on(place)], place)
             record["fit_seconds"] += seconds
             if code != 0 or not fit_finished(place):
                 self._not_done(record, "fit", code, place)
                 return
+        # Written before the test, so that a sweep that is killed now does not train again.
         record["status"] = "fitted"
         self._write()
         if self.processes.signal is not None:
@@ -125,6 +128,7 @@ class Sweep:
         except CheckpointError as error:
             record.update(status="failed", error=str(error))
             return
+        # Results must be new: an earlier test may have left some.
         before = identity(find_results(place))
         code, record["test_seconds"] = self._process("test", [*words, "--ckpt_path", checkpoint], place)
         results = find_results(place)

@@ -56,6 +56,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(setting_name(record["values"]), []).append(record)
     rows = []
     for group in groups.values():
+        # A metric is summed up over the runs that have it.
         names = dict.fromkeys(name for record in group for name in record["metrics"])
         parameters = {record["trainable_parameters"] for record in group}
         rows.append(
@@ -123,6 +124,7 @@ def _measured(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """A row for each run, complete or not; what a run does not have is left empty."""
+    # Earlier sweeps of the folder may have had other metrics.
     keys = list(dict.fromkeys(key for record in records for key in record["values"]))
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
     short = short_keys(keys)

@@ -117,7 +117,8 @@ def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]
     columns = [*first, *(key for key in columns if key not in first + last), *last]
     records = [*rows, {"set": "average", **average_row(rows, main_metric)}]
-    return format_table(columns, [[_cell(key, record.get(key)) for key in columns] for record in records])
+    titles = [key.replace("_", " ") for key in columns]
+    return format_table(titles, [[_cell(key, record.get(key)) for key in columns] for record in records])
 
 
 def _cell(key: str, value: Any) -> str:
