@@ -132,7 +132,7 @@ def test_the_device_decides_what_dropout_keeps(memory, small):
         (["--memory", "--devices", "8;32"], "devices='8;32': whole numbers from 2 on are needed"),
         (["--devices", "8"], "--devices acts with --memory only"),
         (["--answer_length", "8"], "--answer_length acts with --memory only"),
-        (["--memory", "--answer_length", "0"], "answer_length=0: at least 1 token is needed"),
+        (["--memory", "--answer_length", "0"], "answer_length=0: a positive integer is needed"),
         (["--memory", "--answer_length", "8"], "answer_length=8 acts on language models only"),
         (["--memory", "--trainer.precision", "bf16-true"], "--memory knows 32-true, bf16-mixed, 16-mixed; closest: bf"),
         (["--memory", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"], "BoringModel has no dry_run"),

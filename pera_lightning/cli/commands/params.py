@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.inject import injection_of
+from pera_lightning.validation import check_positive_int
 
 
 class ParamsCLI(ConfiguredCLI):
@@ -58,6 +59,8 @@ def run(args: Sequence[str]) -> None:
 
     devices = device_counts(given.get("devices", "8,32"))
     options = {name: value for name, value in given.items() if name == "answer_length"}
+    if options:
+        check_positive_int(options["answer_length"], "answer_length")
     if options and "answer_length" not in inspect.signature(module.example_batch).parameters:
         raise ConfigurationError(f"answer_length={options['answer_length']} acts on language models only")
     # On the meta device: shapes and types, no weights.
