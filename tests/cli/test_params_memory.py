@@ -153,7 +153,7 @@ def test_wrong_input_is_one_line(pera, words, expected):
 def test_labels_on_all_tokens_take_no_answer_length(pera, small):
     words = ["--config", PERA_CONFIG, "--model.model_name", small, "--data.protocol", "llm_adapters"]
     result = pera("params", *words, "--memory", "--answer_length", "4")
-    assert result.err.splitlines()[-1] == "error: answer_length=4: labels of llm_adapters are on all tokens"
+    assert result.err.splitlines()[-1] == "error: answer_length=4: protocol llm_adapters has labels on all tokens"
 
 
 @pytest.mark.slow
