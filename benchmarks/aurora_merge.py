@@ -68,7 +68,7 @@ def score(network: nn.Module, loader: Any) -> tuple[float, float, Measured]:
 def measure(run: Trained, batches: int) -> dict[str, dict[str, float]]:
     """Each row's accuracy, loss, and relative change of the logits against the dynamic model."""
     network, forward = run.module.model, run.module.outputs_and_loss
-    fit = run.training_batches(batches)
+    fit = run.calibration_batches(batches)
     run.data.setup("test")
     loader = run.data.test_dataloader()
     *figures, before = score(network, loader)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from pera_lightning.cli.lightning_cli import PeraCLI
+from pera_lightning.cli.run_defaults import default_folder
 from pera_lightning.tasks.image_classification.datasets import CATALOGUE
 from tests.run_helpers import ROOT
 
@@ -117,7 +119,7 @@ COUNTED = {
     "hira/convai2_llama3_8b_r32": ("HiRA", 56_623_104, 0.7002),
     "aurora/commonsense_llama3_8b_r2": ("AuroRA", 3_542_144, None),
 }
-# Learning rate, rows in a batch, epochs, protocol.
+# Learning rate, examples in a batch, epochs, protocol.
 SETTINGS = {
     "PERA": (1e-4, 16, 3, "hira"),
     "LoRA": (1e-4, 16, 3, "hira"),
@@ -219,13 +221,9 @@ def test_the_header_says_how_to_run_it(path):
     assert f"python cli.py fit --config {own}" in header
     for named_config in re.findall(r"configs/[\w/.]+\.yaml", header):
         assert named_config == own
-    trainer = yaml.safe_load(text)["trainer"]
-    logger = trainer["logger"]["init_args"]
-    folder = f"{logger['save_dir']}/{logger['name']}"
     kept = "last" if path in DREAMBOOTH else "best"  # nothing is measured that would select
-    assert f"python cli.py test --config {own} --ckpt_path {folder}/checkpoints/{kept}.ckpt" in header
-    assert trainer["default_root_dir"] == folder
-    assert trainer["callbacks"][0]["init_args"]["filename"] == kept
+    assert f"python cli.py test --config {own} --ckpt_path {kept}" in header
+    assert not {"logger", "callbacks", "default_root_dir"} & yaml.safe_load(text)["trainer"].keys()  # the defaults'
     for part in ("Stands for:", "Hardware"):
         assert part in header
     assert ("The paper reports:" in header) == (path in IMAGES and path.stem != "quickstart")
@@ -241,16 +239,15 @@ def test_paper_configs_differ_where_they_must_only(path):
         for key in ("lr", "head_lr", "weight_decay", "model_name"):
             del config["model"]["init_args"][key]
         del config["data"]["init_args"]["dataset"]
-        del config["trainer"]["default_root_dir"]
-        del config["trainer"]["logger"]["init_args"]["name"]
         return config
 
     assert rest(path) == rest(PAPER_IMAGES[0])
 
 
 def test_the_log_folders_are_all_different():
-    folders = [yaml.safe_load(path.read_text())["trainer"]["default_root_dir"] for path in CONFIGS]
-    assert len(set(folders)) == len(CONFIGS)
+    folders = {default_folder(["--config", str(path)]) for path in CONFIGS}
+    assert len(folders) == len(CONFIGS)
+    assert {Path("runs/quickstart"), Path("runs/paper/pera/roberta_base_rte")} <= folders
 
 
 def test_dry_runs_take_no_memory(monkeypatch):
@@ -353,20 +350,16 @@ def test_the_values_of_the_language_papers(path):
 
 
 def test_flagships_are_rows_of_the_papers():
-    """But for the folder, the flagships that a paper's folder repeats are the same."""
-
-    def rest(path):
-        config = yaml.safe_load(path.read_text())
-        del config["trainer"]["default_root_dir"], config["trainer"]["logger"]["init_args"]
-        return config
-
+    """The flagships that a paper's folder repeats are the same."""
     folder = ROOT / "configs"
     for flagship, row in (
         ("pera", "pera/commonsense_llama3_8b_r32"),
         ("hira", "hira/commonsense_llama3_8b_r32"),
         ("aurora", "aurora/commonsense_llama3_8b_r2"),
     ):
-        assert rest(folder / f"commonsense_llama3_{flagship}.yaml") == rest(folder / "paper" / f"{row}.yaml")
+        paths = folder / f"commonsense_llama3_{flagship}.yaml", folder / "paper" / f"{row}.yaml"
+        one, other = (yaml.safe_load(path.read_text()) for path in paths)
+        assert one == other
 
 
 def test_the_control_differs_in_the_method_alone():
@@ -375,7 +368,6 @@ def test_the_control_differs_in_the_method_alone():
     ]
     for config in configs:
         assert config["adapter"]["method"].pop("class_path") in ("PERA", "LoRA")
-        del config["trainer"]["default_root_dir"], config["trainer"]["logger"]["init_args"]
     assert configs[0] == configs[1]
 
 

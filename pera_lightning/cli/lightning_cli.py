@@ -1,9 +1,8 @@
-"""LightningCLI with adapters: the `adapter` group, one-line errors, and command-line values that always win."""
+"""LightningCLI with adapters: the `adapter` group, what all runs share, and one-line errors."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -21,9 +20,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import pera_lightning
 from pera_lightning.adapters.registry import registered_methods
+from pera_lightning.cli.checkpoints import (
+    EVALUATIONS,
+    check_checkpoint_exists,
+    checkpoint_of_run,
+    resuming_command,
+    warn_without_last,
+)
 from pera_lightning.cli.lost_process import lost_process
 from pera_lightning.cli.messages import explain
-from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
+from pera_lightning.cli.run_defaults import complete, default_folder, default_logger
+from pera_lightning.errors import PeraError, UnknownNameError, closest
 from pera_lightning.training._lightning_internals import hpc_resume_path
 from pera_lightning.training.callback import AdapterInjection
 
@@ -44,13 +51,14 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser, whose error the outer one may recover from
             super().error(message, ex)
+        # The options of the command that was given, for suggestions, not those of the outer parser.
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
         raise InputError(explain(message, options, known_classes()))
 
 
 class InputError(PeraError, SystemExit):
-    """Wrong input on the command line; a `SystemExit` so that the parser does not take it for a failed alternative."""
+    """Wrong input on the command line; a `SystemExit`, since the parser takes other errors for a failed alternative."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -58,7 +66,7 @@ class InputError(PeraError, SystemExit):
 
 
 def known_classes() -> dict[str, list[str]]:
-    """The short class names that the config's groups take."""
+    """The short class names that the groups of a config take."""
     return {
         "adapter.method": list(registered_methods()),
         **{group: [each.__name__ for each in classes] for group, classes in _CLASSES.items()},
@@ -72,7 +80,10 @@ class PeraCLI(LightningCLI):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
+        self._folder = default_folder(self._words)
         defaults: dict[str, Any] = {
+            "trainer_defaults": {"logger": default_logger(self._folder)},
             "save_config_callback": SaveConfigAtStart,
             "save_config_kwargs": {"overwrite": True},
             "parser_class": OneLineParser,
@@ -80,14 +91,17 @@ class PeraCLI(LightningCLI):
             "auto_configure_optimizers": False,
             "seed_everything_default": 0,
         }
-        self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
         super().__init__(**{**defaults, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AdapterInjection, "adapter")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        complete(self.config.get(str(self.config.get("subcommand")), self.config), self._folder)
+
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let the checkpoint's hyperparameters override what the command line says."""
+        """Does nothing: Lightning would let the checkpoint's hyperparameters override what the command line says."""
 
     def instantiate_classes(self) -> None:
         try:
@@ -96,7 +110,7 @@ class PeraCLI(LightningCLI):
             raise PeraError(explain(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer with the adapter callback before all others."""
+        """Builds the trainer with the adapter callback before all others, which may copy the model at their setup."""
         config = {**self._get(self.config_init, "trainer", default=Namespace()), **kwargs}
         others = config.get("callbacks") or []
         others = others if isinstance(others, list) else [others]
@@ -105,7 +119,7 @@ class PeraCLI(LightningCLI):
         return self._instantiate_trainer(config, [])
 
     def before_fit(self) -> None:
-        """Tells the callback what to go on with where a signal stops the fit."""
+        """Tells the callback the command that goes on with the fit where a signal stops it."""
         self._get(self.config_init, "adapter").preemption.command = resuming_command(self._words)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -114,6 +128,7 @@ class PeraCLI(LightningCLI):
         if subcommand in EVALUATIONS and given is None:
             rank_zero_warn(f"{subcommand} without --ckpt_path: adapters and head are as initialised, not trained")
         elif subcommand in EVALUATIONS and given in ("best", "last"):
+            # Lightning knows these names only in the process that trained.
             arguments["ckpt_path"] = checkpoint_of_run(given, self.trainer.log_dir)
         elif subcommand == "fit" and given is not None and (found := self._written_before_requeue()):
             rank_zero_warn(f"requeued by SLURM: going on from {found}, not from --ckpt_path {given}")
@@ -130,7 +145,7 @@ class PeraCLI(LightningCLI):
 
 
 class SaveConfigAtStart(SaveConfigCallback):
-    """Writes a fit's config when its training starts: a fit that is refused leaves that of an earlier one."""
+    """Writes a fit's config when its training starts, so that a fit that is refused leaves an earlier run's."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -141,7 +156,7 @@ class SaveConfigAtStart(SaveConfigCallback):
 
 
 class ConfiguredCLI(PeraCLI):
-    """Parses and builds model, data and adapter, and no trainer: for commands that train nothing."""
+    """Parses and builds model, data and adapter but no trainer, for commands that train nothing."""
 
     def __init__(self, args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -151,60 +166,8 @@ class ConfiguredCLI(PeraCLI):
         return None
 
 
-EVALUATIONS = ("validate", "test", "predict")
-
-
-def resuming_command(words: Sequence[str]) -> str:
-    """The shell command of a fit, to which the checkpoint that it goes on from is to be added.
-
-    Args:
-        words: the fit's own, after the program's name.
-    """
-    option = "--ckpt_path"
-    kept = [
-        word
-        for word, before in zip(words, ["", *words], strict=False)
-        if option not in (before, word, word.partition("=")[0])
-    ]
-    program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *kept])
-
-
-def checkpoint_of_run(name: str, log_dir: str | None) -> str:
-    """The file that ``--ckpt_path best`` or ``last`` means in a process that did not train.
-
-    Args:
-        name: "best" or "last".
-        log_dir: the run's folder.
-
-    Raises:
-        PeraError: where the folder has no such file.
-    """
-    path = Path(log_dir or ".") / "checkpoints" / f"{name}.ckpt"
-    if not path.is_file():
-        raise PeraError(f"--ckpt_path {name}: {path} does not exist; give the checkpoint's file")
-    return str(path)
-
-
-def check_checkpoint_exists(given: str | None, log_dir: str | None) -> None:
-    """Raises `PeraError` for a local file that is not there, naming the checkpoints of the run's folder."""
-    if given is None or given in ("best", "last", "hpc", "registry") or ":" in given or Path(given).exists():
-        return
-    there = [str(path) for path in sorted((Path(log_dir or ".") / "checkpoints").glob("*.ckpt"))]
-    raise PeraError(f"checkpoint {given} does not exist{f'; this run has {listed(there)}' if there else ''}")
-
-
-def warn_without_last(trainer: Trainer) -> None:
-    """Says where a fit with ``--ckpt_path last`` finds nothing to go on from, and begins anew."""
-    keeper = trainer.checkpoint_callback
-    folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.log_dir or ".") / "checkpoints")
-    if keeper is not None and not any(folder.glob("last*.ckpt")):
-        rank_zero_warn(f"--ckpt_path last: {folder} has no last.ckpt; the fit starts from the beginning")
-        warnings.filterwarnings("ignore", message=r".*ckpt_path=.last.. is set, but there is no last checkpoint")
-
-
 def check_strategy(name: Any) -> None:
-    """Raises `UnknownNameError` for the name of a strategy that there is not."""
+    """Raises `UnknownNameError` for an unknown name of a strategy."""
     known = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(name, str) and name not in known:
         raise UnknownNameError(f"strategy={name!r} does not exist; give auto, ddp or fsdp2{closest(name, known)}")
@@ -220,7 +183,7 @@ def run(args: Sequence[str]) -> None:
     """Runs fit, validate, test or predict.
 
     Args:
-        args: the command and its options.
+        args: command and its options.
 
     Raises:
         PeraError: for wrong input.
@@ -234,10 +197,12 @@ def run(args: Sequence[str]) -> None:
     except (MisconfigurationException, OSError) as error:
         raise PeraError(str(error)) from error
     except (ValueError, TypeError, ArithmeticError) as error:
+        # Lightning's checks of the trainer's values are wrong input; elsewhere these are bugs, with a traceback.
         if isinstance(error, PeraError) or not raised_by_lightning(error):
             raise
         raise PeraError(f"{type(error).__name__}: {error}") from error
     except RuntimeError as error:
+        # The process that ended first has the error that matters; the others point at it.
         if line := lost_process(error):
             raise PeraError(line) from error
         raise

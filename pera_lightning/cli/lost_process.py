@@ -1,4 +1,4 @@
-"""One line for the errors by which a process learns that another one of its run is gone, or does not answer."""
+"""One line for the errors by which a process learns that another one of its run has ended, or does not answer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ _SILENT = re.compile(r"timed? ?out", re.I)
 
 
 def lost_process(error: BaseException) -> str | None:
-    """Words an error of a collective operation that another process is at the bottom of; None for any other error.
-
-    Args:
-        error: of gloo, NCCL or torch's store.
-    """
+    """Words an error of gloo, NCCL or torch's store that another process is the cause of; None for any other error."""
     text = shorten(str(error))
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo/transport" in text):
         return None
     if _SILENT.search(text):
         what = (
-            "another process of this run did not answer in time: it hangs, or works alone for longer than the timeout "
-            "of the strategy, which can be set"
+            "another process of this run did not answer in time: it hangs, or works alone for longer than the "
+            "strategy's timeout"
         )
     elif _ENDED.search(text):
         what = (
-            "another process of this run has ended, and so does this one: see its own error above, or in the log of "
-            "its node; one that was killed (memory?) leaves none"
+            "another process of this run has ended: see its own error above, or in the log of its node; one that was "
+            "killed (memory?) leaves none"
         )
     else:
         return None

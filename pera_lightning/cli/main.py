@@ -49,7 +49,7 @@ def usage() -> str:
             "examples:",
             "  python cli.py fit --config configs/quickstart.yaml",
             "  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8",
-            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --method calibrated --output DIR",
+            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --mode calibrated --output DIR",
             "  python cli.py COMMAND --help   every key of a command",
         ]
     )
@@ -71,6 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     try:
+        # Each command is imported when it is asked for: Lightning alone takes seconds.
         words = find_configs(words)
         if words[0] in OWN_COMMANDS:
             module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
@@ -89,6 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def fail(message: str) -> None:
     """Prints one line and exits with 2; of an error in a loader's worker, the line that says what was wrong."""
     if "Original Traceback" in message:
+        # The last line of a worker's traceback is "ErrorClass: message".
         message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"error: {shorten(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -113,7 +115,8 @@ def find_configs(words: list[str]) -> list[str]:
 def _config(value: str) -> str:
     if Path(value).is_file() or value.lstrip().startswith("{"):
         return value
-    package = Path(__file__).resolve().parent
+    # Installed, the configs lie in the package; in a checkout beside it.
+    package = Path(__file__).resolve().parents[1]
     shipped = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
     if shipped is not None:
         inside = shipped / value.removeprefix("configs/")

@@ -24,13 +24,11 @@ def explain(message: str, options: Iterable[str] = (), classes: Mapping[str, Ite
     """Finds the telling line of a parser's message and puts the key before it.
 
     Args:
-        message: what jsonargparse says, over one line or many.
-        options: the command's own options (``--trainer.max_epochs``), for suggestions.
-        classes: key ("adapter.method") to the short class names that it takes, for suggestions.
-
-    Returns:
-        One line.
+        message: message of jsonargparse, over one line or many.
+        options: options of the command (``--trainer.max_epochs``), for suggestions.
+        classes: short class names that a key ("adapter.method") takes, for suggestions.
     """
+    # Errors of nested parsers are nested too: the parts of the key come one after the other.
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     for pattern in _TELLING:
         found = re.search(pattern, message)
@@ -38,6 +36,7 @@ def explain(message: str, options: Iterable[str] = (), classes: Mapping[str, Ite
             break
     else:
         return shorten(message)
+    # Each kind of line has its own wording; those without a group are clear as they are.
     given = found.groupdict()
     text = found[0].strip().removeprefix("- ")
     if option := given.get("option"):
@@ -64,9 +63,10 @@ def _owner(message: str) -> str:
 
 
 def _expected(message: str) -> str:
-    """What was given, and the types or values that are allowed."""
+    """A line with the types or values that are allowed, and what was given."""
     kinds = []
     for kind in re.findall(r"Expected a (?!path but)(.+?)(?:\. Got value: .*)?$", message, re.MULTILINE):
+        # "<class 'int'>" becomes int, "typing.Literal['a', 'b']" one of 'a', 'b'.
         plain = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
         values = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
         word = plain[1] if plain else f"one of {values[1]}" if values else kind
@@ -81,7 +81,7 @@ def _expected(message: str) -> str:
 
 
 def _option(message: str, option: str) -> str:
-    """An option that a class does not take, with those that it does."""
+    """A line for an option that a class does not take, with those that it takes."""
     owner = _owner(message)
     if not owner:
         return f"option {option!r} is not accepted"

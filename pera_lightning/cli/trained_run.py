@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import logging
 from argparse import SUPPRESS
-from collections.abc import Callable, Sequence
-from itertools import islice, pairwise
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
+from pera_lightning.cli.run_defaults import CONFIG_FLAGS, values_of
+from pera_lightning.data.base import draw_batches
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
 from pera_lightning.injection.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pera_lightning.injection.inject import injection_of
@@ -35,15 +35,13 @@ from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.module import AdapterModule
 
 BATCHES = 8
-_CONFIGS = ("--config", "-c")
-_SEED = 0  # of the batches that are drawn
 
 
 class TrainedCLI(ConfiguredCLI):
     """The config of a run, and which of its checkpoints is meant.
 
     Args:
-        words: after the command; without ``--config`` they get that of the run's folder.
+        words: words after the command; without ``--config`` they get that of the run's folder.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -56,8 +54,7 @@ class TrainedCLI(ConfiguredCLI):
 
     def read(self) -> list[str]:
         """What the command reads, and must not write over: the checkpoint, and the base where it is a folder."""
-        hparams = getattr(self.model, "hparams", {})
-        return [name for name in (self.config["ckpt_path"], hparams.get("model_name")) if name]
+        return [name for name in (self.config["ckpt_path"], self.model.hparams.get("model_name")) if name]
 
 
 class Trained:
@@ -67,9 +64,9 @@ class Trained:
         cli: the parsed command line.
 
     Attributes:
-        module: with its network.
-        run: the run's folder; None where the checkpoint lies elsewhere.
-        notes: one line for each thing that a reader should know.
+        module: the module, with its network.
+        run: folder of the run; None where the checkpoint lies elsewhere.
+        notes: what a reader should know, a line each.
 
     Raises:
         CheckpointError: where the checkpoint is missing, damaged, without adapters, or of another base.
@@ -80,10 +77,11 @@ class Trained:
         path, self.module, self._data = cli.config["ckpt_path"], cli.model, cli.datamodule
         if not isinstance(self.module, AdapterModule):
             raise ConfigurationError(
-                f"{type(self.module).__name__} is no module of this package: reload it with load_adapted and call "
+                f"{type(self.module).__name__} is not a module of this package: reload it with load_adapted and call "
                 "pera_lightning.merge or export_peft"
             )
         self.run = run_folder(path)
+        # The checkpoint says what was injected; the config only which base and data.
         state, spec = read_trained(path)
         load_network(self.module, state, spec, path)
         self.notes = other_adapter(cli.config_init["adapter"], self.module.model)  # type: ignore[arg-type]
@@ -97,35 +95,31 @@ class Trained:
         return self._data
 
     def class_names(self) -> list[str] | None:
-        """Names of the classes as the fit wrote them down, or as data tell them that are read anyway; else None."""
+        """Names of the classes, of data that are read anyway or as the fit wrote them down; None if unknown."""
+        # Nothing is read for names alone: the fit wrote them into splits/.
         if self._ready and hasattr(self.data, "class_names"):
             return [str(name) for name in self.data.class_names]
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
             names = json.loads(file.read_text(encoding="utf-8")).get("classes")
-            if names is not None and len(names) == _classes(self.module.hparams.get):
+            if names is not None and len(names) == self.module.classes:
                 return [str(name) for name in names]
         return None
 
-    def training_batches(self, count: int) -> list[Any]:
-        """Training rows as evaluation sees them, drawn by a fixed seed."""
+    def calibration_batches(self, count: int) -> list[Any]:
+        """Training batches as evaluation sees them, drawn by a fixed seed."""
         data = self._set_up()
-        if hasattr(data, "measuring_dataloader"):
-            return drawn(data.measuring_dataloader(), count)
-        if hasattr(data, "calibration_dataloader"):
-            return drawn(data.calibration_dataloader(), count)
-        return drawn(data.train_dataloader(), count)
+        if hasattr(data, "calibration_batches"):
+            return data.calibration_batches(count)
+        return draw_batches(data.train_dataloader(), count)
 
-    def validation_batches(self, count: int) -> list[Any]:
-        """Validation rows, drawn by a fixed seed; of several sets those of the first.
-
-        A data module whose validation is no set of rows has a `measuring_dataloader` of training rows instead.
-        """
+    def measuring_batches(self, count: int) -> list[Any]:
+        """Validation batches, drawn by a fixed seed; of several sets those of the first."""
         data = self._set_up()
-        if hasattr(data, "measuring_dataloader"):
-            self.notes.append("measured on training images: there are no others")
-            return drawn(data.measuring_dataloader(), count)
-        loaders = data.val_dataloader()
-        return drawn(loaders[0] if isinstance(loaders, (list, tuple)) else loaders, count)
+        if not hasattr(data, "measuring_batches"):
+            return draw_batches(data.val_dataloader(), count)
+        if data.measuring_note:
+            self.notes.append(data.measuring_note)
+        return data.measuring_batches(count)
 
     def _set_up(self) -> LightningDataModule:
         data = self.data
@@ -137,27 +131,23 @@ class Trained:
                 data.setup("fit")
             except (PeraError, OSError) as error:
                 raise DataError(
-                    f"the data cannot be had ({error}), and they are needed to measure a merge, or to calibrate one: "
-                    "say where they are by --data.…, or export without --method and --batches"
+                    f"the data cannot be had ({error}), and a merge is measured and calibrated on them: say where they "
+                    "are by --data.…, or export without --mode and --batches"
                 ) from None
             self._ready = True
-            there, head = _classes(lambda name: getattr(data, name, None)), _classes(self.module.hparams.get)
-            if None not in (there, head) and there != head:
-                raise ConfigurationError(
-                    f"the data have {there} classes, and the trained head {head}: give its own data"
-                )
+            self._check_classes(data)
         return data
 
-
-def _classes(value: Callable[[str], Any]) -> int | None:
-    """How many classes a head or a data set has, of which images and texts have names of their own."""
-    return next((count for name in ("num_classes", "num_labels") if (count := value(name)) is not None), None)
+    def _check_classes(self, data: LightningDataModule) -> None:
+        there, head = data.expected_classes() if hasattr(data, "expected_classes") else None, self.module.classes
+        if None not in (there, head) and there != head:
+            raise ConfigurationError(f"the data have {there} classes, and the trained head {head}: give its own data")
 
 
 def configured(words: Sequence[str]) -> list[str]:
-    """The words of a command, configs first; without any, that of the run which the checkpoint belongs to.
+    """Puts configs first; without any, that of the run which the checkpoint belongs to.
 
-    Configs first, since the `ckpt_path` of the fit that a config was written by would win over one given before it.
+    The `ckpt_path` in a config that a fit wrote would win over one given before the config.
 
     Raises:
         ConfigurationError: where no checkpoint is given, or no config is found; for options that would not act.
@@ -168,30 +158,21 @@ def configured(words: Sequence[str]) -> list[str]:
     adapter = next((word for word in words if word.partition("=")[0].partition(".")[0] == "--adapter"), None)
     if adapter is not None:
         raise ConfigurationError(f"{adapter} would not act: the adapters are those of the checkpoint; leave it out")
-    path = _value(words, ("--ckpt_path",))
+    path = next(reversed(values_of(words, ("--ckpt_path",))), None)
     if not path:
         raise ConfigurationError("no --ckpt_path: give a checkpoint of a run, or an adapter folder")
-    if _value(words, _CONFIGS) is None:
+    if not values_of(words, CONFIG_FLAGS):
         return ["--config", str(_config_of(path)), *words]
+    # "--config FILE" moves with its value.
     configs: list[str] = []
     others: list[str] = []
     rest = iter(words)
     for word in rest:
-        chosen = configs if word.partition("=")[0] in _CONFIGS else others
+        chosen = configs if word.partition("=")[0] in CONFIG_FLAGS else others
         chosen.append(word)
-        if word in _CONFIGS:
+        if word in CONFIG_FLAGS:
             chosen += islice(rest, 1)
     return [*configs, *others]
-
-
-def _value(words: Sequence[str], flags: Sequence[str]) -> str | None:
-    """The last value given to an option, None where there is none."""
-    values = []
-    for word, following in pairwise([*words, ""]):
-        name, equals, value = word.partition("=")
-        if name in flags:
-            values.append(value if equals else following)
-    return values[-1] if values else None
 
 
 def run_folder(path: str | Path) -> Path | None:
@@ -203,7 +184,7 @@ def run_folder(path: str | Path) -> Path | None:
 
 
 def _config_of(path: str) -> Path:
-    read_trained(path)  # a file that is no checkpoint has no run either
+    read_trained(path)  # a file that is not a checkpoint has no run either
     run = run_folder(path)
     if run is not None and (run / "config.yaml").is_file():
         return run / "config.yaml"
@@ -212,7 +193,7 @@ def _config_of(path: str) -> Path:
 
 
 def read_trained(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Adapters, heads and buffers by their names in the network, and the description of the injection.
+    """Reads adapters, heads and buffers by their names in the network, and the description of the injection.
 
     Args:
         path: a Lightning checkpoint with adapters, or an adapter folder.
@@ -234,16 +215,18 @@ def load_network(module: AdapterModule, state: dict[str, Tensor], spec: dict[str
     """Builds a module's network with the base's weights and loads what was trained into it.
 
     Args:
-        module: without a network.
+        module: module without a network.
         state: adapters, heads and buffers.
-        spec: the description of the injection.
+        spec: description of the injection.
         source: where they come from, for messages.
     """
+    # Number of classes and the like, where the fit took them from the data.
     module.settle(state)
     network = module.build_network()
     check_plain(network, state, spec, source, check_base=True)
+    # Injected as described, then compared by fingerprint and names, before anything is loaded.
     module.adapter_injection = lambda plain: inject_spec(plain, spec)
-    module.model = module._injected(network)
+    module.model = module.injected(network)
     check_injection(spec, injection_of(network), source)  # type: ignore[arg-type]
     check_state(network, state, source)
     network.load_state_dict(state, strict=False)
@@ -272,31 +255,8 @@ def attach(module: AdapterModule, data: LightningDataModule) -> None:
         trainer = Trainer(accelerator="cpu", devices=1, fast_dev_run=True, **quiet)
     finally:
         log.setLevel(level)
+    # The handshake of module and data goes through the trainer, see `pera_lightning.data.base`.
     trainer.strategy.connect(module)
     trainer.state.fn = TrainerFn.FITTING
     trainer.datamodule = data
     data.trainer = trainer
-
-
-def drawn(loader: Any, count: int, size: int | None = None) -> list[Any]:
-    """The first batches of a seeded shuffle of a loader's rows; of a loader that makes its own batches, its first.
-
-    Args:
-        loader: a DataLoader.
-        count: how many batches; fewer where there are fewer.
-        size: rows in a batch, where not the loader's.
-
-    Raises:
-        DataError: where there is none.
-    """
-    if not isinstance(loader, DataLoader):
-        raise ConfigurationError(f"batches are drawn from one DataLoader; the data gave a {type(loader).__name__}")
-    rows, size = loader.dataset, size or loader.batch_size
-    if size is not None and not isinstance(rows, IterableDataset):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SEED))  # type: ignore[arg-type]
-        chosen = Subset(rows, order[: count * size].tolist())
-        loader = DataLoader(chosen, size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
-    batches = list(islice(loader, count))
-    if not batches:
-        raise DataError("the data have no batch to measure on, or to calibrate with")
-    return batches

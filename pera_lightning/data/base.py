@@ -9,10 +9,16 @@ Whatever else a module wants, it asks by a public method of the data module: `pr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from pera_lightning.errors import ConfigurationError, DataError
+
+_DRAW_SEED = 0
 
 _ATTRIBUTES = ("tokenizer", "data_config")  # by which a module of somebody else may state the same
 
@@ -44,3 +50,41 @@ class TaskDataModule(LightningDataModule):
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         pin = device is not None and device.type not in ("cpu", "mps")
         return DataLoader(dataset, **{"num_workers": self.num_workers, "pin_memory": pin, **options})
+
+    # --- what merge and export ask of any data module; one without these methods is asked for its loaders ---
+
+    measuring_note: str | None = None  # what a reader of a merge's error should know of `measuring_batches`
+
+    def calibration_batches(self, count: int) -> list[Any]:
+        """Draws training batches as evaluation sees them, after ``setup("fit")``; the same each time."""
+        return draw_batches(self.train_dataloader(), count)
+
+    def measuring_batches(self, count: int) -> list[Any]:
+        """Draws validation batches, after ``setup("fit")``; the same each time, of several sets those of the first."""
+        return draw_batches(self.val_dataloader(), count)
+
+
+def draw_batches(loader: Any, count: int, size: int | None = None) -> list[Any]:
+    """The first batches of a seeded shuffle of a loader's examples; of a loader that makes its own batches, its first.
+
+    Args:
+        loader: a DataLoader, or a list of them, of which the first counts.
+        count: number of batches; fewer where the data end.
+        size: number of examples in a batch, by default the loader's.
+
+    Raises:
+        ConfigurationError: for another kind of loader.
+        DataError: where there is not one batch.
+    """
+    loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+    if not isinstance(loader, DataLoader):
+        raise ConfigurationError(f"batches are drawn from a DataLoader; the data gave a {type(loader).__name__}")
+    examples, size = loader.dataset, size or loader.batch_size
+    if size is not None and not isinstance(examples, IterableDataset):
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(_DRAW_SEED))  # type: ignore
+        chosen = Subset(examples, order[: count * size].tolist())
+        loader = DataLoader(chosen, size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
+    batches = list(islice(loader, count))
+    if not batches:
+        raise DataError("the data have no batch to measure on, or to calibrate with")
+    return batches

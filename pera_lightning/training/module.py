@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class AdapterModule(LightningModule):
 
     adapter_injection: Callable[[nn.Module], Any] | None = None
     asks: tuple[str, ...] = ()  # names in `data_description` that the module uses
+    selection_metric: tuple[str, str] | None = None  # metric that chooses the best checkpoint, and "max" or "min"
+    classes_argument: str | None = None  # name of the argument that says how many classes the new head has
 
     def __init__(
         self,
@@ -90,16 +93,18 @@ class AdapterModule(LightningModule):
             return
         # With FSDP2 one process reads the weights; the others build on the meta device and get their shards from it.
         mesh = data_parallel_mesh(self)
-        if reads_weights(mesh):
-            self.model = self._injected(self.build_network())
-        else:
-            with torch.device("meta"):
-                self.model = self._injected(self.build_network(weights=False))
-        self.finish_network()
+        self.build_injected(weights=reads_weights(mesh))
         if mesh is not None:
             shard(self.model, mesh, self.trainer.strategy.root_device)
 
-    def _injected(self, network: nn.Module) -> nn.Module:
+    def build_injected(self, weights: bool = True) -> None:
+        """Builds and injects `self.model`, with its base weights or on the meta device without."""
+        with nullcontext() if weights else torch.device("meta"):
+            self.model = self.injected(self.build_network(weights=weights))
+        self.finish_network()
+
+    def injected(self, network: nn.Module) -> nn.Module:
+        """The network with adapters by `adapter_injection`, where there is one."""
         # In its dtype already: adapters and heads stay float32 over a low one.
         if self.adapter_injection is not None:
             training = network.training
@@ -242,6 +247,37 @@ class AdapterModule(LightningModule):
             return self.write_network(made, data, class_names)
 
         return export_merged(self.model, folder, write, forward=self.outputs_and_loss, **options)  # type: ignore[arg-type]
+
+    def export_notes(self) -> list[str]:
+        """What somebody who loads an export must know besides, a line each."""
+        return []
+
+    # --- counting parameters and memory: cli/commands/params.py ---
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of the head; None without one, or where it is left to the data."""
+        return self.hparams.get(self.classes_argument)
+
+    @classes.setter
+    def classes(self, count: int) -> None:
+        self.hparams[self.classes_argument] = count
+
+    def example_batch(self, data: Any) -> tuple[Any, str]:
+        """Makes a training batch of the largest shapes that the data give, for computing its memory.
+
+        Args:
+            data: data module, not set up.
+
+        Returns:
+            The batch, on the meta device but for tensors whose values decide what is computed; and what it holds, in
+            words.
+        """
+        raise ConfigurationError(f"--memory knows no batch of {type(data).__name__} for {type(self).__name__}")
+
+    def training_loss(self, batch: Any) -> Tensor:
+        """Loss of a training batch, up to a factor, without logging it."""
+        return self._shared_step(batch)[0].sum()
 
     def check_loss(self, loss: Tensor, batch_idx: int) -> None:
         """Raises `NonFiniteLossError` for a loss that is NaN or infinite."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from pera_lightning.files import write_atomically
+from pera_lightning.files import atomic_write
 from pera_lightning.training.distributed import all_gather_object, merge_shards
 
 
@@ -28,5 +28,5 @@ def write_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     for name in predicted:
         whole = merge_shards([shard[name] for shard in shards])
-        write_atomically(folder / name, as_text(whole).encode())
+        atomic_write(folder / name, as_text(whole).encode())
         print(f"Predictions of {len(whole)} examples: {folder / name}", flush=True)

@@ -115,7 +115,7 @@ def predictions(folder, pictures):
 
 
 def test_merged_image_classifier(export, vit_run, tmp_path):
-    result = export(vit_run.checkpoint, "merged", "--method", "static")
+    result = export(vit_run.checkpoint, "merged", "--mode", "static")
     assert "layers, static" in result.out
     assert "the error of the static merge was not measured" in result.out
     assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in result.out
@@ -157,7 +157,7 @@ def test_a_calibrated_merge_takes_training_images_without_augmentation(export, v
         return part(self, split, training=training, **options)
 
     monkeypatch.setattr(ImageDataModule, "_part", watched)
-    result = export(run.checkpoint, "merged", "--method", "calibrated", "--batches", "2")
+    result = export(run.checkpoint, "merged", "--mode", "calibrated", "--batches", "2")
     assert asked == [("train", False), ("validation", False)]
     assert "layers, calibrated" in result.out
     assert "(relative, on 2 batches); loss" in result.out
@@ -167,9 +167,9 @@ def test_a_calibrated_merge_takes_training_images_without_augmentation(export, v
 
 
 def test_names_of_classes_are_those_that_the_fit_wrote_down(export, vit_run, fitted, tmp_path):
-    result = export(vit_run.checkpoint, "merged", "--method", "static")
+    result = export(vit_run.checkpoint, "merged", "--mode", "static")
     assert "the names of the classes are not known" in result.out
-    export(fitted.checkpoint, "merged", "--method", "static", "--overwrite")
+    export(fitted.checkpoint, "merged", "--mode", "static", "--overwrite")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["5", "6", "7", "8", "9"]
 
 
@@ -216,7 +216,7 @@ def test_peft_folder_cut_by_svd(export, llama, small_sets, tmp_path):
 def test_peft_folder_of_a_calibrated_aurora(export, llama, small_sets, tmp_path):
     peft = pytest.importorskip("peft")
     run = runs.language_run(tmp_path / "run", llama, small_sets, AuroRA(rank=3))
-    options = ["--method", "calibrated", "--batches", "2"]
+    options = ["--mode", "calibrated", "--batches", "2"]
     told = export(run.checkpoint, "peft", *options).out
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "out").eval()
     ours = logits(loaded)
@@ -289,9 +289,9 @@ def test_a_config_without_data(export, llama_run, vit_run, tmp_path):
         config = yaml.safe_load((run.run / "config.yaml").read_text())
         del config["data"]
         (tmp_path / "bare.yaml").write_text(yaml.safe_dump(config))
-        words = ["--config", tmp_path / "bare.yaml", *(["--method", method] if method else [])]
+        words = ["--config", tmp_path / "bare.yaml", *(["--mode", method] if method else [])]
         export(run.checkpoint, kind, *words, "--overwrite")
-    line = refused(export(vit_run.checkpoint, "merged", *words[:2], "--method", "calibrated", "--overwrite", code=2))
+    line = refused(export(vit_run.checkpoint, "merged", *words[:2], "--mode", "calibrated", "--overwrite", code=2))
     assert "the config has no data to measure on, or to calibrate with: give --data" in line
 
 
@@ -303,6 +303,6 @@ def test_methods_that_are_exact_need_no_data(export, llama, small_sets, tmp_path
 def test_help_lists_the_options(pera):
     result = pera("export", "--help")
     assert result.code == 0
-    for option in ("--ckpt_path", "--format", "--output", "--overwrite", "--method", "--batches", "--rank", "--target"):
+    for option in ("--ckpt_path", "--format", "--output", "--overwrite", "--mode", "--batches", "--rank", "--target"):
         assert option in result.out
     assert "--weights_only" not in result.out

@@ -37,26 +37,26 @@ WRONG = {
         ["--format", "mergd"],
         "one of 'adapter', 'peft', 'diffusers', 'merged' is needed; given mergd; closest: m",
     ),
-    "unknown method": (["--format", "peft", "--method", "statik"], "one of 'static', 'calibrated' is needed; given st"),
+    "unknown method": (["--format", "peft", "--mode", "statik"], "one of 'static', 'calibrated' is needed; given st"),
     "unknown target": (["--format", "peft", "--target", "vlm"], "one of 'peft', 'vllm' is needed; given vlm"),
     "unknown option": (["--format", "peft", "--rnak", "3"], "unknown option --rnak; closest: --rank"),
     "no format": ([], "no --format: give adapter, peft, diffusers, merged"),
     "a rank for merged weights": (["--format", "merged", "--rank", "4"], "--rank does not act with --format merged"),
     "merged for vllm": (["--format", "merged", "--target", "vllm"], "--target does not act with --format merged"),
     "a method for our folder": (
-        ["--format", "adapter", "--method", "static"],
-        "--method does not act with --format a",
+        ["--format", "adapter", "--mode", "static"],
+        "--mode does not act with --format a",
     ),
     "a bound without a rank": (["--format", "peft", "--max_error", "0.5"], "--max_error acts with --rank only"),
-    "batches without a method": (["--format", "merged", "--batches", "4"], "--batches acts with --method only"),
-    "no batches": (["--format", "peft", "--method", "static", "--batches", "0"], "batches=0: a positive integer"),
+    "batches without a method": (["--format", "merged", "--batches", "4"], "--batches acts with --mode only"),
+    "no batches": (["--format", "peft", "--mode", "static", "--batches", "0"], "batches=0: a positive integer"),
     "rank 0": (["--format", "peft", "--rank", "0"], "rank=0: a positive integer is needed"),
     "another method": (
         ["--format", "merged", "--adapter.method", "LoRA"],
         "--adapter.method would not act: the adapters are those of the checkpoint; leave it out",
     ),
     "a method that is not needed": (
-        ["--format", "merged", "--method", "static"],
+        ["--format", "merged", "--mode", "static"],
         "acts on AuroRA with dynamic",
     ),
 }
@@ -137,7 +137,7 @@ def test_a_config_of_another_module(export, llama_run, vit_run, tmp_path):
     assert "LlamaForCausalLM does not have" in line
     demo = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
     line = refused(export(llama_run.checkpoint, "merged", *demo, code=2))
-    assert "BoringModel is no module of this package" in line
+    assert "BoringModel is not a module of this package" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -148,12 +148,12 @@ def test_another_number_of_classes(export, vit_run, tmp_path):
 
 def test_data_that_cannot_be_had(export, llama, small_sets, tmp_path):
     run = runs.language_run(tmp_path / "run", llama, small_sets, AuroRA(rank=3))
-    gone = ["--data.folder", tmp_path / "gone", "--method", "calibrated"]
+    gone = ["--data.folder", tmp_path / "gone", "--mode", "calibrated"]
     line = refused(export(run.checkpoint, "merged", *gone, code=2))
     assert "the data cannot be had" in line
     assert "say where they are by --data" in line
     assert not (tmp_path / "out").exists()
-    export(run.checkpoint, "merged", *gone[:2], "--method", "static")  # needs none
+    export(run.checkpoint, "merged", *gone[:2], "--mode", "static")  # needs none
 
 
 @pytest.mark.parametrize("kind", ["adapter", "peft", "merged"])
@@ -187,6 +187,6 @@ def test_a_folder_of_a_run_names_what_can_be_given(export, llama_run):
 
 def test_data_of_other_classes(export, vit_run, tmp_path):
     line = refused(
-        export(vit_run.checkpoint, "merged", "--method", "static", "--batches", "1", "--data.classes", "[1, 2]", code=2)
+        export(vit_run.checkpoint, "merged", "--mode", "static", "--batches", "1", "--data.classes", "[1, 2]", code=2)
     )
     assert "the data have 2 classes, and the trained head" in line

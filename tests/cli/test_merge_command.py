@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.adapters import PERA, AuroRA, LinearProbe
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.cli.trained_run import attach, drawn
+from pera_lightning.cli.trained_run import attach
+from pera_lightning.data.base import draw_batches
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from tests.cli import trained_runs as runs
@@ -50,10 +51,10 @@ def test_it_tells_outputs_and_loss_before_and_after(pera, vit_run):
     before = vit_run.module(images)
     with static_inference(vit_run.network):
         after = vit_run.module(images)
-    # Fewer rows than are kept of a batch, so that all of them count.
+    # Fewer examples than are kept of a batch, so that all of them count.
     assert len(images) < 256
     change, batches, *losses = measured(
-        pera("merge", "--ckpt_path", vit_run.checkpoint, "--method", "static", "--data.eval_batch_size", "500")
+        pera("merge", "--ckpt_path", vit_run.checkpoint, "--mode", "static", "--data.eval_batch_size", "500")
     )
     assert batches == 1
     assert change == pytest.approx(float((after - before).norm() / before.norm()), rel=5e-3)
@@ -62,7 +63,7 @@ def test_it_tells_outputs_and_loss_before_and_after(pera, vit_run):
 
 
 def test_batches_are_counted_and_there_are_eight_by_default(pera, vit_run):
-    words = ["merge", "--ckpt_path", vit_run.adapter, "--method", "calibrated", "--data.eval_batch_size", "5"]
+    words = ["merge", "--ckpt_path", vit_run.adapter, "--mode", "calibrated", "--data.eval_batch_size", "5"]
     static = ["merge", "--ckpt_path", vit_run.adapter, "--method", "static", "--data.eval_batch_size", "5"]
     default = measured(pera(*words))
     assert default[1] == 8
@@ -71,28 +72,28 @@ def test_batches_are_counted_and_there_are_eight_by_default(pera, vit_run):
     assert default[0] < measured(pera(*static))[0]
 
 
-def test_batches_are_drawn_from_all_rows():
+def test_batches_are_drawn_from_all_examples():
     rows = DataLoader(list(range(100)), batch_size=10)  # sorted, as folders of classes are
-    batches = drawn(rows, 3)
+    batches = draw_batches(rows, 3)
     assert [len(batch) for batch in batches] == [10, 10, 10]
     values = torch.cat(batches).tolist()
     assert len(set(values)) == 30
     assert max(values) > 80
     assert min(values) < 20
-    assert torch.equal(torch.cat(drawn(rows, 3)), torch.cat(batches))
-    assert len(drawn(rows, 30)) == 10
+    assert torch.equal(torch.cat(draw_batches(rows, 3)), torch.cat(batches))
+    assert len(draw_batches(rows, 30)) == 10
     ready = [torch.zeros(1), torch.ones(1)]
-    assert torch.equal(drawn(DataLoader(ready, batch_size=None), 1)[0], ready[0])
+    assert torch.equal(draw_batches(DataLoader(ready, batch_size=None), 1)[0], ready[0])
     with pytest.raises(DataError, match="no batch"):
-        drawn(DataLoader([], batch_size=2), 3)
-    with pytest.raises(ConfigurationError, match="the data gave a list"):
-        drawn([rows], 3)
+        draw_batches(DataLoader([], batch_size=2), 3)
+    with pytest.raises(ConfigurationError, match="the data gave a tuple"):
+        draw_batches((), 3)
 
 
 def test_an_exact_method_changes_nothing(pera, llama, small_sets, tmp_path):
     run = runs.language_run(tmp_path / "run", llama, small_sets, PERA(rank=3))
     change, batches, before, after = measured(pera("merge", "--ckpt_path", run.checkpoint))
-    assert (batches, before) == (1, after)  # three validation rows are one batch
+    assert (batches, before) == (1, after)  # three validation examples are one batch
     assert change < 1e-5
     # The loss is that of validation.
     assert 0 < before < 20
@@ -100,7 +101,7 @@ def test_an_exact_method_changes_nothing(pera, llama, small_sets, tmp_path):
 
 def test_the_loss_of_a_language_model_is_that_of_its_answers(pera, llama, small_sets, tmp_path):
     run = runs.language_run(tmp_path / "run", llama, small_sets, AuroRA(rank=3))
-    _, _, before, after = measured(pera("merge", "--ckpt_path", run.checkpoint, "--method", "static"))
+    _, _, before, after = measured(pera("merge", "--ckpt_path", run.checkpoint, "--mode", "static"))
     assert before != after
     config = ["--config", run.run / "config.yaml", "--ckpt_path", run.checkpoint]
     options = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
@@ -111,7 +112,7 @@ def test_the_loss_of_a_language_model_is_that_of_its_answers(pera, llama, small_
 
 
 def test_with_an_output_it_writes_what_it_measured(pera, vit_run, tmp_path):
-    words = ["merge", "--ckpt_path", vit_run.checkpoint, "--method", "static", "--output", tmp_path / "out"]
+    words = ["merge", "--ckpt_path", vit_run.checkpoint, "--mode", "static", "--output", tmp_path / "out"]
     result = pera(*words)
     assert measured(result)[0] > 0
     assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in result.out
@@ -130,9 +131,9 @@ def test_with_an_output_it_writes_what_it_measured(pera, vit_run, tmp_path):
         ([], "AuroRA in dynamic mode is not a linear map"),
         (["--overwrite"], "--overwrite acts with --output only"),
         (["--batches", "0"], "batches=0: a positive integer is needed"),
-        (["--method", "statik"], "one of 'static', 'calibrated' is needed; given statik; closest: static"),
+        (["--mode", "statik"], "one of 'static', 'calibrated' is needed; given statik; closest: static"),
         (["--rank", "4"], "unknown option --rank"),
-        (["--method", "static", "--data.dataset", "./gone"], "the data cannot be had"),
+        (["--mode", "static", "--data.dataset", "./gone"], "the data cannot be had"),
     ],
 )
 def test_wrong_input_is_one_line(pera, vit_run, words, expected):

@@ -79,7 +79,7 @@ def test_a_language_model_without_weights(memory, small):
     assert table["gradient buckets"] == [0, table["adapters"][0], 0]
     assert table["gathered units"][:2] == [0, 0]
     assert words[0] == (
-        "Assumed: on each device 3 rows of 512 tokens, labels on the last 16 tokens of each; precision bf16-mixed; "
+        "Assumed: on each device 3 examples of 512 tokens, labels on the last 16 tokens of each; precision bf16-mixed; "
         "activations computed again; AdamW, not compiled."
     )
 
@@ -96,7 +96,7 @@ def test_what_the_batch_costs(memory, small):
     assert kept(first) == kept(first, 3)  # the batch is that of one device
     assert 1.8 < kept(memory(*options, "--data.batch_size", "4")) / kept(first) < 2.1
     shorter = memory(*options, "--data.max_length", "128")
-    assert "2 rows of 128 tokens" in shorter[2][0]
+    assert "2 examples of 128 tokens" in shorter[2][0]
     assert kept(shorter) < kept(first) / 3
     again = memory(*options, "--model.activation_checkpointing", "true")
     assert kept(again) < kept(first) / 3
@@ -106,15 +106,15 @@ def test_what_the_batch_costs(memory, small):
     assert "labels on all tokens" in every[2][0]
     assert kept(every) - kept(few) == pytest.approx(2 * (512 - 1 - 8) * 8000 * 2 / MIB, rel=0.05)
     packed = memory(*options, "--data.batching", "packed")
-    assert "2 rows of 512 tokens, packed" in packed[2][0]
+    assert "2 examples of 512 tokens, packed" in packed[2][0]
     assert kept(packed) == pytest.approx(kept(first), rel=0.2)
 
 
-def test_rows_end_where_the_context_does(memory, tmp_path):
+def test_examples_end_where_the_context_does(memory, tmp_path):
     shape = {**SIZES["8B"], "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
     folder = model_folder(tmp_path / "short", **shape, max_position_embeddings=100)
     options = ["--model.model_name", folder, "--adapter.method.rank", "2", "--data.batch_size", "1"]
-    assert "1 rows of 100 tokens" in memory(*options)[2][0]
+    assert "1 examples of 100 tokens" in memory(*options)[2][0]
     assert "labels on all tokens" in memory(*options, "--data.protocol", "score")[2][0]
 
 
@@ -132,13 +132,13 @@ def test_the_device_decides_what_dropout_keeps(memory, small):
         (["--memory", "--devices", "8;32"], "devices='8;32': whole numbers from 2 on are needed"),
         (["--devices", "8"], "--devices acts with --memory only"),
         (["--answer_length", "8"], "--answer_length acts with --memory only"),
-        (["--memory", "--answer_length", "0"], "answer_length=0: at least 1 token is needed"),
-        (["--memory", "--answer_length", "8"], "answer_length=8 acts on language models and their data only"),
+        (["--memory", "--answer_length", "0"], "answer_length=0: a positive integer is needed"),
+        (["--memory", "--answer_length", "8"], "answer_length=8 acts on language models only"),
         (["--memory", "--trainer.precision", "bf16-true"], "--memory knows 32-true, bf16-mixed, 16-mixed; closest: bf"),
         (["--memory", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"], "BoringModel has no dry_run"),
         (
             ["--memory", "--data", "lightning.pytorch.demos.boring_classes.BoringDataModule", "--model.num_classes=5"],
-            "--memory knows no batch of BoringDataModule for ImageClassificationModule: it takes CausalLMModule with",
+            "--memory knows no batch of BoringDataModule for ImageClassificationModule",
         ),
         (["--memori"], "unknown option --memori; closest: --memory"),
     ],

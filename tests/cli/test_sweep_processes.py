@@ -53,7 +53,7 @@ def test_a_sweep_stopped_in_the_middle_of_a_fit_goes_on_there(tmp_path: Path) ->
         sweep.send_signal(signal.SIGINT)
         out, _ = sweep.communicate(timeout=60)
         assert sweep.returncode == 130, out
-        assert "stopped by SIGINT with 0 of 1 runs complete; seed3: stopped by a signal after optimizer step" in out
+        assert "stopped by SIGINT with 0 of 1 runs complete; seed3: its fit was stopped, with a checkpoint" in out
         assert json.loads((folder / "sweep.json").read_text())["runs"][0]["status"] == "interrupted"
         assert not (folder / "seed3" / "results.json").exists()
         sweep = start(folder)

@@ -34,9 +34,7 @@ B, T, H, F, LAYERS = 3, 20, 16, 24, 2  # of the batch and of the small Llama
 def build(module, method, targets, trainable=(), *, fake):
     """The module with its injected network, with values or on the meta device."""
     module.adapter_injection = lambda network: inject(network, method, targets, trainable, seed=0)
-    with torch.device("meta" if fake else "cpu"):
-        module.model = module._injected(module.build_network(weights=not fake))
-        module.finish_network()
+    module.build_injected(weights=not fake)
     module.model.train()
     return module
 
@@ -335,7 +333,7 @@ def test_a_network_that_computes_by_values():
     network = Chooses()
     assert measure_step(network, lambda: network(torch.ones(3, 4)).sum()).kept > 0
     x = fake_like(torch.ones(3, 4), as_fake(network))
-    with pytest.raises(ConfigurationError, match=r"^Chooses computes by its values \(.+\), and there are none: "):
+    with pytest.raises(ConfigurationError, match=r"^Chooses computes by its values \(.+\), and there are none"):
         measure_step(network, lambda: network(x).sum())
 
 

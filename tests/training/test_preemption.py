@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 
-from pera_lightning.cli.lightning_cli import resuming_command
+from pera_lightning.cli.checkpoints import resuming_command
 from pera_lightning.errors import CheckpointError
 from tests.training.foreign import Plain, train_loader, val_loader
 from tests.training.interrupted_fits import BATCHES, Sends, fit

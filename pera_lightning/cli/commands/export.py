@@ -1,4 +1,4 @@
-"""`export`: what was trained, written for others: this package's adapter folder, PEFT, diffusers, or merged weights."""
+"""`export`: writes what was trained for others: this package's adapter folder, PEFT, diffusers, or merged weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pera_lightning.injection.adapter_folder import save_adapter
 from pera_lightning.injection.state import adapter_state_dict
 from pera_lightning.validation import check_positive_int
 
-# Options that act with each format only.
+# Options that act with each format.
 _ACTING = {
     "adapter": (),
-    "peft": ("method", "batches", "rank", "max_error", "target"),
-    "diffusers": ("method", "batches", "rank", "max_error"),
-    "merged": ("method", "batches"),
+    "peft": ("mode", "batches", "rank", "max_error", "target"),
+    "diffusers": ("mode", "batches", "rank", "max_error"),
+    "merged": ("mode", "batches"),
 }
 _CONFIG_ROOM = 1 << 20  # bytes
 
@@ -45,7 +45,8 @@ class ExportCLI(TrainedCLI):
 def add_merging(parser: LightningArgumentParser, purpose: str) -> None:
     """Adds the options that `export` and `merge` share."""
     choices = Literal["static", "calibrated"]
-    parser.add_argument("--method", type=choices, help="how an AuroRA with dynamic inference becomes linear")
+    becomes = "how an AuroRA with dynamic inference becomes linear (--method, its old name, is the same)"
+    parser.add_argument("--mode", "--method", type=choices, help=becomes)
     parser.add_argument("--batches", type=int, help=f"batches to {purpose} (default: {BATCHES})")
 
 
@@ -70,7 +71,7 @@ def run(args: Sequence[str]) -> None:
     elif kind == "diffusers":
         _export_diffusers(trained, output, given, overwrite)
     else:
-        options = batches_of(trained, given.get("method"), given.get("batches"))
+        options = merge_options(trained, given.get("mode"), given.get("batches"))
         write_merged(trained, output, overwrite=overwrite, **options)
 
 
@@ -79,6 +80,7 @@ def chosen_options(config: Any) -> dict[str, Any]:
     for name in ("format", "output"):
         if not config[name]:
             raise ConfigurationError(f"no --{name}: give " + (", ".join(_ACTING) if name == "format" else "a folder"))
+    # An option without effect is refused rather than ignored.
     names = dict.fromkeys(name for acting in _ACTING.values() for name in acting)
     given = {name: config[name] for name in names if config[name] is not None}
     idle = [name for name in given if name not in _ACTING[config["format"]]]
@@ -86,23 +88,24 @@ def chosen_options(config: Any) -> dict[str, Any]:
         raise ConfigurationError(f"--{idle[0]} does not act with --format {config['format']}: leave it out")
     if "max_error" in given and "rank" not in given:
         raise ConfigurationError("--max_error acts with --rank only: leave it out, or give the rank to cut to")
-    if "batches" in given and "method" not in given:
-        raise ConfigurationError("--batches acts with --method only; `merge` measures any merge on batches")
+    if "batches" in given and "mode" not in given:
+        raise ConfigurationError("--batches acts with --mode only; `merge` measures any merge on batches")
     if "batches" in given:
         check_positive_int(given["batches"], "batches")
     return given
 
 
-def batches_of(trained: Trained, method: str | None, count: int | None) -> dict[str, Any]:
-    """The batches of a merge or export: to calibrate with, and to measure the drift on.
+def merge_options(trained: Trained, mode: str | None, count: int | None) -> dict[str, Any]:
+    """The options of a merge or export: its mode, batches to calibrate with, and to measure the merge error on.
 
-    A calibration needs its data anyway. The static method needs none, and is measured where batches are asked for.
+    A calibration needs its data anyway. The static mode needs none, and is measured where batches are asked for.
     """
-    options: dict[str, Any] = {} if method is None else {"method": method}
-    if method == "calibrated":
-        options["batches"] = trained.training_batches(count or BATCHES)
-    if method == "calibrated" or count is not None:
-        options["measure_on"] = trained.validation_batches(count or BATCHES)
+    # Training batches fit the linear map; validation batches, which it has not seen, measure it.
+    options: dict[str, Any] = {} if mode is None else {"mode": mode}
+    if mode == "calibrated":
+        options["batches"] = trained.calibration_batches(count or BATCHES)
+    if mode == "calibrated" or count is not None:
+        options["measure_on"] = trained.measuring_batches(count or BATCHES)
     return options
 
 
@@ -128,7 +131,6 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
     from pera_lightning.export.peft import export_peft
 
     module = trained.module
-    cutting = {name: given[name] for name in ("rank", "max_error", "target") if name in given}
     base = module.hparams["model_name"]
     report = export_peft(
         module.model,  # type: ignore[arg-type]
@@ -137,14 +139,14 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
         base_revision=module.hparams.get("revision"),
         forward=module.outputs_and_loss,
         overwrite=overwrite,
-        **cutting,
-        **batches_of(trained, given.get("method"), given.get("batches")),
+        **_cutting(given),
+        **merge_options(trained, given.get("mode"), given.get("batches")),
     )
     load = f"peft.PeftModel.from_pretrained(base, {output!r})"
     if report.max_lora_rank is not None:
-        name = Path(output).name
+        # vLLM takes adapters up to rank 16 unless told otherwise.
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(report.max_lora_rank)]
-        load = shlex.join([*words, "--lora-modules", f"{name}={output}"])
+        load = shlex.join([*words, "--lora-modules", f"{Path(output).name}={output}"])
     _told(trained, report, load)
 
 
@@ -152,17 +154,21 @@ def _export_diffusers(trained: Trained, output: str, given: dict[str, Any], over
     from pera_lightning.export.diffusers import export_diffusers, how_to_load
 
     module = trained.module
-    if predicted := module.hparams.get("prediction_type"):
-        trained.notes.append(f"trained with prediction_type={predicted}: give the pipeline's scheduler the same")
+    trained.notes += module.export_notes()
     report = export_diffusers(
         module.model,  # type: ignore[arg-type]
         output,
         forward=module.outputs_and_loss,
         overwrite=overwrite,
-        **{name: given[name] for name in ("rank", "max_error") if name in given},
-        **batches_of(trained, given.get("method"), given.get("batches")),
+        **_cutting(given),
+        **merge_options(trained, given.get("mode"), given.get("batches")),
     )
     _told(trained, report, how_to_load(output))
+
+
+def _cutting(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that say how updates are cut to a rank, and for whom."""
+    return {name: given[name] for name in ("rank", "max_error", "target") if name in given}
 
 
 def _told(trained: Trained, report: Any, load: str) -> None:

@@ -1,4 +1,4 @@
-"""`merge`: the truth about merging a trained run: outputs and loss on validation data, before and after."""
+"""`merge`: what merging a trained run changes, its outputs and loss on validation data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from pera_lightning.cli.commands.export import add_merging, batches_of, write_merged
+from pera_lightning.cli.commands.export import add_merging, merge_options, write_merged
 from pera_lightning.cli.trained_run import BATCHES, Trained, TrainedCLI
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.export.folder import check_output_folder
@@ -41,9 +41,10 @@ def run(args: Sequence[str]) -> None:
         check_positive_int(count, "batches")
     if output:
         check_output_folder(output, overwrite=overwrite, apart=cli.read())
+    # Everything that can be refused is refused before the base is loaded.
     trained = Trained(cli)
     module = trained.module
-    options = batches_of(trained, cli.config["method"], count or BATCHES)
+    options = merge_options(trained, cli.config["mode"], count or BATCHES)
     if output:
         write_merged(trained, output, overwrite=overwrite, **options)
         return

@@ -9,21 +9,21 @@ import pera_lightning.adapters  # noqa: F401  registers the methods
 from pera_lightning.adapters.method import LinearMethod, Method
 from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.training.tables import format_table
 
 RANK = 8
 NONE = "–"
-_HEAD = ("method", "merge", f"exact LoRA, its rank for rank={RANK}", "LoRA by SVD")
+_HEAD = ("method", "merge", f"exact LoRA of rank={RANK}", "LoRA by SVD")
 _MERGE = {"exact": "exact", "approximate": "static or calibrated", "none": NONE}
-# The rank of the LoRA in words, where it is not the method's own rank r.
-_RANKS = {
-    "LoRA": "r; 2r with init=pissa, milora",
-    "PERA": "r(r+3)/2; terms=square 2r, cross r(r+1)/2, linear r",
-    "AuroRA": "r, of the merged map",
-}
+# The rank of the LoRA in terms of the method's own rank r.
+_RANKS = {"LoRA": "r *", "PERA": "r(r+3)/2 *", "AuroRA": "r *"}
 _MEANING = """\
-exact: equal to rounding. static or calibrated: AuroRA with dynamic inference is no linear map, and --method says which
-one takes its place (with inference_mode=static it merges exactly). LoRA by SVD: --rank says the rank; the error of
-every layer is reported."""
+exact: equal to rounding. static or calibrated: AuroRA with dynamic inference is
+not linear, and --mode says which linear map takes its place (with
+inference_mode=static it merges exactly). LoRA by SVD: --rank says the rank; the
+error of every layer is reported.
+* LoRA: 2r with init=pissa, milora. PERA: terms=square 2r, cross r(r+1)/2,
+linear r. AuroRA: of the merged map."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -57,10 +57,8 @@ def capabilities(cls: type[Method]) -> tuple[str, str, str]:
 
 def table() -> str:
     """All registered methods, and what the columns mean."""
-    rows = [_HEAD, *((name, *capabilities(cls)) for name, cls in registered_methods().items())]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(_HEAD))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", _MEANING, *_whole_model_lines()])
+    rows = [[name, *capabilities(cls)] for name, cls in registered_methods().items()]
+    return "\n".join([format_table(_HEAD, rows, text_columns=4), "", _MEANING, *_whole_model_lines()])
 
 
 def _whole_model_lines() -> list[str]:
@@ -68,6 +66,6 @@ def _whole_model_lines() -> list[str]:
     if not whole:
         return []
     return [
-        f"{', '.join(whole)}: trained weights of the network itself, so there is no update to merge or to export as a",
-        "LoRA; `export --format merged` writes the network with them.",
+        f"{', '.join(whole)}: the network's own weights are trained, so there is",
+        "nothing to merge or to export as a LoRA; `export --format merged` writes them.",
     ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.inject import injection_of
+from pera_lightning.validation import check_positive_int
 
 
 class ParamsCLI(ConfiguredCLI):
@@ -22,8 +23,8 @@ class ParamsCLI(ConfiguredCLI):
         parser.add_argument(
             "--answer_length",
             type=int,
-            help="with --memory: tokens with a label in a row, where only answers have them (default: as many as the "
-            "protocol generates)",
+            help="with --memory: labelled tokens of an example, where only answers have labels (default: as many as "
+            "the protocol generates)",
         )
 
 
@@ -40,11 +41,13 @@ def run(args: Sequence[str]) -> None:
     module, injector = cli.model, cli.config_init["adapter"].injector()
     if not hasattr(module, "dry_run"):
         raise ConfigurationError(f"{type(module).__name__} has no dry_run: params works on this package's modules")
-    for name in ("num_classes", "num_labels"):
-        if module.hparams.get(name, 0) is None:
-            if not hasattr(cli.datamodule, "expected_classes"):
-                raise ConfigurationError(f"the data do not tell how many classes there are: give --model.{name}")
-            module.hparams[name] = cli.datamodule.expected_classes()
+    # The head's size is counted too; a fit would ask the data for it.
+    if module.classes_argument and module.classes is None:
+        if not hasattr(cli.datamodule, "expected_classes"):
+            raise ConfigurationError(
+                f"the data do not tell how many classes there are: give --model.{module.classes_argument}"
+            )
+        module.classes = cli.datamodule.expected_classes()
     given = {name: cli.config[name] for name in ("devices", "answer_length") if cli.config[name] is not None}
     if not cli.config["memory"]:
         if given:
@@ -52,19 +55,27 @@ def run(args: Sequence[str]) -> None:
         print(module.dry_run(injector))
         return
     # Imported here since the plain report needs none of it.
-    from pera_lightning.cli.commands.memory import device_counts, memory_table
+    from pera_lightning.cli.commands.memory import memory_report
 
-    if given.get("answer_length", 1) < 1:
-        raise ConfigurationError(f"answer_length={given['answer_length']}: at least 1 token is needed")
-    if "devices" in given:
-        given["devices"] = device_counts(given["devices"])
-    if "compile" in module.hparams:  # the network runs on fake tensors, once
-        module.hparams["compile"] = False
+    devices = device_counts(given.get("devices", "8,32"))
+    options = {name: value for name, value in given.items() if name == "answer_length"}
+    if options:
+        check_positive_int(options["answer_length"], "answer_length")
+    if options and "answer_length" not in inspect.signature(module.example_batch).parameters:
+        raise ConfigurationError(f"answer_length={options['answer_length']} acts on language models only")
+    # On the meta device: shapes and types, no weights.
     module.adapter_injection = injector
-    with torch.device("meta"):
-        module.model = module._injected(module.build_network(weights=False))
-        module.finish_network()
+    module.build_injected(weights=False)
     print(injection_of(module.model).report)
+    batch, assumed = module.example_batch(cli.datamodule, **options)
     trainer = cli.config["trainer"]
-    cpu = trainer["accelerator"] == "cpu"
-    print(memory_table(module, cli.datamodule, precision=trainer["precision"], as_on_cuda=not cpu, **given))
+    how = {"precision": trainer["precision"], "devices": devices, "cuda": trainer["accelerator"] != "cpu"}
+    print(memory_report(module, batch, assumed, **how))
+
+
+def device_counts(text: str) -> tuple[int, ...]:
+    """The numbers of devices in ``"8,32"``; raises `ConfigurationError` for anything else."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 1 for word in words):
+        raise ConfigurationError(f"devices={text!r}: whole numbers from 2 on are needed, such as 8,32")
+    return tuple(dict.fromkeys(map(int, words)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI, check_strategy
+from pera_lightning.cli.run_defaults import FOLDER, class_of, config_file
 from pera_lightning.cli.sweeps.folder import (
     check_keys,
     check_same,
@@ -45,15 +45,13 @@ from pera_lightning.cli.sweeps.running import Sweep, going_on, run_words
 from pera_lightning.cli.sweeps.summary import COMPLETE
 from pera_lightning.errors import ConfigurationError, PeraError
 
-_CONFIGS = ("--config", "-c")
 _ANY_SEED = 271828  # where a config is read for no run in particular
-# What a run's folder sets; not compared between sweeps of one folder.
+# Set by a run's folder, and so not compared between sweeps of one folder.
 _PLACE = re.compile(
     r"seed_everything|trainer\.default_root_dir|trainer\.logger(\.0)?\.init_args\.(save_dir|name|version)"
 )
-# Processes of a launch. Not SLURM_NTASKS: salloc and sbatch set it to what the allocation has room for, also
-# for a program that they start once (salloc(1), sbatch(1), OUTPUT ENVIRONMENT VARIABLES); and SLURM_PROCID is 0 in such
-# a batch script and in srun's first task alike. srun alone sets SLURM_STEP_NUM_TASKS, the tasks of its step (srun(1)).
+# Numbers of processes of a launch. Not SLURM_NTASKS, which salloc and sbatch set to what the allocation has room for;
+# SLURM_PROCID is 0 in a batch script and in srun's first task alike. srun alone sets SLURM_STEP_NUM_TASKS (srun(1)).
 _TASKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # SLURM_STEP_ID in the shell that salloc starts as a step (LaunchParameters=use_interactive_step): one process,
 # whatever the count (SLURM_INTERACTIVE_STEP, 0xfffffffa, in slurm.h).
@@ -61,7 +59,7 @@ _SHELL_STEP = "4294967290"
 
 
 class SweepCLI(ConfiguredCLI):
-    """Parses the config of a run; builds this package's modules to have their values checked, and no others."""
+    """Parses the config of a run; builds modules of this package only, to have their values checked."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -74,7 +72,7 @@ class SweepCLI(ConfiguredCLI):
             parser.add_argument(name, help=SUPPRESS)
 
     def _set_seed(self) -> None:
-        """Nothing: the seed would be handed on in the environment."""
+        """Does nothing: the seed would be handed on in the environment."""
 
     def instantiate_classes(self) -> None:
         check_strategy(self.config["trainer"]["strategy"])
@@ -104,6 +102,7 @@ def run(args: Sequence[str]) -> None:
     """
     if "--help" in args or "-h" in args:
         SweepCLI(["--help"])
+    # Nothing is written before all is read: a wrong config is refused before the first run.
     check_alone(os.environ)
     request = read_request(args)
     folder = output_folder(request)
@@ -117,6 +116,7 @@ def run(args: Sequence[str]) -> None:
     if request.dry_run:
         _print_plan(folder, plan, before, request.words)
         return
+    # Another sweep may have come first between reading the folder and locking it.
     with locked(folder) as lock, Processes(lock) as processes:
         if read_sweep(folder) != before:
             raise ConfigurationError(f"{folder} was written by another sweep meanwhile: give the command again")
@@ -148,11 +148,8 @@ def output_folder(request: Request) -> Path:
             raise ConfigurationError("--output is empty: give a folder")
         folder = Path(request.output).expanduser()
         return folder if folder.name not in ("", "..") else folder.resolve()
-    for word, following in zip(request.words, [*request.words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        config = value if equals else following
-        if flag in _CONFIGS and config and not config.lstrip().startswith("{"):
-            return Path("runs") / f"{Path(config).stem}_sweep"
+    if (file := config_file(request.words)) is not None:
+        return FOLDER / f"{file.stem}_sweep"
     raise ConfigurationError("no --output, and no --config FILE to name one by: give a folder")
 
 
@@ -161,34 +158,27 @@ def output_folder(request: Request) -> Path:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep is asked to run.
-
-    Attributes:
-        runs: in their order.
-        seeds: of each setting.
-        reference: the setting by which two sweeps of a folder are compared.
-        config: of the reference, flat, without what a run's folder sets.
-        placements: `placement_of` each setting, by its name.
-    """
+    """What a sweep is asked to run."""
 
     runs: list[Run]
-    seeds: tuple[int, ...]
-    reference: Mapping[str, str]
-    config: Mapping[str, Any]
-    placements: Mapping[str, Any]
+    seeds: tuple[int, ...]  # of each setting
+    reference: Mapping[str, str]  # setting by which two sweeps of a folder are compared
+    config: Mapping[str, Any]  # of the reference, flat, without what a run's folder sets
+    placements: Mapping[str, Any]  # `placement_of` each setting, by its name
 
 
 def read_plan(folder: Path, request: Request, before: Mapping[str, Any] | None) -> Plan:
-    """The plan of a sweep; every setting's config is read on the way, so that a wrong one is told now.
+    """Makes the plan of a sweep, and reads every setting's config, so that a wrong one is refused now.
 
     Args:
-        folder: of the sweep.
-        request: what was asked for.
-        before: what the folder's `sweep.json` says.
+        folder: folder of the sweep.
+        request: words of the sweep.
+        before: content of the folder's `sweep.json`, or None.
 
     Raises:
         PeraError: for a config that fit would not take, or that a sweep cannot place.
     """
+    # Every setting is parsed once, with any seed; runs of a setting differ in the seed alone.
     combinations = settings(request.grid)
     parsed = [parse(request, values, told=bool(request.grid)) for values in combinations]
     for one in parsed:
@@ -197,6 +187,7 @@ def read_plan(folder: Path, request: Request, before: Mapping[str, Any] | None) 
     planned = runs(request.grid, seeds)
     by_name = {setting_name(values): one for values, one in zip(combinations, parsed, strict=True)}
     check_starts(folder, request, planned, by_name)
+    # A later sweep of the folder is compared in the setting that the first one noted, swept or not.
     reference = combinations[0] if before is None else before["reference"]
     shared = parsed[combinations.index(reference)] if reference in combinations else parse(request, reference)
     return Plan(
@@ -229,20 +220,21 @@ def description(request: Request, plan: Plan, before: Mapping[str, Any] | None, 
 
 
 def check_starts(folder: Path, request: Request, planned: Sequence[Run], parsed: Mapping[str, SweepCLI]) -> None:
-    """Has modules that have a `check_start` check what their fits will read, such as the paths in their options.
+    """Has modules with a `check_start` check what their fits will read, such as the paths in their options.
 
     Only for the runs that are still to begin: others go on from checkpoints of their own.
 
     Args:
-        folder: of the sweep.
-        request: for the words.
-        planned: the runs.
-        parsed: by the setting's name, with `_ANY_SEED`; parsed anew for each run where a word, such as a path, has the
-            seed in it.
+        folder: folder of the sweep.
+        request: words of the sweep.
+        planned: runs of the sweep.
+        parsed: config of each setting, by its name, with `_ANY_SEED`; parsed anew for each run where a word, such as a
+            path, has the seed in it.
 
     Raises:
         PeraError: for a module that a run could not train.
     """
+    # Where no word has the seed in it, the setting's config serves all its runs.
     own = any(SEED in word for word in request.words)
     for run in planned:
         one, place = parsed[setting_name(run.values)], folder / run.name
@@ -265,19 +257,13 @@ def _setting_told(values: Mapping[str, str], told: bool) -> Iterator[None]:
 
 
 def parse(request: Request, values: Mapping[str, str], *, told: bool = False) -> SweepCLI:
-    """The config of a setting.
-
-    Args:
-        request: for the words.
-        values: the setting.
-        told: whether an error says which setting it is of.
-    """
+    """Parses the config of a setting; where `told`, an error says which setting it is of."""
     with _setting_told(values, told):
         return SweepCLI([*with_seed(request.words, _ANY_SEED), *value_words(values)])
 
 
 def check_config(config: Any) -> None:
-    """Raises `ConfigurationError` for a config whose runs cannot be told apart, or leave nothing to sum up."""
+    """Raises `ConfigurationError` for a config whose runs would share files, or leave nothing to sum up."""
     trainer = config["trainer"]
     if config.get("ckpt_path"):
         raise ConfigurationError(f"the config has ckpt_path: {config['ckpt_path']}: sweep chooses the checkpoints")
@@ -296,11 +282,7 @@ def check_config(config: Any) -> None:
 
 
 def config_seed(config: Any) -> int:
-    """The seed of a config.
-
-    Raises:
-        ConfigurationError: where it has none.
-    """
+    """The seed of a config; raises `ConfigurationError` where it leaves the seed open."""
     seed = config["seed_everything"]
     if isinstance(seed, bool) or seed is None:
         raise ConfigurationError(f"the config has seed_everything: {seed}: give --seeds")
@@ -308,7 +290,7 @@ def config_seed(config: Any) -> int:
 
 
 def placement_of(config: Any) -> Any:
-    """What `placed` needs of a config: its logger as primitives, with ``class_path`` only where there is one.
+    """The placement of a config, for `placed`: its logger as primitives, or whether it has one.
 
     Raises:
         ConfigurationError: for a logger that does not write into save_dir/name/version.
@@ -319,12 +301,11 @@ def placement_of(config: Any) -> Any:
     loggers = [one.as_dict() for one in (logger if isinstance(logger, list) else [logger])]
     if not loggers:
         return False
-    path = loggers[0]["class_path"]
-    module, _, name = path.rpartition(".")
-    if not issubclass(getattr(importlib.import_module(module), name), (TensorBoardLogger, CSVLogger)):
+    name = loggers[0]["class_path"].rpartition(".")[2]
+    if not issubclass(class_of(loggers[0]), (TensorBoardLogger, CSVLogger)):
         raise ConfigurationError(
-            f"trainer.logger: {name} has a folder of its own making, and a sweep needs each run's: give "
-            "TensorBoardLogger or CSVLogger (save_dir, name, version), in a list the first"
+            f"trainer.logger: {name} has a folder of its own making: give TensorBoardLogger or CSVLogger, in a list "
+            "the first"
         )
     if (loggers[0].get("init_args") or {}).get("sub_dir"):
         raise ConfigurationError(f"trainer.logger: {name} has a sub_dir, and checkpoints lie beside it: leave it out")
@@ -337,6 +318,7 @@ def _print_plan(folder: Path, plan: Plan, before: Mapping[str, Any] | None, word
         place = folder / run.name
         complete = is_complete(place, records.get(run.name))
         fitted = fit_finished(place)
+        # As a sweep would find it now.
         status = COMPLETE if complete else "to be tested" if fitted else "to be run"
         print(f"[{k}/{len(plan.runs)}] {run.name}: {status}")
         own = run_words(run, place, words, plan.placements[setting_name(run.values)])

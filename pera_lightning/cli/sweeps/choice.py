@@ -10,9 +10,9 @@ from typing import Any
 from pera_lightning.cli.sweeps.plan import setting_name
 from pera_lightning.errors import listed
 
-# What of a run's protocol tells what its scores are scores of: the task, its metric, and the contents of its data. Not
-# the split seed, which may follow the run's. One monitor, val/metric, is Pearson's r in one task and accuracy in
-# another, so that its name tells nothing. Contents of the training set count because validation may be cut from it.
+# Facts of a run's protocol that say what its scores are scores of: the task, its metric, and the contents of its data.
+# Not the split seed, which may follow the run's. The name of a monitor is not enough: val/metric is Pearson's r in one
+# task and accuracy in another. Contents of the training set count because validation may be cut from it.
 _DATA = re.compile(
     r"task|selection|(data|evaluation)\.(task|name|dataset|source|split_protocol|selection|main_metric)"
     r"|(data|evaluation|training)\.sha256\..+"
@@ -21,14 +21,14 @@ _LOADING = ("batch_size", "num_workers")  # options of a data module that leave 
 
 
 def data_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """What tells the data of a setting's runs, so that those that are equal are of the same data.
+    """Facts that are equal for runs on the same data.
 
     Args:
-        records: the runs of one setting.
+        records: runs of one setting.
 
     Returns:
-        Facts of their protocols by key, each with its distinct values; where a data module tells nothing of the kind,
-        the grid values of its options.
+        Facts of their protocols by key, each with its distinct values; where a data module gives none, the grid values
+        of its options.
     """
     facts: dict[str, list[Any]] = {}
     for record in records:
@@ -46,12 +46,12 @@ def data_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The settings with the best mean selection score, one for each data; the test scores choose nothing.
+    """The settings with the best mean selection score, one for each data; test scores choose nothing.
 
-    A setting is not chosen where the selection score of one of its runs is no number: that is no better than the worst.
+    A setting with a run whose selection score is not a number is not chosen: that is no better than the worst.
 
     Args:
-        summary: of `summarise`.
+        summary: statistics of `summarise`.
 
     Returns:
         For each data of which there are two settings or more, and one can be chosen: ``of`` (the data in words, None
@@ -60,6 +60,7 @@ def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
     """
     if len(summary) < 2:
         return [], ""
+    # Scores of unlike data cannot be compared: a best setting for each data.
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in summary:
         groups.setdefault(json.dumps(row["data"], sort_keys=True), []).append(row)
@@ -77,9 +78,10 @@ def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
 
 
 def _best_of(group: Sequence[Mapping[str, Any]], label: str | None) -> tuple[Mapping[str, Any] | None, str]:
-    """The best of several settings of the same data, None where there is none, and a line that says so."""
+    """The best of several settings of the same data, or None, and a line that says so."""
     of = "" if label is None else f" of {label}"
     by = [row["selection"] for row in group]
+    # One metric, in one direction, of all runs.
     kinds = {(one["name"], one["mode"]) for one in by if one is not None}
     if None in by or len(kinds) != 1:
         return None, f"No setting{of} is named best: the runs have no selection score that all of them share."
@@ -102,6 +104,7 @@ def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
     """Words for the data of each group of settings, those of the grid where these tell them apart."""
     if len(groups) == 1:
         return [None]
+    # Keys of the grid name the data where each group has one value of them, and not all the same.
     keys = [
         key
         for key in groups[0][0]["values"]
@@ -111,6 +114,7 @@ def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
     by_grid = [setting_name({key: group[0]["values"][key] for key in keys}) for group in groups]
     if keys and len(set(by_grid)) == len(groups):
         return list(by_grid)
+    # Else the facts that differ do.
     facts = [group[0]["data"] for group in groups]
     unlike = [key for key in dict.fromkeys(key for one in facts for key in one) if _differs(key, facts)]
     return [", ".join(f"{key}={_value(one.get(key, []))}" for key in unlike) for one in facts]

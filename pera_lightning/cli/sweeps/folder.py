@@ -1,4 +1,4 @@
-"""A sweep's folder: one sweep at a time in it, `sweep.json` and `sweep.csv`, and what the runs in it have come to."""
+"""A sweep's folder: its lock, `sweep.json` and `sweep.csv`, and the state of the runs in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESULTS = "results.json"
 
 
 def read_sweep(folder: Path) -> dict[str, Any] | None:
-    """What an earlier sweep has written into a folder; None where there is none yet.
+    """Reads what an earlier sweep has written into a folder; None without one.
 
     Raises:
         ConfigurationError: for a path that is a file, or a folder that holds other things.
@@ -52,9 +52,9 @@ def check_keys(folder: Path, sweep: Mapping[str, Any], keys: Iterable[str]) -> N
     """Raises `ConfigurationError` where a folder holds a sweep over other keys; more values and seeds are fine."""
     keys = list(keys)
     if set(keys) != set(sweep["grid"]):
+        before, now = (listed(names) or "seeds only" for names in (sweep["grid"], keys))
         raise ConfigurationError(
-            f"--output {folder} holds a sweep over {listed(sweep['grid']) or 'seeds only'}, and this one is over "
-            f"{listed(keys) or 'seeds only'}: give another --output"
+            f"--output {folder} holds a sweep over {before}, and this one is over {now}: give another --output"
         )
 
 
@@ -62,9 +62,9 @@ def check_same(folder: Path, sweep: Mapping[str, Any], config: Mapping[str, Any]
     """Raises `ConfigurationError` where a folder holds a sweep with other settings than these.
 
     Args:
-        folder: for the message.
-        sweep: what `read_sweep` gave.
-        config: of the sweep's reference setting, parsed now; contents are compared, not paths or words.
+        folder: folder of the sweep, for the message.
+        sweep: content of `sweep.json`.
+        config: config of the sweep's reference setting, parsed now; contents are compared, not paths or words.
     """
     if found := differences(sweep["config"], config):
         raise ConfigurationError(
@@ -77,8 +77,8 @@ def locked(folder: Path) -> Iterator[int]:
     """Makes a folder and keeps other sweeps out of it.
 
     Yields:
-        The lock's file descriptor. A process that inherits it keeps the folder locked for as long as it lives, also
-        where the sweep itself has been killed.
+        The lock's file descriptor. A process that inherits it keeps the folder locked while it lives, also where the
+        sweep itself has been killed.
 
     Raises:
         ConfigurationError: where another sweep is at work, or the folder cannot be made.
@@ -88,6 +88,7 @@ def locked(folder: Path) -> Iterator[int]:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): give another --output") from None
+    # The lock is the kernel's: it goes with the last process that holds it, however that ends.
     try:
         try:
             flock(lock, LOCK_EX | LOCK_NB)
@@ -139,6 +140,7 @@ def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
     Raises:
         DataError: where the disk is full, or the folder gone.
     """
+    # Summed up from all runs of the folder, those of earlier sweeps too.
     sweep["summary"] = summarise(sweep["runs"])
     sweep["best"], sweep["best_text"] = best_settings(sweep["summary"])
     try:
@@ -152,11 +154,10 @@ def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
 
 
 def fit_finished(run: Path) -> bool:
-    """Whether the fit of a run's folder came to its end.
+    """Whether the fit of a run's folder came to its end; one that a signal stops exits with 0 too.
 
-    A fit that a signal stops exits as one that is finished does. But each fit writes `config.yaml` when it begins,
-    checkpoints while it trains, and the adapter folder at its end only, `adapter_config.json` last: where that is the
-    newest of them, the fit is finished.
+    Each fit writes `config.yaml` when it begins, checkpoints while it trains, and the adapter folder at its end only,
+    `adapter_config.json` last: where that is the newest of them, the fit is finished.
     """
     end = _written(run / "adapter" / "adapter_config.json")
     begun = _written(run / "config.yaml")
@@ -169,6 +170,7 @@ def is_complete(run: Path, record: Mapping[str, Any] | None) -> bool:
         return False
     file = run / record["results"]
     time = _written(file)
+    # A test by hand with other words would write other results into the same place.
     if time is None or digest(file) != record["results_sha256"]:
         return False
     return all(time >= written for written in _checkpoint_times(run))
@@ -187,7 +189,7 @@ def digest(file: Path) -> str:
 
 
 def identity(file: Path | None) -> tuple[int, int] | None:
-    """What changes when a file is written anew, even with the same content: inode and time."""
+    """Inode and time of a file, which change when it is written anew with the same content too."""
     if file is None or not file.is_file():
         return None
     found = file.stat()

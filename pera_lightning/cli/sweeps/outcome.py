@@ -1,4 +1,4 @@
-"""What a run has come to: the checkpoint to test, the score it was selected by, and what its results tell."""
+"""The outcome of a run: the checkpoint to test, the score it was selected by, and its results."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
     best = folder / "best.ckpt"
     if best in files:
         return "best", selection(read_checkpoint(best), best.name)
+    # Any checkpoint says which file its callback holds for the best.
     checkpoint = read_checkpoint(files[-1])
     for _, state in keepers(checkpoint):
         best = folder / Path(state["best_model_path"]).name
@@ -56,39 +57,40 @@ def selection(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any] | None
     """The score by which a file was kept as the best.
 
     Args:
-        checkpoint: read.
-        name: the file's.
+        checkpoint: content of the file.
+        name: name of the file.
 
     Returns:
-        ``name`` of the metric, ``mode`` ("min" or "max") and ``score``, which is None where it is no number; None where
-        it was not selected. A ModelCheckpoint whose metric was NaN stores an infinite score.
+        ``name`` of the metric, ``mode`` ("min" or "max") and ``score``; None where it was not selected. A
+        ModelCheckpoint whose metric was NaN stores an infinite score, which becomes None.
     """
     for key, state in keepers(checkpoint):
         if Path(state["best_model_path"]).name == name and (found := _KEEPER.fullmatch(key)):
+            # The callback's key in the file holds its options: ModelCheckpoint{'monitor': …, 'mode': 'max', …}.
             mode = literal_eval(found[1]).get("mode", "min")
             score = float(state["best_model_score"])
             return {"name": state["monitor"], "mode": mode, "score": score if isfinite(score) else None}
     return None
 
 
-def told_by(results: Path) -> dict[str, Any]:
-    """What a run's `results.json` tells the sweep: metrics, parameters, method and the short facts of its protocol.
+def read_results(file: Path) -> dict[str, Any]:
+    """The metrics, parameters, method and short facts of the protocol in a run's `results.json`.
 
-    A value that is no number, as Pearson's r of equal predictions is, becomes None.
+    A value that is not a number, such as Pearson's r of equal predictions, becomes None.
     """
-    result = json.loads(results.read_text(encoding="utf-8"), parse_constant=lambda name: None)
-    facts = flattened(result.get("protocol") or {})
+    result = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)
+    facts = {key: value for key, value in flattened(result.get("protocol") or {}).items() if key != "checkpoint"}
     return {
         "metrics": {
             name: None if value is None else float(value) for name, value in (result.get("metrics") or {}).items()
         },
         "trainable_parameters": result.get("trainable_parameters"),
         "method": result.get("method"),
-        "protocol": {k: v for k, v in facts.items() if k != "checkpoint" and _is_short(k, v)},
+        # Neither prompts nor the items of lists.
+        "protocol": {
+            key: value
+            for key, value in facts.items()
+            if len(str(value)) <= _SHORT and not any(part.isdecimal() for part in key.split("."))
+        },
         "selected_on_test": any(k.rpartition(".")[2] == "selected_on_test" and v is True for k, v in facts.items()),
     }
-
-
-def _is_short(key: str, value: Any) -> bool:
-    """Whether a fact fits a line: no prompt, and no part of a list."""
-    return len(str(value)) <= _SHORT and not any(part.isdecimal() for part in key.split("."))

@@ -1,4 +1,4 @@
-"""What a sweep runs: its own words told from those of each run, grid values and seeds, and a name for every run."""
+"""The plan of a sweep: its own options apart from those of each run, grid values and seeds, a name for every run."""
 
 from __future__ import annotations
 
@@ -30,19 +30,11 @@ _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 @dataclass
 class Request:
-    """The words after `sweep`, sorted.
+    """The words after `sweep`, sorted."""
 
-    Attributes:
-        words: those of every run's fit and test, as given.
-        seeds: None where none are given.
-        grid: key without ``init_args`` to its values as given.
-        output: the sweep's folder.
-        dry_run: whether nothing is to be started.
-    """
-
-    words: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)  # of every run's fit and test
     seeds: tuple[int, ...] | None = None
-    grid: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    grid: dict[str, tuple[str, ...]] = field(default_factory=dict)  # key without init_args to its values
     output: str | None = None
     dry_run: bool = False
 
@@ -60,8 +52,9 @@ def read_request(words: Sequence[str]) -> Request:
     """Sorts the words after `sweep`.
 
     Raises:
-        ConfigurationError: for values of sweep's own options that are none, and for what sweep sets itself.
+        ConfigurationError: for wrong values of sweep's own options, and for options that sweep sets itself.
     """
+    # Sweep's own options are taken out; all other words go to every run, unread.
     request, rest = Request(), list(words)
     while rest:
         word = rest.pop(0)
@@ -80,6 +73,7 @@ def read_request(words: Sequence[str]) -> Request:
                 _once(option, request.output)
                 request.output = value
             else:
+                # One --grid may be followed by several keys.
                 entries = [value]
                 while rest and not rest[0].startswith("-"):
                     entries.append(rest.pop(0))
@@ -130,10 +124,10 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 
 def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
-    """The key and the values in ``"model.lr=0.001,0.01"``; commas within brackets and quotes part nothing.
+    """The key and the values in ``"model.lr=0.001,0.01"``; commas within brackets and quotes do not divide.
 
     Raises:
-        ConfigurationError: where there is no key, or a value that is empty or given twice.
+        ConfigurationError: without a key, or for a value that is empty or given twice.
     """
     key, _, values = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", key) or not values.strip():
@@ -142,6 +136,7 @@ def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
     if parts is None or not all(parts):
         problem = "brackets or quotes that do not close" if parts is None else "one of its values is empty"
         raise ConfigurationError(f"--grid {text}: {problem}")
+    # 1e-3 and 0.001 are one value.
     written = [canonical(part) for part in parts]
     for part in written:
         if written.count(part) > 1:
@@ -150,9 +145,10 @@ def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def split_values(text: str) -> list[str] | None:
-    """Parts a text at the commas outside brackets and quotes; None where these do not close."""
+    """Divides a text at the commas outside brackets and quotes; None where these do not close."""
     parts, open_, quote = [""], [], ""
     for letter in text:
+        # A quote opens at the start of a value or inside of brackets: "it's" has none.
         if quote:
             quote = "" if letter == quote else quote
         elif letter in "\"'" and (open_ or not parts[-1].strip()):
@@ -171,12 +167,12 @@ def split_values(text: str) -> list[str] | None:
 
 
 def plain_key(key: str) -> str:
-    """A key without what may be left out of it: ``model.init_args.lr`` and ``model.lr`` are one."""
+    """A key without what may be left out of it: ``model.init_args.lr`` is ``model.lr``."""
     return ".".join(part for part in key.split(".") if part not in ("init_args", "class_path"))
 
 
 def canonical(text: str) -> str:
-    """One form for the ways to write a number (1e-3, 0.001), so that a run is found again; else the text."""
+    """One form of the ways to write a number (1e-3, 0.001), so that a run is found again; else the text."""
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return str(int(text))
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
@@ -185,7 +181,7 @@ def canonical(text: str) -> str:
 
 
 def settings(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """All combinations of a grid's values, those of the last key changing first; one without values where none are."""
+    """All combinations of a grid's values, the last key changing first; of no grid one without values."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
@@ -193,10 +189,11 @@ def runs(grid: Mapping[str, Sequence[str]], seeds: Iterable[int]) -> list[Run]:
     """A run for each setting and seed, the seeds of a setting one after the other.
 
     Raises:
-        ConfigurationError: where two names are one on a file system that does not tell a from A.
+        ConfigurationError: for two names that are one on a file system that ignores case.
     """
     seeds = list(seeds)
     planned = [Run(run_name(values, seed), values, seed) for values in settings(grid) for seed in seeds]
+    # On some file systems a.txt and A.txt are one file.
     folded: dict[str, str] = {}
     for run in planned:
         other = folded.setdefault(run.name.casefold(), run.name)
@@ -212,6 +209,7 @@ def run_name(values: Mapping[str, str], seed: int) -> str:
     short = short_keys(values)
     end = f"_seed={seed}"
     name = "_".join(f"{short[key]}={_safe(canonical(text))}" for key, text in values.items())
+    # A name that is too long ends with a digest of all of it.
     if len(name) + len(end) > _NAME_LENGTH:
         name = f"{name[: _NAME_LENGTH - len(end) - 9]}-{_digest(name)}"
     return name + end
@@ -224,11 +222,12 @@ def setting_name(values: Mapping[str, str]) -> str:
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Each key's last parts, as many as it takes to tell it from the others."""
+    """The last parts of each key, as many as tell it from the others."""
     keys = list(keys)
     short = {}
     for key in keys:
         parts = key.split(".")
+        # From the last part on, until no other key ends in the same parts.
         for k in range(1, len(parts) + 1):
             short[key] = ".".join(parts[-k:])
             if not any(other != key and f".{other}".endswith(f".{short[key]}") for other in keys):
@@ -237,7 +236,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _safe(text: str) -> str:
-    """A value as a part of a file's name; where letters had to go, with a digest that tells it from others."""
+    """A value for a file's name; where letters had to go, with a digest that tells it from others."""
     safe = re.sub(r"[^A-Za-z0-9.+-]+", "-", text)[:_VALUE_LENGTH]
     return safe if safe == text else f"{safe}-{_digest(text)}"
 
@@ -257,12 +256,7 @@ def value_words(values: Mapping[str, str]) -> list[str]:
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """What differs between two configs, in words, a key each; a key that is not there is null.
-
-    Args:
-        before: a config as nested dictionaries and lists.
-        now: likewise.
-    """
+    """What differs between two configs, nested dictionaries and lists, in words; a missing key is null."""
     one, other = flattened(before), flattened(now)
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return [f"{key} is {other.get(key)!r}, and was {one.get(key)!r}" for key in keys]

@@ -14,9 +14,8 @@ from types import FrameType
 from typing import Any
 
 from pera_lightning.cli.sweeps.folder import note_owner
-from pera_lightning.errors import DataError, shorten
+from pera_lightning.errors import DataError
 
-STOPPED = "stopped by a signal"  # so begins the line of a fit that a signal stopped, see callbacks/preemption.py
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -35,10 +34,10 @@ class Processes:
     a session of its own, so that Ctrl-C in a terminal reaches the sweep alone. At a second signal it is killed.
 
     Args:
-        lock: of the sweep's folder, for the processes to inherit.
+        lock: lock of the sweep's folder, which the processes inherit.
 
     Attributes:
-        signal: the one that was sent, else None.
+        signal: signal that was sent, else None.
     """
 
     def __init__(self, lock: int) -> None:
@@ -69,15 +68,12 @@ class Processes:
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
 
-    def run(self, words: Sequence[str], log: Path) -> tuple[int, str]:
-        """Runs a command to its end.
+    def run(self, words: Sequence[str], log: Path) -> int:
+        """Runs a command to its end, and gives its exit code, negative for a signal.
 
         Args:
-            words: of the command.
-            log: what it prints is appended to it.
-
-        Returns:
-            Its exit code, negative for a signal, and the line by which it says what was wrong, or the last one.
+            words: words of the command.
+            log: file that what it prints is appended to.
 
         Raises:
             DataError: where the log cannot be written.
@@ -87,30 +83,16 @@ class Processes:
             with log.open("ab") as file:
                 file.write(f"$ {shlex.join(words)}\n".encode())
                 file.flush()
-                start = file.tell()
                 self._child = subprocess.Popen(
                     words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
                     pass_fds=(self.lock,),
                 )  # fmt: skip
         except OSError as error:
-            raise DataError(
-                f"{log} cannot be written, or {words[0]} not started ({error.strerror}): make room, or give another "
-                "--output"
-            ) from None
+            raise DataError(f"{log} cannot be written, or {words[0]} not started ({error.strerror})") from None
         note_owner(self.lock, os.getpid(), self._child.pid)
         if self.signal is not None:  # it came before there was a process to hand it to
             self._child.terminate()
-        return self._child.wait(), said(log, start)
-
-
-def said(log: Path, start: int) -> str:
-    """The last line in a log, from a byte on, that says an error or what a signal did; else the last at all."""
-    with log.open("rb") as file:
-        file.seek(start)
-        text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("error: ", STOPPED))]
-    return shorten((telling or lines or [""])[-1].removeprefix("error: "))
+        return self._child.wait()
 
 
 def ended_by(code: int) -> str:

@@ -20,9 +20,9 @@ from pera_lightning.cli.sweeps.folder import (
     new_record,
     write_sweep,
 )
-from pera_lightning.cli.sweeps.outcome import tested_checkpoint, told_by
+from pera_lightning.cli.sweeps.outcome import read_results, tested_checkpoint
 from pera_lightning.cli.sweeps.plan import Run, setting_name, value_words, with_seed
-from pera_lightning.cli.sweeps.processes import STOPPED, Processes, ended_by, program
+from pera_lightning.cli.sweeps.processes import Processes, ended_by, program
 from pera_lightning.cli.sweeps.summary import COMPLETE, scores, table, without_number
 from pera_lightning.errors import CheckpointError
 
@@ -31,9 +31,9 @@ def placed(placement: Any, folder: Path) -> list[str]:
     """The words that give a run its folder.
 
     Args:
-        placement: whether there is a logger at all (the trainer's own), or the config's as primitives: one, or a
-            list whose first names the folder.
-        folder: the run's.
+        placement: False without a logger, True for the trainer's own; else the config's as primitives, one or a list
+            whose first names the folder.
+        folder: folder of the run.
     """
     names = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
     words = [f"--trainer.default_root_dir={folder}"]
@@ -63,12 +63,12 @@ class Sweep:
     """Runs what is missing, one run after the other.
 
     Args:
-        folder: of the sweep.
-        sweep: what `sweep.json` is to say; the runs that are wanted are added.
-        wanted: the runs that are asked for now.
-        words: of every run.
-        placements: for `placed`, by the setting's name.
-        processes: in its context.
+        folder: folder of the sweep.
+        sweep: content of `sweep.json`; the runs that are wanted are added.
+        wanted: runs that are asked for now.
+        words: words of every run.
+        placements: placement of each setting, by its name, for `placed`.
+        processes: runs the commands, in its context.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Sweep:
         print(f"Runs in {self.folder}: {len(self.wanted)}; the output of each is in its {LOG}", flush=True)
         for k, run in enumerate(self.wanted, 1):
             record, place = self.records[run.name], self.folder / run.name
+            # What is complete is kept, whichever sweep ran it.
             kept = is_complete(place, record)
             if not kept:
                 record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})
@@ -110,12 +111,14 @@ class Sweep:
 
     def _run(self, run: Run, record: dict[str, Any], place: Path) -> None:
         words = run_words(run, place, self.words, self.placements[setting_name(run.values)])
+        # A run that was stopped goes on from its own last checkpoint.
         if not fit_finished(place):
-            code, line, seconds = self._process("fit", [*words, *going_on(place)], place)
+            code, seconds = self._process("fit", [*words, *going_on(place)], place)
             record["fit_seconds"] += seconds
             if code != 0 or not fit_finished(place):
-                self._not_done(record, "fit", code, line)
+                self._not_done(record, "fit", code, place)
                 return
+        # Written before the test, so that a sweep that is killed now does not train again.
         record["status"] = "fitted"
         self._write()
         if self.processes.signal is not None:
@@ -125,32 +128,32 @@ class Sweep:
         except CheckpointError as error:
             record.update(status="failed", error=str(error))
             return
+        # Results must be new: an earlier test may have left some.
         before = identity(find_results(place))
-        code, line, record["test_seconds"] = self._process("test", [*words, "--ckpt_path", checkpoint], place)
+        code, record["test_seconds"] = self._process("test", [*words, "--ckpt_path", checkpoint], place)
         results = find_results(place)
         if code != 0 or results is None or identity(results) == before:
-            self._not_done(record, "test", code, line)
+            self._not_done(record, "test", code, place)
             return
-        record.update(told_by(results), results=str(results.relative_to(place)), results_sha256=digest(results))
+        record.update(read_results(results), results=str(results.relative_to(place)), results_sha256=digest(results))
         record["status"] = COMPLETE
 
-    def _process(self, command: str, words: list[str], place: Path) -> tuple[int, str, float]:
+    def _process(self, command: str, words: list[str], place: Path) -> tuple[int, float]:
         start = time.monotonic()
-        code, line = self.processes.run([*program(), command, *words], place / LOG)
-        return code, line, time.monotonic() - start
+        code = self.processes.run([*program(), command, *words], place / LOG)
+        return code, time.monotonic() - start
 
-    def _not_done(self, record: dict[str, Any], command: str, code: int, line: str) -> None:
-        stopped = code == 0 and line.startswith(STOPPED)
-        if stopped or self.processes.signal is not None:
+    def _not_done(self, record: dict[str, Any], command: str, code: int, place: Path) -> None:
+        # A fit that a signal stops saves a checkpoint and exits with 0, as one that is finished does.
+        stopped = command == "fit" and code == 0 and any(place.glob("checkpoints/*.ckpt"))
+        if stopped:
+            record.update(status="interrupted", error="its fit was stopped, with a checkpoint to go on from")
+        elif self.processes.signal is not None:
             lost = "what it did since its last checkpoint is lost" if command == "fit" else "it is run again"
-            record.update(status="interrupted", error=line if stopped else f"its {command} was ended, {lost}")
-            return
-        if code == 0:
+            record.update(status="interrupted", error=f"its {command} was ended, {lost}")
+        else:
             missing = "no step was trained" if command == "fit" else "its module writes no results.json"
-            line = f"{missing}: {line}"
-        elif code < 0:
-            line = f"{ended_by(code)}: {line}"
-        record.update(status="failed", error=f"{command}: {line or ended_by(code)}")
+            record.update(status="failed", error=f"{command}: {missing if code == 0 else ended_by(code)}")
 
     def _line(self, record: Mapping[str, Any], kept: bool) -> str:
         if record["status"] != COMPLETE:

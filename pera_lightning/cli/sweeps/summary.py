@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: statistics a setting, a table and a CSV file."""
+"""The summary of a sweep: statistics of each setting, a table and a CSV file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from pera_lightning.cli.sweeps.choice import data_of
 from pera_lightning.cli.sweeps.plan import setting_name, short_keys
 from pera_lightning.errors import listed
+from pera_lightning.training.tables import format_table
 
 COMPLETE = "complete"
 
@@ -20,7 +21,7 @@ def statistics_of(values: Sequence[float | None]) -> dict[str, Any]:
     """Statistics of the values that are numbers; in the values' unit.
 
     Args:
-        values: one a run; None, NaN and infinite ones are counted, and left out of the rest.
+        values: value of each run; None, NaN and infinite ones are counted, and left out of the rest.
 
     Returns:
         ``n`` and ``not_finite`` (counts), ``mean``, ``median``, ``sd`` (of the sample, n - 1; None for one value),
@@ -55,6 +56,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(setting_name(record["values"]), []).append(record)
     rows = []
     for group in groups.values():
+        # A metric is summed up over the runs that have it.
         names = dict.fromkeys(name for record in group for name in record["metrics"])
         parameters = {record["trainable_parameters"] for record in group}
         rows.append(
@@ -83,7 +85,7 @@ def _selection(group: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """Lines up a summary: a line for each setting and metric, the selection score first."""
-    cells = [["setting", "metric", "n", "mean ± sd", "median", "min", "max"]]
+    rows = []
     for row in summary:
         lines = {} if row["selection"] is None else {f"{row['selection']['name']} (selection)": row["selection"]}
         setting = setting_name(row["values"])
@@ -92,16 +94,9 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
                 "-" if of[key] is None else f"{of[key]:.4f}" for key in ("mean", "sd", "median", "min", "max")
             )
             n = f"{of['n']} of {of['n'] + of['not_finite']}" if of["not_finite"] else str(of["n"])
-            cells.append([setting, metric, n, f"{mean} ± {spread}", *rest])
+            rows.append([setting, metric, n, f"{mean} ± {spread}", *rest])
             setting = ""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lined = [
-        "  ".join(
-            [f"{a:<{widths[0]}}", f"{b:<{widths[1]}}"] + [c.rjust(w) for c, w in zip(rest, widths[2:], strict=True)]
-        )
-        for a, b, *rest in cells
-    ]
-    return "\n".join(line.rstrip() for line in lined)
+    return format_table(["setting", "metric", "n", "mean ± sd", "median", "min", "max"], rows, text_columns=2)
 
 
 def scores(record: Mapping[str, Any]) -> str:
@@ -129,6 +124,7 @@ def _measured(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """A row for each run, complete or not; what a run does not have is left empty."""
+    # Earlier sweeps of the folder may have had other metrics.
     keys = list(dict.fromkeys(key for record in records for key in record["values"]))
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
     short = short_keys(keys)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from pera_lightning.data import batching
 from pera_lightning.data.batching import IGNORE, label_positions
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.inject import injection_of
+from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.evaluator import Evaluator
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
@@ -39,6 +41,7 @@ class CausalLMModule(TransformersModule):
     """
 
     counted = "step_tokens"
+    selection_metric = ("val/loss", "min")
 
     def __init__(
         self,
@@ -188,3 +191,41 @@ class CausalLMModule(TransformersModule):
 
     def on_predict_end(self) -> None:
         self._evaluator.finish()  # type: ignore[union-attr]
+
+    # --- memory ---
+
+    def example_batch(self, data: Any, answer_length: int | None = None) -> tuple[dict[str, Tensor], str]:
+        """Examples as long as the data's limit and the model's context allow, all but the first with a padding token.
+
+        Padding in any example costs an attention mask.
+
+        Args:
+            data: data module, for the size of its batches.
+            answer_length: labelled tokens at each example's end, where the protocol trains on answers; by default as
+                many as it lets the model generate, and all where it generates nothing.
+        """
+        if not isinstance(data, TextDataModule):
+            return super().example_batch(data)
+        protocol, size = data.evaluation, data.batch_size
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore
+        length = min(data.max_length, context or data.max_length)
+        start = 0
+        if protocol.loss_on == "answer":
+            generated = length if protocol.decoding is None else protocol.decoding.max_new_tokens
+            start = max(length - (answer_length or generated), 0)
+        elif answer_length is not None:
+            raise ConfigurationError(
+                f"answer_length={answer_length}: protocol {protocol.name} has labels on all tokens"
+            )
+        full, packed = {"input_ids": [0] * length, "start": start}, data.batching == "packed"
+        if packed:
+            batch = batching.collate_packed([full] * size)
+        else:
+            short = {"input_ids": [0] * (length - 1), "start": max(start - 1, 0)}
+            batch = batching.collate_padded([full, *[short] * (size - 1)], pad_id=0)
+        if size == 1:  # nothing to tell apart; transformers would find that out from values
+            batch = {name: batch[name] for name in ("input_ids", "labels")}
+        # Labels keep their values, which decide where logits are computed.
+        batch = {name: value if name == "labels" else value.to("meta") for name, value in batch.items()}
+        where = f"on the last {length - start} tokens of each" if start else "on all tokens"
+        return batch, f"{size} examples of {length:,} tokens{', packed' if packed else ''}, labels {where}"

@@ -8,6 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.training.tables import format_table
 from pera_lightning.validation import check_in_range
 
 
@@ -102,14 +103,9 @@ def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     first = [key for key in ("set", "n", main_metric) if key in columns]
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]
     columns = [*first, *(key for key in columns if key not in first + last), *last]
-    lines_of = [*rows, {"set": "average", **average_row(rows, main_metric)}]
-    cells = [columns, *([_cell(key, one.get(key)) for key in columns] for one in lines_of)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for cell in cells:
-        padded = [text.rjust(width) for text, width in zip(cell[1:], widths[1:], strict=True)]
-        lines.append("  ".join([cell[0].ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
+    averaged = [*rows, {"set": "average", **average_row(rows, main_metric)}]
+    titles = [key.replace("_", " ") for key in columns]
+    return format_table(titles, [[_cell(key, one.get(key)) for key in columns] for one in averaged])
 
 
 def _cell(key: str, value: Any) -> str:

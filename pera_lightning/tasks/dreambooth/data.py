@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from pera_lightning.data.base import draw_batches
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
 from pera_lightning.tasks.dreambooth import latent_cache as cache_files
@@ -360,11 +361,15 @@ class DreamBoothDataModule(L.LightningDataModule):
             return list(dict.fromkeys(one.caption for one in (*rows.photographs, *rows.class_images)))
         return list(dict.fromkeys(row["prompt"] for row in self._asked.get(kind, ())))
 
-    def measuring_dataloader(self) -> DataLoader:
-        """Photographs without class images, from the middle, for what a merge is calibrated or measured with."""
+    measuring_note = "measured on training images: there are no others"
+
+    def calibration_batches(self, count: int) -> list[Any]:
+        """Draws photographs without class images, from the middle."""
         self._require_rows()
-        rows = TrainingRows(self._photographs, [], size=self.size, crop="center", flip=False, repeats=1)
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)
+        photographs = TrainingRows(self._photographs, [], size=self.size, crop="center", flip=False, repeats=1)
+        return draw_batches(DataLoader(photographs, batch_size=self.batch_size, collate_fn=collate), count)
+
+    measuring_batches = calibration_batches
 
     def reference_images(self) -> list[Image.Image]:
         """The subject's photographs as the network sees them, from the middle; each content once."""

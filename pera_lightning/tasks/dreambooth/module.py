@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, DataError, listed, megabytes
 from pera_lightning.tasks.dreambooth import loss as diffusion_loss
+from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
 from pera_lightning.tasks.dreambooth.encoders import Encoders
 from pera_lightning.tasks.dreambooth.encoding import VAE_ADVICE
 from pera_lightning.tasks.dreambooth.generate import Pictures
@@ -361,6 +362,27 @@ class DreamBoothModule(NormalisedLossModule):
 
     def how_to_load(self, folder: Path) -> str:
         return f"diffusers.StableDiffusionXLPipeline.from_pretrained({str(folder)!r})"
+
+    def export_notes(self) -> list[str]:
+        predicts = self.hparams["prediction_type"]
+        return [f"trained with prediction_type={predicts}: give the pipeline's scheduler the same"] if predicts else []
+
+    # --- memory ---
+
+    def example_batch(self, data: Any) -> tuple[dict[str, Tensor], str]:
+        """Latents, those of class images included; the VAE, which is not in the network, is not counted."""
+        if not isinstance(data, DreamBoothDataModule):
+            return super().example_batch(data)
+        height, width = data.size
+        count = data.batch_size * (2 if data.uses_prior else 1)
+        latents = (4, height // 8, width // 8)
+        shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **self.text_shapes()}
+        batch = {name: torch.empty(count, *shape, device="meta") for name, shape in shapes.items()}
+        batch |= {name: value.long() for name, value in batch.items() if name.startswith("input_ids")}
+        batch["is_prior"] = torch.arange(count) >= data.batch_size  # its values decide what is computed
+        kinds = f", {data.batch_size} of them of the class" if data.uses_prior else ""
+        besides = "" if data.cache else "; the VAE, which stays where latents are not cached, comes on top"
+        return batch, f"{count} images of {height}x{width} pixels{kinds}{besides}"
 
 
 def repeated(value: Any, times: int) -> Any:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import splits
-from pera_lightning.data.base import TaskDataModule
+from pera_lightning.data.base import TaskDataModule, draw_batches
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.image_classification import datasets, sources, transforms
@@ -208,9 +208,9 @@ class ImageDataModule(TaskDataModule):
         every = np.arange(len(source.files))
         return self._evaluated(sources.ImageExamples(source, every, source.labels, transform, with_identifier=True))
 
-    def calibration_dataloader(self) -> DataLoader:
-        """Batches of training images as evaluation sees them, to calibrate a merge with."""
-        return self._evaluated(self._images("train"), batch_size=self.batch_size)
+    def calibration_batches(self, count: int) -> list[Any]:
+        """Draws training batches without augmentation."""
+        return draw_batches(self._evaluated(self._images("train")), count, self.batch_size)
 
     # ---- building ---------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.tasks.image_classification import transforms
+from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.networks import create
 from pera_lightning.training import results
 from pera_lightning.training.module import AdapterModule
@@ -44,6 +46,8 @@ class ImageClassificationModule(AdapterModule):
     """
 
     asks = ("num_classes", "class_names")
+    selection_metric = ("val/accuracy", "max")
+    classes_argument = "num_classes"
 
     def __init__(
         self,
@@ -261,6 +265,19 @@ class ImageClassificationModule(AdapterModule):
 
     def on_predict_end(self) -> None:
         write_predictions(self.trainer, {"predictions.csv": self._predicted}, as_csv)
+
+    # --- memory ---
+
+    def example_batch(self, data: Any) -> tuple[tuple[Tensor, Tensor], str]:
+        if not isinstance(data, ImageDataModule):
+            return super().example_batch(data)
+        size = transforms.resolve(data.transform, data.given, self.data_config).size
+        images = torch.empty(data.batch_size, 3, *size, device="meta")
+        labels = torch.empty(data.batch_size, dtype=torch.int64, device="meta")
+        return (images, labels), f"{data.batch_size} images of {size[0]}x{size[1]} pixels"
+
+    def training_loss(self, batch: Any) -> Tensor:
+        return self._shared_step(batch, self.hparams["label_smoothing"])[0]
 
 
 def as_csv(predicted: Sequence[tuple[str, str, float]]) -> str:

@@ -15,14 +15,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
+from pera_lightning.data import batching
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
+from pera_lightning.tasks.sequence_classification.data import GLUEDataModule
 from pera_lightning.tasks.sequence_classification.loss import check_weights, example_losses
 from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
 from pera_lightning.tasks.sequence_classification.networks import (
     check_lengths,
     check_trained,
     load_network,
+    positions,
     start_from,
     trained_labels,
 )
@@ -63,6 +66,8 @@ class SequenceClassificationModule(TransformersModule):
 
     counted = "step_examples"
     asks = ("num_labels", "metrics", "selection", "test_sets", "task")
+    selection_metric = ("val/metric", "max")
+    classes_argument = "num_labels"
 
     def __init__(
         self,
@@ -299,3 +304,17 @@ class SequenceClassificationModule(TransformersModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.started_from = checkpoint.get(_STARTED)
+
+    # --- memory ---
+
+    def example_batch(self, data: Any) -> tuple[dict[str, Tensor], str]:
+        """Examples as long as the data's limit and the model's positions allow, all but the first with padding."""
+        if not isinstance(data, GLUEDataModule):
+            return super().example_batch(data)
+        length = min(data.max_length, positions(self.model) or data.max_length)  # type: ignore[arg-type]
+        example = {"input_ids": [0] * length, "label": 0.0 if data.task.regression else 0}
+        short = {**example, "input_ids": [0] * (length - 1)}
+        batch = batching.collate_classified([example, *[short] * (data.batch_size - 1)], pad_id=0)
+        # Labels keep their values, which decide what counts.
+        batch = {name: value if name == "labels" else value.to("meta") for name, value in batch.items()}
+        return batch, f"{data.batch_size} examples of {length:,} tokens"

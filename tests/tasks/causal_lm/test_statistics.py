@@ -110,7 +110,7 @@ def test_a_table() -> None:
         {"set": "ARC-Challenge", "n": 1172, "accuracy": 0.25, "not_found": 0.125, "seconds": 3},
     ]
     assert table(rows) == (
-        "set               n  accuracy  not_found  seconds  tokens_per_second\n"
+        "set               n  accuracy  not found  seconds  tokens per second\n"
         "boolq          3270    0.7500     0.0000     12.3             1000.0\n"
         "ARC-Challenge  1172    0.2500     0.1250      3.0\n"
         "average                0.5000     0.0625      7.7"
@@ -119,5 +119,5 @@ def test_a_table() -> None:
 
 def test_a_table_of_another_metric() -> None:
     assert table([{"set": "convai2", "n": 5, "bleu": 1.5, "rouge_l": 10.0}], main_metric="bleu") == (
-        "set      n    bleu  rouge_l\nconvai2  5  1.5000  10.0000\naverage     1.5000"
+        "set      n    bleu  rouge l\nconvai2  5  1.5000  10.0000\naverage     1.5000"
     )

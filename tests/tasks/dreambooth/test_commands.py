@@ -172,7 +172,7 @@ def test_hira_and_a_dynamic_aurora_are_no_lora_file(pera, runs, base, photos, tm
     assert pera("export", "--ckpt_path", hira, "--format", "merged", *out).code == 0
     line = refused(pera("export", "--ckpt_path", runs.aurora, "--format", "diffusers", "--output", tmp_path / "a"))
     assert "AuroRA in dynamic mode is not a linear map" in line
-    done = pera("export", "--ckpt_path", runs.aurora, "--format", "diffusers", "--method", "static",
+    done = pera("export", "--ckpt_path", runs.aurora, "--format", "diffusers", "--mode", "static",
                 "--output", tmp_path / "a")  # fmt: skip
     assert done.code == 0, done.err
 
@@ -187,7 +187,7 @@ def test_a_merge_is_measured_on_photographs(pera, runs, prompts):
 
 
 def test_a_calibrated_aurora_becomes_a_file_of_diffusers(pera, runs, base, tmp_path):
-    given = ["--format", "diffusers", "--method", "calibrated", "--batches", "2", "--output", tmp_path / "out"]
+    given = ["--format", "diffusers", "--mode", "calibrated", "--batches", "2", "--output", tmp_path / "out"]
     result = pera("export", "--ckpt_path", runs.aurora, *given)
     assert result.code == 0, result.err
     pipeline(base).load_lora_weights(tmp_path / "out")

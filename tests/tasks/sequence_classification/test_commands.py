@@ -110,7 +110,7 @@ def test_params(pera, base, rows, runs):
     assert "attention.self.query" in plain.out
     assert "trained in full: bert.pooler, classifier" in plain.out
     memory = pera("params", *words(base, rows, runs), "--memory", "--devices", 2)
-    assert "Assumed: on each device 16 rows of 64 tokens" in memory.out
+    assert "Assumed: on each device 16 examples of 64 tokens" in memory.out
     again = pera("params", *words(base, rows, runs), "--memory", "--model.activation_checkpointing", "true")
     kept = [
         float(line.split()[-1])

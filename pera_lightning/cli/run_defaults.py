@@ -1,0 +1,117 @@
+"""What all runs share unless their config says otherwise: the logger, the checkpoints, the folder of a run.
+
+A config holds its experiment only. A run logs into ``runs/NAME``, named by its config's file, keeps ``best.ckpt`` by
+the `selection_metric` of its module and ``last.ckpt``, and notes the learning rates.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor
+
+CONFIG_FLAGS = ("--config", "-c")
+FOLDER = Path("runs")
+_CALLBACKS = "lightning.pytorch.callbacks."
+
+
+def values_of(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The values given to an option among a command's words, as ``--flag VALUE`` or ``--flag=VALUE``."""
+    values = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in flags:
+            values.append(value if equals else following)
+    return values
+
+
+def config_file(words: Sequence[str]) -> Path | None:
+    """The first config of a command that is a file, not YAML on the command line."""
+    given = values_of(words, CONFIG_FLAGS)
+    return next((Path(value) for value in given if value and not value.lstrip().startswith("{")), None)
+
+
+def default_folder(words: Sequence[str]) -> Path:
+    """The folder of a run by its first config: below ``runs``, the path from a folder ``configs`` on, or its name."""
+    file = config_file(words)
+    if file is None:
+        return FOLDER / "run"
+    *folders, name = file.with_suffix("").parts
+    # Papers repeat names (pera/roberta_base_rte, aurora/roberta_base_rte): folders below configs/ tell them apart.
+    below = folders[len(folders) - folders[::-1].index("configs") :] if "configs" in folders else ()
+    return FOLDER.joinpath(*below, name)
+
+
+def default_logger(folder: Path) -> dict[str, Any]:
+    """TensorBoard's logger of a folder; without a version, so that the next run of the name uses it again."""
+    names = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
+    return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": names}
+
+
+def complete(config: Any, folder: Path) -> None:
+    """Adds to a parsed config, in place, the callbacks and the root folder that it leaves out.
+
+    A config with a checkpoint callback of its own, as every ``config.yaml`` of a run has, gets no other.
+
+    Args:
+        config: parsed config of one command.
+        folder: the run's, where the logger has none.
+    """
+    trainer = config["trainer"]
+    given = trainer["callbacks"] or []
+    given = given if isinstance(given, list) else [given]
+    classes = [class_of(callback) for callback in given]
+    # The module's class says which metric selects; it is not built yet.
+    added: list[dict[str, Any]] = []
+    if trainer["enable_checkpointing"] is not False and not any(issubclass(cls, Checkpoint) for cls in classes):
+        model = config.get("model") or {}
+        selection = getattr(class_of(model), "selection_metric", None) if model.get("class_path") else None
+        added += checkpoints(selection)
+    # The monitor of learning rates refuses a trainer without a logger.
+    if trainer["logger"] is not False and not any(issubclass(cls, LearningRateMonitor) for cls in classes):
+        added.append({"class_path": f"{_CALLBACKS}LearningRateMonitor", "init_args": {"logging_interval": "step"}})
+    if added:
+        parser = ArgumentParser(exit_on_error=False)  # fills in what each class has by default
+        parser.add_argument("--callbacks", type=list[Callback])
+        trainer["callbacks"] = [*given, *parser.parse_object({"callbacks": added})["callbacks"]]
+    # SLURM's checkpoint and what is written without a logger lie with the run too.
+    if trainer["default_root_dir"] is None:
+        trainer["default_root_dir"] = _root(trainer["logger"], folder)
+
+
+def checkpoints(selection: tuple[str, str] | None) -> list[dict[str, Any]]:
+    """The checkpoint callbacks of a run.
+
+    Args:
+        selection: metric that chooses ``best.ckpt``, and "max" or "min"; None where nothing is measured that could.
+    """
+    common = {"enable_version_counter": False}
+    if selection is None:
+        # The end of an epoch is also where max_steps ends, and needs no validation.
+        kept = [{"filename": "last", "save_on_train_epoch_end": True}]
+    else:
+        monitor, mode = selection
+        # A callback of its own: save_last of the first would keep the checkpoint of the last improvement.
+        kept = [{"filename": "best", "monitor": monitor, "mode": mode}, {"filename": "last"}]
+    return [{"class_path": f"{_CALLBACKS}ModelCheckpoint", "init_args": {**one, **common}} for one in kept]
+
+
+def class_of(config: Any) -> type:
+    """The class that a parsed config's ``class_path`` names."""
+    module, _, name = config["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _root(logger: Any, folder: Path) -> str | None:
+    """The folder that the logger writes into, for what Lightning writes beside it; None for loggers without one."""
+    if logger is False:
+        return str(folder)
+    first = (logger or [None])[0] if isinstance(logger, list) else logger
+    init = first.get("init_args") or {} if hasattr(first, "get") else {}
+    if not init.get("save_dir") or not init.get("name"):
+        return None
+    return str(Path(init["save_dir"], init["name"], init.get("version") or ""))
