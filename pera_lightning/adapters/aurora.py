@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter, LowRankUpdate, draw, new_parameter
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
+from pera_lightning.adapters.base import LayerContext, LowRankAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
-from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
+from pera_lightning.adapters.method import LowRankMethod, Merging
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.validation import check_choice, check_positive_int
@@ -66,7 +67,9 @@ def bspline_basis(z: Tensor, knots: Tensor, order: int) -> Tensor:
         (..., K); zero where z lies outside the knots.
     """
     z = z.unsqueeze(-1)
+    # Order 0: which interval a point is in.
     basis = ((z >= knots[:-1]) & (z < knots[1:])).to(z.dtype)  # (..., K + S)
+    # Each higher order blends two neighbouring functions of the order below, by the distance to their outer knots.
     for k in range(1, order + 1):
         left = (z - knots[: -k - 1]) / (knots[k:-1] - knots[: -k - 1])
         right = (knots[k + 1 :] - z) / (knots[k + 1 :] - knots[1:-k])
@@ -78,36 +81,21 @@ class AdaptiveNonlinearLayer(nn.Module):
     """σ: (..., r) -> (..., r).
 
     Args:
-        rank: r.
-        activation: a key of `ACTIVATIONS`.
-        grid_size: G.
-        spline_order: S.
-        grid_range: ends of the grid.
-        fixed: keeps act(H act(z)).
-        learnable: keeps w Σ_i b(z_i).
+        method: the hyperparameters.
         device: where the tensors live.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        activation: str = "tanh",
-        grid_size: int = 5,
-        spline_order: int = 3,
-        grid_range: tuple[float, float] = (-1.0, 1.0),
-        fixed: bool = True,
-        learnable: bool = True,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, method: AuroRA, device: torch.device | None = None) -> None:
         super().__init__()
-        self.activation, self.spline_order = activation, spline_order
-        projection = new_parameter(rank, rank, device=device) if fixed else None
-        spline = new_parameter(rank, grid_size + spline_order, device=device) if learnable else None
-        knots = uniform_knots(grid_size, spline_order, grid_range).to(device=device, dtype=torch.float32)
+        self.activation, self.spline_order = method.activation, method.spline_order
+        r, K = method.rank, method.grid_size + method.spline_order
+        projection = new_parameter(r, r, device=device) if method.fixed else None
+        spline = new_parameter(r, K, device=device) if method.learnable else None
+        knots = uniform_knots(method.grid_size, method.spline_order, method.grid_range)
+        knots = knots.to(device=device, dtype=torch.float32)
         self.register_parameter("self_projection", projection)  # H (r, r)
         self.register_parameter("spline_weight", spline)  # w (r, K)
-        self.register_buffer("grid", knots if learnable else None)  # (G + 2S + 1,)
+        self.register_buffer("grid", knots if method.learnable else None)  # (G + 2S + 1,)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -130,55 +118,34 @@ class AdaptiveNonlinearLayer(nn.Module):
         kept = self.self_projection if self.spline_weight is None else self.spline_weight
         exact = z.to(torch.promote_types(z.dtype, kept.dtype))
         out: Tensor | float = 0.0
-        if self.self_projection is not None:
+        if self.self_projection is not None:  # the fixed activation
             out = act(F.linear(act(exact), self.self_projection.to(exact.dtype)))
-        if self.spline_weight is not None:
+        if self.spline_weight is not None:  # the learnable spline, summed over the r components of z
             summed = bspline_basis(exact, self.grid.to(exact.dtype), self.spline_order).sum(-2)  # (..., K)
             out = out + F.linear(summed, self.spline_weight.to(exact.dtype))
         return out.to(z.dtype)
 
 
-class AuroRALayer(LinearAdapter):
+class AuroRALayer(LowRankAdapter):
     """The update s · B σ(A x) (dynamic) or s · B σ(A) x (static) of one linear map.
 
-    Args:
-        in_features: in.
-        out_features: out.
-        anl: σ, for rank r.
-        rank: r.
-        scale: s.
-        dropout: on the update's input.
-        train_mode: "dynamic" or "static", while the adapter is in training mode.
-        inference_mode: likewise in eval mode; `calibrate` sets "calibrated".
-        device: where the parameters live.
+    `train_mode` acts while the adapter is in training mode and `inference_mode` otherwise; `calibrate` sets that to
+    "calibrated".
     """
 
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        out_features: int,
-        anl: AdaptiveNonlinearLayer,
-        rank: int,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        train_mode: str = "dynamic",
-        inference_mode: str = "dynamic",
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
-        self.train_mode, self.inference_mode = train_mode, inference_mode
-        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
-        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
-        self.anl = anl
+    def __init__(self, context: LayerContext, method: AuroRA) -> None:
+        super().__init__(context, method)
+        self.train_mode, self.inference_mode = method.train_mode, method.inference_mode
+        self.anl = AdaptiveNonlinearLayer(method, context.weight.device)
         for name in ("calibrated_A", "calibrated_B", "calibrated_bias"):
             self.register_buffer(name, None, persistent=False)
 
     def calibrate(self, update: LowRankUpdate | None) -> None:
         """Takes a linear update in the place of the dynamic one, in eval mode; None goes back to the dynamic one."""
-        self.calibrated_A, self.calibrated_B, self.calibrated_bias = (
+        tensors = (
             (None, None, None) if update is None else (update.A, update.scale / self.scale * update.B, update.bias)
         )
+        self.calibrated_A, self.calibrated_B, self.calibrated_bias = tensors
         self.inference_mode = "dynamic" if update is None else "calibrated"
 
     @torch.no_grad()
@@ -208,7 +175,7 @@ class AuroRALayer(LinearAdapter):
 
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
-        """Of rank r, where inference is static or calibrated.
+        """A LoRA of rank r, where inference is static or calibrated.
 
         Raises:
             NotMergeableError: where inference is dynamic, a nonlinear function of x.
@@ -218,7 +185,7 @@ class AuroRALayer(LinearAdapter):
         if self.inference_mode == "static":
             return LowRankUpdate(self.static_factor(), self.B, self.scale)
         raise NotMergeableError(
-            "AuroRA in dynamic mode is no linear map: take the method 'calibrated' (a fit on batches), or 'static' "
+            "AuroRA in dynamic mode is not a linear map: take the mode 'calibrated' (a fit on batches), or 'static' "
             "(what the paper merges; it can lose what was learnt)"
         )
 
@@ -231,17 +198,14 @@ class AuroRALayer(LinearAdapter):
 
 
 def acting_layers(model: nn.Module) -> list[AuroRALayer]:
-    """The AuroRA layers of `model` that are not merged."""
+    """The AuroRA layers of `model` that are not merged: what is in the weight stays."""
     layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer) and not layer.merged]
     return [a for layer in layers for a in layer.adapters.values() if isinstance(a, AuroRALayer)]
 
 
 @contextmanager
 def static_inference(model: nn.Module) -> Iterator[int]:
-    """Inference of every AuroRA layer of `model` is static within this context; yields how many were not.
-
-    Merged layers do not count: what is in the weight stays.
-    """
+    """Makes inference of every AuroRA layer that is not merged static within this context; yields how many were not."""
     changed = {layer: layer.inference_mode for layer in acting_layers(model) if layer.inference_mode != "static"}
     for layer in changed:
         layer.inference_mode = "static"
@@ -261,16 +225,17 @@ class AuroRA(LowRankMethod):
         rank: r.
         alpha: the scale is alpha / rank.
         dropout: probability on the update's input, in training.
-        activation: act.
+        activation: act, the fixed activation.
         train_mode: "dynamic" as in the paper, or "static", which merges exactly.
         inference_mode: "dynamic", the paper's AuroRA-D, or "static", the paper's AuroRA.
         grid_size: G, intervals of the spline's grid; not in the paper, from its public re-implementations.
-        spline_order: S, likewise.
-        grid_range: ends of the grid, likewise.
+        spline_order: S, degree of the spline; of the same origin.
+        grid_range: ends of the grid; of the same origin.
         fixed: keeps act(H act(z)).
         learnable: keeps the spline.
     """
 
+    layer: ClassVar = AuroRALayer
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"dropout", "train_mode", "inference_mode"})
     merging: ClassVar[Merging] = "approximate"
 
@@ -297,33 +262,10 @@ class AuroRA(LowRankMethod):
         check_choice(self.inference_mode, "inference_mode", MODES)
         check_positive_int(self.grid_size, "grid_size")
         check_positive_int(self.spline_order, "spline_order")
+        # YAML and JSON give a list.
         ends = tuple(self.grid_range) if isinstance(self.grid_range, (list, tuple)) else ()
         if len(ends) != 2 or not all(isinstance(v, (int, float)) for v in ends) or not 0 < ends[1] - ends[0] < math.inf:
             raise ConfigurationError(f"grid_range={self.grid_range!r}: two increasing numbers are needed")
         object.__setattr__(self, "grid_range", (float(ends[0]), float(ends[1])))
         if not (self.fixed or self.learnable):
             raise ConfigurationError("fixed=False and learnable=False leave no nonlinear layer; keep one of them")
-
-    def build(self, context: LayerContext) -> AuroRALayer:
-        check_fits(context, self.rank)
-        anl = AdaptiveNonlinearLayer(
-            rank=self.rank,
-            activation=self.activation,
-            grid_size=self.grid_size,
-            spline_order=self.spline_order,
-            grid_range=self.grid_range,
-            fixed=self.fixed,
-            learnable=self.learnable,
-            device=context.weight.device,
-        )
-        layer = AuroRALayer(
-            **context.layer_arguments(),
-            anl=anl,
-            rank=self.rank,
-            scale=self.scale,
-            dropout=self.dropout,
-            train_mode=self.train_mode,
-            inference_mode=self.inference_mode,
-        )
-        layer.reset_parameters(context.generator())
-        return layer

@@ -1,25 +1,80 @@
-"""The adapter contract and the adapted layer.
+"""The adapter contract: what the adapter of one linear map is made from, what it owns, and what it computes.
 
-`LinearAdapter` owns the trained tensors of one frozen linear map y = W x + b. `AdaptedLinear` is that map: the same
-module object with another class, so that parameters, hooks, ties and state-dict keys stay. It makes the one base
-product and adds what its adapters give; an adapter never repeats the product.
+A `LinearAdapter` owns the trained tensors of one frozen linear map y = W x + b. The layer that carries it
+(`pera_lightning.adapters.adapted_layer`) makes the one base product and adds what its adapters give; an adapter never
+repeats the product.
 
-Shapes: ``...`` any batch dimensions, in / out the features of the linear map (or of one row block of it).
+Shapes: ``...`` any batch dimensions; in, out the features of the linear map, or of one slice of a fused projection.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.errors import ConfigurationError, NotMergeableError, UnsupportedTarget
+from pera_lightning.errors import ConfigurationError, NotMergeableError
 
-WHOLE = "all"
-_EXACT = (torch.float32, torch.float64)
+ALL = "all"  # the slice of a layer that is adapted as one
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """What a method may need to build the adapter of one linear map, or of one slice of a fused projection.
+
+    Attributes:
+        path: the module's path in the model, for messages and seeds.
+        slice: name of the slice, ``"all"`` for a plain layer.
+        weight: the frozen weight of the slice, (out, in); never written to.
+        bias: the frozen bias of the slice, (out,), or None.
+        seed: the run's seed; `generator` mixes path and slice into it.
+    """
+
+    path: str
+    weight: Tensor
+    slice: str = ALL
+    bias: Tensor | None = None
+    seed: int = 0
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def generator(self, purpose: str = "init", seed: int | None = None) -> torch.Generator:
+        """A CPU generator that depends on seed, path, slice and purpose alone, not on the order of injection.
+
+        Args:
+            purpose: a word that separates several uses within one layer.
+            seed: a seed in the place of the run's.
+        """
+        text = f"{self.seed if seed is None else seed}|{self.path}|{self.slice}|{purpose}"
+        value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
+        return torch.Generator(device="cpu").manual_seed(value)
+
+    def check_rank(self, rank: int, name: str = "rank") -> None:
+        """Raises `ConfigurationError` where `rank` exceeds the smaller side of the layer.
+
+        Args:
+            rank: the rank of a product of two factors.
+            name: the hyperparameter's name, for the message.
+        """
+        most = min(self.out_features, self.in_features)
+        if rank > most:
+            raise ConfigurationError(f"{name}={rank} is larger than {self} allows: at most {most}")
+
+    def __str__(self) -> str:
+        rows = "" if self.slice == ALL else f"[{self.slice}]"
+        return f"{self.path}{rows} ({self.out_features} x {self.in_features})"
 
 
 @dataclass(frozen=True)
@@ -30,7 +85,7 @@ class LowRankUpdate:
         A: (R, in).
         B: (out, R).
         scale: factor of the product.
-        bias: what is added to the bias, (out,); None where it stays.
+        bias: what is added to the bias, (out,), or None.
     """
 
     A: Tensor
@@ -48,15 +103,15 @@ class LowRankUpdate:
 
 
 class LinearAdapter(nn.Module):
-    """Base of every per-linear adapter. A subclass serves one of two forms.
+    """Base of every per-linear adapter. A subclass is made from (context, method) and serves one of two forms.
 
-    Either `delta_output` (LoRA, PERA, AuroRA), with `low_rank_update` where it is one, or, with ``uses_weight = True``,
-    `effective_update` (HiRA). Its parameters are float32 whatever the base's dtype, since a small update vanishes in
-    bfloat16; products run in the activation's dtype. At initialisation the update is zero.
+    Either `delta_output` (LoRA, PERA, AuroRA), with `low_rank_update` where the update is one, or, with
+    ``uses_weight = True``, `effective_update` (HiRA). Its parameters are float32 whatever the base's dtype, since a
+    small update vanishes in bfloat16; products run in the activation's dtype. At initialisation the update is zero.
 
     Args:
         in_features: in.
-        out_features: out, the rows of the block that the adapter serves.
+        out_features: out.
         scale: s, the factor of the update.
         dropout: probability with which an input of the update is zeroed, in training only. The flag that counts is
             the adapter's own, so a base left in eval mode does not switch it off.
@@ -76,34 +131,20 @@ class LinearAdapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no reset_parameters")
 
     def delta_output(self, x: Tensor) -> Tensor:
-        """The update of the output.
-
-        Args:
-            x: input after dropout, (..., in).
-
-        Returns:
-            (..., out), in the dtype of the products.
-        """
+        """The update of the output, in the dtype of the products: x (..., in), after dropout -> (..., out)."""
         raise NotImplementedError(f"{type(self).__name__} defines no delta_output")
 
     def effective_update(self, weight: Tensor) -> Tensor:
-        """The update of the weight, differentiable in the adapter's parameters.
-
-        Args:
-            weight: the frozen weight, (out, in).
-
-        Returns:
-            (out, in), in the parameters' dtype.
-        """
+        """The update of the weight, differentiable, in the parameters' dtype: W (out, in) -> ΔW (out, in)."""
         raise NotImplementedError(f"{type(self).__name__} defines no effective_update")
 
     def low_rank_update(self) -> LowRankUpdate:
         """The update as a LoRA, exact in eval mode.
 
         Raises:
-            NotMergeableError: where it is none.
+            NotMergeableError: where the update is not of this form.
         """
-        raise NotMergeableError(f"the update of {type(self).__name__} is no product of low rank")
+        raise NotMergeableError(f"the update of {type(self).__name__} is not a product of low rank")
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -141,13 +182,36 @@ class LinearAdapter(nn.Module):
         return f"{self.in_features} -> {self.out_features}, scale={self.scale:g}"
 
 
+class LowRankAdapter(LinearAdapter):
+    """An adapter with low-rank factors, A (r, in) and B (out, r).
+
+    Args:
+        context: the layer.
+        method: its hyperparameters, among them `rank`, `scale` and `dropout`.
+    """
+
+    def __init__(self, context: LayerContext, method: Any) -> None:
+        context.check_rank(method.rank)
+        size = {"in_features": context.in_features, "out_features": context.out_features}
+        super().__init__(**size, scale=method.scale, dropout=method.dropout)
+        self.method = method
+        self.A = new_parameter(method.rank, context.in_features, device=context.weight.device)  # (r, in)
+        self.B = new_parameter(context.out_features, method.rank, device=context.weight.device)  # (out, r)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A kaiming-uniform (a = √5), B zero."""
+        draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
+        self.B.zero_()
+
+
 def new_parameter(*shape: int, device: torch.device | None = None) -> nn.Parameter:
     """An uninitialised float32 parameter."""
     return nn.Parameter(torch.empty(*shape, device=device, dtype=torch.float32))
 
 
 @torch.no_grad()
-def draw(parameter: Tensor, init: object, generator: torch.Generator | None, **options: float) -> None:
+def draw(parameter: Tensor, init: Callable, generator: torch.Generator | None, **options: float) -> None:
     """Fills `parameter` by an initialiser of `torch.nn.init`, drawn on the CPU; does nothing on the meta device.
 
     Args:
@@ -159,149 +223,5 @@ def draw(parameter: Tensor, init: object, generator: torch.Generator | None, **o
     if parameter.is_meta:
         return
     values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")  # whatever torch.device context is on
-    init(values, generator=generator, **options)  # type: ignore[operator]
+    init(values, generator=generator, **options)
     parameter.copy_(values)
-
-
-class AdaptedLayer(nn.Module):
-    """What `AdaptedLinear` and `AdaptedConv1D` share: row blocks, each with an adapter of its own."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    adapters: nn.ModuleDict
-    blocks: dict[str, tuple[int, int]]
-    plain_class: type[nn.Module]
-    merged: str | None = None  # how the updates got into the weight; set by `pera_lightning.merging.merge`
-
-    def base_weight(self) -> Tensor:
-        """The frozen weight as (out, in), a view."""
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out): the frozen map plus the adapters' updates of their rows.
-
-        Raises:
-            ConfigurationError: where merged adapters are trained, which would change nothing.
-        """
-        weight = self.base_weight()
-        if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise ConfigurationError("the adapters are merged, and training would not change them: call unmerge")
-            return F.linear(x, weight, self.bias)
-        # Adding an update to a bfloat16 weight would round it away, and dropout acts on the update's input only:
-        # in both cases the update needs a product of its own.
-        exact = weight.dtype in _EXACT and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-        merged: dict[str, Tensor] = {}
-        apart: list[str] = []
-        for name, adapter in self.adapters.items():
-            if adapter.uses_weight and exact and not adapter.dropout_acts:
-                merged[name] = adapter.effective_update(weight[slice(*self.blocks[name])])
-            else:
-                apart.append(name)
-        if merged:
-            weight = _add_rows(weight, merged, self.blocks, dim=0)
-        y = F.linear(x, weight, self.bias)
-        if not apart:
-            return y
-        frozen = self.base_weight()
-        updates = {name: self.adapters[name](x, frozen[slice(*self.blocks[name])]) for name in apart}
-        return _add_rows(y, updates, self.blocks, dim=-1)
-
-
-def _add_rows(base: Tensor, updates: dict[str, Tensor], blocks: dict[str, tuple[int, int]], dim: int) -> Tensor:
-    """Adds each update to its rows of `base` along `dim`; the other rows are copied bit for bit."""
-    if len(blocks) == 1 and WHOLE in updates:
-        return base + updates[WHOLE].to(base.dtype)
-    ordered = sorted(updates, key=lambda name: blocks[name])
-    sizes, names, end = [], [], 0
-    for name in ordered:
-        first, last = blocks[name]
-        for size, owner in ((first - end, None), (last - first, name)):
-            if size:
-                sizes.append(size)
-                names.append(owner)
-        end = last
-    if end < base.shape[dim]:
-        sizes.append(base.shape[dim] - end)
-        names.append(None)
-    # One split and one cat: the backward pass of slices would make a full-size tensor of zeros for each of them.
-    parts = base.split(sizes, dim)
-    return torch.cat([p if n is None else p + updates[n].to(p.dtype) for p, n in zip(parts, names, strict=True)], dim)
-
-
-class AdaptedLinear(AdaptedLayer, nn.Linear):
-    """An `nn.Linear` with adapters; made by `adapt_layer`, never by its constructor.
-
-    A plain layer has the block ``"all"``; a fused projection has named row blocks with one independent adapter each
-    (`qkv.adapters.q.A`).
-    """
-
-
-class AdaptedConv1D(AdaptedLayer):
-    """transformers' `Conv1D` (GPT-2) with adapters: a linear layer whose weight is stored as (in, out)."""
-
-    def base_weight(self) -> Tensor:
-        return self.weight.T
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is exactly transformers' `Conv1D`, told by name so that transformers need not be there."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` can be adapted: exactly `nn.Linear`, or transformers' `Conv1D`."""
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def base_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, adapted or not, as (out, in), a view."""
-    if isinstance(module, AdaptedLayer):
-        return module.base_weight()
-    return module.weight.T if is_conv1d(module) else module.weight
-
-
-def adapt_layer(module: nn.Module, adapters: dict[str, LinearAdapter], blocks: dict[str, tuple[int, int]]) -> None:
-    """Turns a linear layer into an adapted one, in place: the same object, weight and bias, another class.
-
-    Args:
-        module: `nn.Linear` or transformers' `Conv1D`.
-        adapters: row block name to adapter.
-        blocks: row block name to (first row, one past the last row).
-
-    Raises:
-        UnsupportedTarget: for any other class.
-        ConfigurationError: for block names that a `ModuleDict` cannot hold, or blocks that overlap.
-    """
-    if not is_linear(module):
-        raise UnsupportedTarget(f"{type(module).__name__} is neither nn.Linear nor transformers' Conv1D")
-    check_blocks(blocks, base_weight(module).shape[0])
-    adapted = nn.ModuleDict(adapters)
-    module.plain_class = type(module)
-    module.__class__ = AdaptedConv1D if is_conv1d(module) else AdaptedLinear
-    module.blocks = dict(blocks)
-    module.adapters = adapted
-
-
-def release_layer(layer: AdaptedLayer) -> None:
-    """Undoes `adapt_layer`: the plain class again, without adapters; weight and bias stay what they are."""
-    layer.__class__ = layer.plain_class
-    for name in ("adapters", "blocks", "plain_class", "merged"):
-        if name in vars(layer) or name in layer._modules:
-            delattr(layer, name)
-
-
-def check_blocks(blocks: dict[str, tuple[int, int]], rows: int, where: str = "the layer") -> None:
-    """Raises `ConfigurationError` for row blocks with impossible names or ranges."""
-    end, reserved = 0, nn.ModuleDict()  # an instance, since attributes such as `training` are no class attributes
-    for name, (first, last) in sorted(blocks.items(), key=lambda item: item[1]):
-        if not name.isidentifier() or hasattr(reserved, name) or (name == WHOLE and (first, last) != (0, rows)):
-            raise ConfigurationError(f"row block {name!r} of {where}: this name cannot be used; take another one")
-        if not end <= first < last <= rows:
-            raise ConfigurationError(
-                f"row block {name!r} of {where} is rows {first} to {last}: blocks must not overlap and end by {rows}"
-            )
-        end = last

@@ -4,7 +4,7 @@
 
 `reference` chooses R: "weight" is W itself; "random" uniform in [0, 1) from `reference_seed`; "svd" is W cut to
 `reference_rank` singular values; "smooth" the mean of the weights of the previous, this and the next layer of the same
-role (of those there are). R is recomputed from W or the seed and never saved.
+role (at the ends, of those that exist). R is recomputed from W or the seed and never saved.
 
 In float32 the layer makes one product with W + ΔW. In low precision, adding an update to W loses it, so the layer makes
 two products, W x + ΔW x.
@@ -14,14 +14,16 @@ Shapes: in, out features; r rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, draw, new_parameter
-from pera_lightning.adapters.method import LayerContext, LinearMethod, Merging, check_fits
+from pera_lightning.adapters.adapted_layer import base_weight, is_linear, used_modules
+from pera_lightning.adapters.base import LayerContext, LowRankAdapter
+from pera_lightning.adapters.method import LinearMethod, Merging, Target
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.validation import check_choice, check_in_range, check_positive, check_positive_int
@@ -35,71 +37,53 @@ def hira_update(reference: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> 
 
 
 @torch.no_grad()
-def reference_matrix(context: LayerContext, reference: str, rank: int, seed: int) -> Tensor | None:
-    """R as HiRA keeps it, in the base's dtype; None where it is the frozen weight itself.
-
-    Args:
-        context: the layer, with its neighbours for "smooth".
-        reference: one of `REFERENCES`.
-        rank: number of singular values for "svd".
-        seed: of "random".
-
-    Returns:
-        (out, in) or None.
-    """
-    weight = context.weight
-    if reference == "weight":
+def own_reference(context: LayerContext, method: HiRA) -> Tensor | None:
+    """R (out, in) in the base's dtype, where one layer is enough for it; None stands for its frozen weight."""
+    weight, rank = context.weight, method.reference_rank
+    if method.reference not in ("random", "svd"):
         return None
     if weight.is_meta:
         return torch.empty_like(weight)
-    if reference == "random":
-        source = context.generator("reference", seed)
+    if method.reference == "random":
+        source = context.generator("reference", method.reference_seed or 0)
         values = torch.rand(weight.shape, generator=source, dtype=torch.float32, device="cpu")
         return values.to(device=weight.device, dtype=weight.dtype)
-    if reference == "svd":
-        check_fits(context, rank, "reference_rank")
-        u, sigma, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        return ((u[:, :rank] * sigma[:rank]) @ vh[:rank]).to(weight.dtype)
-    around = [w.float() for w in (context.previous, weight, context.next) if w is not None]
-    return (sum(around) / len(around)).to(weight.dtype)
+    context.check_rank(rank, "reference_rank")
+    u, sigma, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    return ((u[:, :rank] * sigma[:rank]) @ vh[:rank]).to(weight.dtype)
 
 
-class HiRALayer(LinearAdapter):
-    """The update scale · R ⊙ (B A) of one linear map.
+def layers_around(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Path of each linear layer to the previous, this and the next layer of its role and shape, those that exist.
 
-    Args:
-        in_features: in.
-        out_features: out.
-        rank: r.
-        scale: factor of the update.
-        dropout: on the update's input.
-        reference: R, (out, in), or None for the frozen weight itself.
-        device: where the parameters live.
+    Two layers have one role where their paths differ only in the numbers of repeated blocks: of containers whose
+    children are all of one class.
     """
+    modules = used_modules(model)
+    roles: dict[tuple, list[str]] = {}
+    for path, module in modules.items():
+        if is_linear(module):
+            parts = path.split(".")
+            containers = [model.get_submodule(".".join(parts[:k])) for k in range(len(parts))]
+            repeated = [len({type(child) for child in container.children()}) == 1 for container in containers]
+            role = tuple("*" if p.isdigit() and r else p for p, r in zip(parts, repeated, strict=True))
+            roles.setdefault((role, *base_weight(module).shape), []).append(path)
+    # Within one role, in the model's order.
+    return {
+        path: [modules[name] for name in paths[max(0, k - 1) : k + 2]]
+        for paths in roles.values()
+        for k, path in enumerate(paths)
+    }
+
+
+class HiRALayer(LowRankAdapter):
+    """The update scale · R ⊙ (B A) of one linear map; `reference` None stands for the frozen weight."""
 
     uses_weight: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        reference: Tensor | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
-        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
-        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
-        self.register_buffer("reference", reference, persistent=False)  # (out, in) or None
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """A kaiming-uniform (a = √5), B zero."""
-        draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
-        self.B.zero_()
+    def __init__(self, context: LayerContext, method: HiRA) -> None:
+        super().__init__(context, method)
+        self.register_buffer("reference", own_reference(context, method), persistent=False)  # (out, in) or None
 
     def effective_update(self, weight: Tensor) -> Tensor:
         """W (out, in) -> ΔW (out, in), in the parameters' dtype."""
@@ -116,10 +100,11 @@ class HiRA(LinearMethod):
         scale: factor of the update; the paper has none.
         dropout: probability on the update's input, in training.
         reference: what the low-rank product is multiplied with, see the file's head.
-        reference_rank: singular values kept for ``reference="svd"``; must be given there.
-        reference_seed: of ``reference="random"``.
+        reference_rank: number of singular values kept for ``reference="svd"``; must be given there.
+        reference_seed: seed of ``reference="random"``.
     """
 
+    layer: ClassVar = HiRALayer
     merging: ClassVar[Merging] = "exact"
 
     rank: int = 8
@@ -140,14 +125,12 @@ class HiRA(LinearMethod):
             if getattr(self, name) is not None and self.reference != owner:
                 raise ConfigurationError(f"{name}={getattr(self, name)} acts with reference='{owner}' only")
 
-    def build(self, context: LayerContext) -> HiRALayer:
-        check_fits(context, self.rank)
-        layer = HiRALayer(
-            **context.layer_arguments(),
-            rank=self.rank,
-            scale=self.scale,
-            dropout=self.dropout,
-            reference=reference_matrix(context, self.reference, self.reference_rank or 0, self.reference_seed or 0),
-        )
-        layer.reset_parameters(context.generator())
-        return layer
+    def apply(self, model: nn.Module, targets: Sequence[Target], trainable: Sequence[str], seed: int) -> list[str]:
+        around = layers_around(model) if self.reference == "smooth" else {}  # before the layers change their class
+        notes = super().apply(model, targets, trainable, seed)
+        for target in targets if around else ():
+            weights = [base_weight(layer).detach() for layer in around[target.path]]
+            for name, rows in target.slices.items():
+                mean = sum(weight[rows].float() for weight in weights) / len(weights)
+                target.module.adapters[name].reference = mean.to(target.module.weight.dtype)
+        return notes

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
-from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
+from pera_lightning.adapters.base import LayerContext, LowRankAdapter, LowRankUpdate, draw
+from pera_lightning.adapters.method import LowRankMethod, Merging
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.validation import check_choice
 
@@ -48,57 +48,35 @@ def svd_factors(weight: Tensor, rank: int, scale: float, largest: bool) -> tuple
     """
     u, sigma, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     keep = slice(None, rank) if largest else slice(-rank, None)
+    # Each factor takes the root of the singular values, so that both learn at one pace.
     root = (sigma[keep] / scale).sqrt()
     return root[:, None] * vh[keep], u[:, keep] * root
 
 
-class LoRALayer(LinearAdapter):
-    """The update s · B A of one linear map.
+class LoRALayer(LowRankAdapter):
+    """The update s · B A of one linear map; the SVD inits are completed by `initialise_from`."""
 
-    Args:
-        in_features: in.
-        out_features: out.
-        rank: r.
-        scale: s.
-        dropout: on the update's input.
-        init: one of `INITS`; the SVD inits need `initialise_from`.
-        device: where the parameters live.
-    """
-
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        init: str = "default",
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
-        self.init = init
-        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
-        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
-        start = init in SVD_INITS
+    def __init__(self, context: LayerContext, method: LoRA) -> None:
+        super().__init__(context, method)
+        start = method.init in SVD_INITS
         self.register_buffer("A0", torch.zeros_like(self.A) if start else None)
         self.register_buffer("B0", torch.zeros_like(self.B) if start else None)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws A, zeroes B; see the file's head. The SVD inits are set by `initialise_from`."""
-        if self.init == "gaussian":
+        """Draws A, zeroes B; see the file's head."""
+        if self.method.init == "gaussian":
             draw(self.A, nn.init.normal_, generator, std=1.0 / self.A.shape[0])
+            self.B.zero_()
         else:
-            draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
-        self.B.zero_()
+            super().reset_parameters(generator)
 
     @torch.no_grad()
     def initialise_from(self, weight: Tensor) -> None:
         """Starts A, B and their saved copies from the singular values of the frozen weight (out, in)."""
         if weight.is_meta:
             return
-        A, B = svd_factors(weight, self.A.shape[0], self.scale, largest=self.init == "pissa")
+        A, B = svd_factors(weight, self.A.shape[0], self.scale, largest=self.method.init == "pissa")
         for tensor, value in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
             tensor.copy_(value)
 
@@ -118,7 +96,7 @@ class LoRALayer(LinearAdapter):
 
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
-        """Of rank r, 2r for the SVD inits."""
+        """A LoRA of rank r, 2r for the SVD inits."""
         return LowRankUpdate(*self._factors(), scale=self.scale)
 
 
@@ -134,6 +112,7 @@ class LoRA(LowRankMethod):
         init: initial values, see the file's head.
     """
 
+    layer: ClassVar = LoRALayer
     merging: ClassVar[Merging] = "exact"
 
     init: Literal["default", "gaussian", "pissa", "milora"] = "default"
@@ -147,15 +126,7 @@ class LoRA(LowRankMethod):
         check_choice(self.init, "init", INITS)
 
     def build(self, context: LayerContext) -> LoRALayer:
-        check_fits(context, self.rank)
-        layer = LoRALayer(
-            **context.layer_arguments(),
-            rank=self.rank,
-            scale=self.scale,
-            dropout=self.dropout,
-            init=self.init,
-        )
-        layer.reset_parameters(context.generator())
+        adapter = super().build(context)
         if self.init in SVD_INITS:
-            layer.initialise_from(context.weight)
-        return layer
+            adapter.initialise_from(context.weight)
+        return adapter

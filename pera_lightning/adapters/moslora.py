@@ -17,53 +17,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
-from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
+from pera_lightning.adapters.base import LayerContext, LowRankAdapter, LowRankUpdate, draw, new_parameter
+from pera_lightning.adapters.method import LowRankMethod, Merging
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.validation import check_choice
 
 MIXER_INITS = ("kaiming", "orthogonal")
 
 
-class MoSLoRALayer(LinearAdapter):
-    """The update s · B M A of one linear map.
+class MoSLoRALayer(LowRankAdapter):
+    """The update s · B M A of one linear map."""
 
-    Args:
-        in_features: in.
-        out_features: out.
-        rank: r.
-        scale: s.
-        dropout: on the update's input.
-        mixer_init: one of `MIXER_INITS`.
-        device: where the parameters live.
-    """
-
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        mixer_init: str = "kaiming",
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
-        self.mixer_init = mixer_init
-        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
-        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
-        self.mixer = new_parameter(rank, rank, device=device)  # (r, r)
+    def __init__(self, context: LayerContext, method: MoSLoRA) -> None:
+        super().__init__(context, method)
+        self.mixer = new_parameter(method.rank, method.rank, device=context.weight.device)  # (r, r)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws A and the mixer, zeroes B; see the file's head."""
-        draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
-        if self.mixer_init == "orthogonal":
+        super().reset_parameters(generator)
+        if self.method.mixer_init == "orthogonal":
             draw(self.mixer, nn.init.orthogonal_, generator)
         else:
             draw(self.mixer, nn.init.kaiming_uniform_, generator, a=5**0.5)
-        self.B.zero_()
 
     def delta_output(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -72,7 +48,7 @@ class MoSLoRALayer(LinearAdapter):
 
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
-        """Of rank r, with M A in the place of A."""
+        """A LoRA of rank r, with M A in the place of A."""
         return LowRankUpdate(self.mixer @ self.A, self.B, self.scale)
 
 
@@ -88,6 +64,7 @@ class MoSLoRA(LowRankMethod):
         mixer_init: initial values of the mixer, see the file's head.
     """
 
+    layer: ClassVar = MoSLoRALayer
     merging: ClassVar[Merging] = "exact"
 
     mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
@@ -99,15 +76,3 @@ class MoSLoRA(LowRankMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.mixer_init, "mixer_init", MIXER_INITS)
-
-    def build(self, context: LayerContext) -> MoSLoRALayer:
-        check_fits(context, self.rank)
-        layer = MoSLoRALayer(
-            **context.layer_arguments(),
-            rank=self.rank,
-            scale=self.scale,
-            dropout=self.dropout,
-            mixer_init=self.mixer_init,
-        )
-        layer.reset_parameters(context.generator())
-        return layer

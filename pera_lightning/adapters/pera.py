@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LinearAdapter, LowRankUpdate, draw, new_parameter
+from pera_lightning.adapters.base import LayerContext, LowRankAdapter, LowRankUpdate, draw, new_parameter
 from pera_lightning.adapters.lora import lora_output
-from pera_lightning.adapters.method import LayerContext, LowRankMethod, Merging, check_fits
+from pera_lightning.adapters.method import LowRankMethod, Merging
 from pera_lightning.adapters.registry import register_method
 from pera_lightning.validation import check_choice, check_positive
 
@@ -63,63 +63,38 @@ def expand(A: Tensor, B: Tensor, h: Tensor | None, terms: str) -> tuple[Tensor, 
     if h is None:
         return A, B
     i, j = pairs(A.shape[0], terms, A.device)
-    # F.embedding gathers rows as index_select does; its backward pass is faster, and deterministic on CUDA.
-    products = h[:, None] * F.embedding(i, A) * F.embedding(j, A)  # (P, in)
-    columns = B.T.contiguous()  # (r, out): rows are gathered faster than columns
-    crossed = F.embedding(i, columns) * F.embedding(j, columns)  # (P, out)
-    return torch.cat([A, products]), torch.cat([columns, crossed]).T
+    # Each pair of rows of A, multiplied elementwise and weighted by its coefficient. F.embedding gathers rows as
+    # index_select does; its backward pass is faster, and deterministic on CUDA.
+    products_a = h[:, None] * F.embedding(i, A) * F.embedding(j, A)  # (P, in)
+    # The same pairs of columns of B, as rows of its transpose, since rows are gathered faster than columns.
+    columns = B.T.contiguous()  # (r, out)
+    products_b = F.embedding(i, columns) * F.embedding(j, columns)  # (P, out)
+    return torch.cat([A, products_a]), torch.cat([columns, products_b]).T
 
 
-class PERALayer(LinearAdapter):
-    """The update s · B̂ Â of one linear map.
+class PERALayer(LowRankAdapter):
+    """The update s · B̂ Â of one linear map."""
 
-    Args:
-        in_features: in.
-        out_features: out.
-        rank: r.
-        scale: s.
-        dropout: on the update's input.
-        terms: one of `TERMS`.
-        init: one of `INITS`.
-        init_std: standard deviation of B for ``init="gaussian_b"``.
-        device: where the parameters live.
-    """
-
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        terms: str = "full",
-        init: str = "default",
-        init_std: float = 0.02,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features=in_features, out_features=out_features, scale=scale, dropout=dropout)
-        self.terms, self.init, self.init_std = terms, init, init_std
-        self.A = new_parameter(rank, in_features, device=device)  # (r, in)
-        self.B = new_parameter(out_features, rank, device=device)  # (out, r)
-        count = number_of_pairs(rank, terms)
-        self.register_parameter("h", new_parameter(count, device=device) if count else None)  # (P,)
+    def __init__(self, context: LayerContext, method: PERA) -> None:
+        super().__init__(context, method)
+        count = number_of_pairs(method.rank, method.terms)
+        h = new_parameter(count, device=context.weight.device) if count else None
+        self.register_parameter("h", h)  # (P,)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws A or B, zeroes the other and h; see the file's head."""
-        if self.init == "gaussian_b":
+        if self.method.init == "gaussian_b":
             self.A.zero_()
-            draw(self.B, nn.init.normal_, generator, std=self.init_std)
+            draw(self.B, nn.init.normal_, generator, std=self.method.init_std)
         else:
-            draw(self.A, nn.init.kaiming_uniform_, generator, a=5**0.5)
-            self.B.zero_()
+            super().reset_parameters(generator)
         if self.h is not None:
             self.h.zero_()
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Â (r + P, in) and B̂ (out, r + P), without the scale."""
-        return expand(self.A, self.B, self.h, self.terms)
+        return expand(self.A, self.B, self.h, self.method.terms)
 
     def delta_output(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -127,11 +102,11 @@ class PERALayer(LinearAdapter):
 
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
-        """Of rank r + P: r(r + 3)/2 for all terms."""
+        """A LoRA of rank r + P: r(r + 3)/2 for all terms."""
         return LowRankUpdate(*self.expanded(), scale=self.scale)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, terms={self.terms}"
+        return f"{super().extra_repr()}, terms={self.method.terms}"
 
 
 @register_method
@@ -148,6 +123,7 @@ class PERA(LowRankMethod):
         init_std: standard deviation of B for ``init="gaussian_b"``; not in the paper, ours.
     """
 
+    layer: ClassVar = PERALayer
     merging: ClassVar[Merging] = "exact"
 
     terms: Literal["full", "square", "cross", "linear"] = "full"
@@ -163,17 +139,3 @@ class PERA(LowRankMethod):
         check_choice(self.terms, "terms", TERMS)
         check_choice(self.init, "init", INITS)
         check_positive(self.init_std, "init_std")
-
-    def build(self, context: LayerContext) -> PERALayer:
-        check_fits(context, self.rank)
-        layer = PERALayer(
-            **context.layer_arguments(),
-            rank=self.rank,
-            scale=self.scale,
-            dropout=self.dropout,
-            terms=self.terms,
-            init=self.init,
-            init_std=self.init_std,
-        )
-        layer.reset_parameters(context.generator())
-        return layer

@@ -1,4 +1,22 @@
-"""The register of methods: a new one is found by the command line, by checkpoints and by the contract test."""
+"""The register of methods: a new one is found by the command line, by checkpoints and by the contract test.
+
+To add a method:
+
+1. A file in this folder: formula and paper at its head, the mathematics as functions, a layer made from (context,
+   method), and the method, a dataclass of hyperparameters that names its layer::
+
+       class MineLayer(LowRankAdapter):  # or LinearAdapter, where it is not made of two factors
+           def delta_output(self, x): ...
+
+       @register_method
+       @dataclass(frozen=True, kw_only=True)
+       class Mine(LowRankMethod):
+           layer: ClassVar = MineLayer
+
+2. A line in `__init__.py`, which imports it.
+3. A line in `tests/adapters/cases.py` with another value for each hyperparameter, and a plain loop in
+   `tests/adapters/reference.py`: the contract tests compare the two.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +35,7 @@ def register_method(cls: MethodType) -> MethodType:
     """Class decorator that registers a method under its class name.
 
     Raises:
-        ValueError: where another class of this name is registered.
+        ValueError: where the name belongs to another class.
     """
     known = _METHODS.get(cls.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -35,7 +53,7 @@ def method_class(name: str) -> type[Method]:
     """The method called `name`: a registered one, or a dotted path to a class of another package.
 
     Raises:
-        UnknownNameError: where there is none.
+        UnknownNameError: where it does not exist or is not a method.
     """
     short = name.rpartition(".")[2]
     if name in _METHODS or (short in _METHODS and _METHODS[short].__module__ == name.rpartition(".")[0]):
@@ -48,7 +66,7 @@ def method_class(name: str) -> type[Method]:
             raise UnknownNameError(f"method {name!r} cannot be imported: {error}") from None
         if isinstance(found, type) and issubclass(found, Method):
             return found
-        raise UnknownNameError(f"{name!r} is no adapter method: it does not derive from {Method.__name__}")
+        raise UnknownNameError(f"{name!r} is not an adapter method: it does not derive from {Method.__name__}")
     raise UnknownNameError(f"method {name!r} does not exist; one of {', '.join(_METHODS)}{closest(name, _METHODS)}")
 
 

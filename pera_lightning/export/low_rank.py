@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
+from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import NotMergeableError, listed
 from pera_lightning.merging.merge import adapted_layers
 
@@ -102,14 +103,14 @@ def whole_update(layer: AdaptedLayer) -> LowRankUpdate:
     columns = []
     for block, part in parts.items():
         column = part.B.new_zeros(rows, part.rank)
-        column[slice(*layer.blocks[block])] = part.B if part.scale == first.scale else part.B * part.scale / first.scale
+        column[layer.slices[block]] = part.B if part.scale == first.scale else part.B * part.scale / first.scale
         columns.append(column)
     bias = None
     if any(part.bias is not None for part in parts.values()):
         bias = first.B.new_zeros(rows)
         for block, part in parts.items():
             if part.bias is not None:
-                bias[slice(*layer.blocks[block])] = part.bias
+                bias[layer.slices[block]] = part.bias
     return LowRankUpdate(torch.cat([part.A for part in parts.values()]), torch.cat(columns, 1), first.scale, bias)
 
 
@@ -118,7 +119,7 @@ def whole_matrix(layer: AdaptedLayer) -> Tensor:
     weight = layer.base_weight()
     matrix = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     for block, adapter in layer.adapters.items():
-        rows = slice(*layer.blocks[block])
+        rows = layer.slices[block]
         matrix[rows] = adapter.delta_weight(weight[rows])  # type: ignore[operator]
     return matrix
 

@@ -109,7 +109,7 @@ def export_peft(
 def _notes(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate], saved: Sequence[str]) -> list[str]:
     notes = []
     layers = dict(adapted_layers(root))
-    if blocks := [path for path, layer in layers.items() if "all" not in layer.blocks]:
+    if blocks := [path for path, layer in layers.items() if "all" not in layer.slices]:
         notes.append(
             f"{len(blocks)} fused projections are adapted in some rows only; the LoRA is zero in the others, which "
             "training it further in peft would change"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import AdaptedConv1D, LowRankUpdate
+from pera_lightning.adapters.adapted_layer import AdaptedConv1D
+from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.export.peft_names import PREFIX, alpha_of, exact_patterns, heads, plain_modules, shortest_targets
 from pera_lightning.injection.inject import Injection

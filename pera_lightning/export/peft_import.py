@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import LowRankUpdate, base_weight, is_linear
+from pera_lightning.adapters.adapted_layer import base_weight, is_linear
+from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.adapters.hira import HiRA
 from pera_lightning.adapters.lora import LoRA
 from pera_lightning.adapters.method import Method

@@ -1,75 +1,53 @@
-"""What is known about other people's modules: row layouts of fused projections, and linears that are never called.
+"""What is known about other people's modules: layouts of fused projections, and linears that are never called.
 
 A layer whose `forward` is not called adapts nothing. Some modules read the weight of their linear instead; those are
-told how to call it (`call_the_layer`) where they have a switch for it, and refused where they have none. Everything
-here goes by class and module name, so that none of those libraries need be installed.
+told how to call it (`call_the_layer`) where they have a switch for it, and refused otherwise. Everything here goes by
+class and module name, so that none of those libraries need be installed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import nn
 
 # timm modules whose `qkv` holds q, k and v in equal thirds. Others interleave heads (LeViT, TinyViT, MaxViT …).
-_TIMM_THIRDS = {
-    f"timm.{name}"
-    for name in [
-        "layers.attention",
-        "layers.diff_attention",
-        "layers.attention_pool2d",
-        "models.vision_transformer",
-        "models.beit",
-        "models.coat",
-        "models.convit",
-        "models.davit",
-        "models.edgenext",
-        "models.eva",
-        "models.hiera",
-        "models.hieradet_sam2",
-        "models.metaformer",
-        "models.mvitv2",
-        "models.nest",
-        "models.swin_transformer",
-        "models.swin_transformer_v2",
-        "models.swin_transformer_v2_cr",
-        "models.twins",
-        "models.vision_transformer_relpos",
-        "models.vision_transformer_sam",
-        "models.volo",
-        "models.xcit",
-    ]
-}
+_TIMM_THIRDS = re.compile(
+    r"timm\.layers\.(attention|attention_pool2d|diff_attention)"
+    r"|timm\.models\.(beit|coat|convit|davit|edgenext|eva|hiera|hieradet_sam2|metaformer|mvitv2|nest"
+    r"|swin_transformer(_v2|_v2_cr)?|twins|vision_transformer(_relpos|_sam)?|volo|xcit)"
+)
 _INTERLEAVED = {"GPTNeoXAttention", "GPTNeoXSdpaAttention", "BloomAttention", "FalconAttention", "PersimmonAttention"}
+Sizes = dict[str, int]
 
 
-def _thirds(owner: nn.Module, rows: int) -> dict[str, int] | None:
-    return {"q": rows // 3, "k": rows // 3, "v": rows // 3} if rows % 3 == 0 else None
+def _equal(features: int, *names: str) -> Sizes | None:
+    return None if features % len(names) else dict.fromkeys(names, features // len(names))
 
 
-def _gpt2(owner: nn.Module, rows: int) -> dict[str, int] | None:
+def _gpt2(owner: nn.Module, features: int) -> Sizes | None:
     # The cross-attention's c_attn holds keys and values only.
-    if getattr(owner, "is_cross_attention", False):
-        return {"k": rows // 2, "v": rows // 2}
-    return _thirds(owner, rows)
+    return _equal(features, "k", "v") if getattr(owner, "is_cross_attention", False) else _equal(features, *"qkv")
 
 
-def _grouped(owner: nn.Module, rows: int) -> dict[str, int] | None:
+def _grouped(owner: nn.Module, features: int) -> Sizes | None:
     """q, then k and v with fewer heads, by the owner's config."""
     config = getattr(owner, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
-    if not heads or rows % (heads + 2 * groups):
+    if not heads or features % (heads + 2 * groups):
         return None
-    size = rows // (heads + 2 * groups)
+    size = features // (heads + 2 * groups)
     return {"q": heads * size, "k": groups * size, "v": groups * size}
 
 
-def _gate_up(owner: nn.Module, rows: int) -> dict[str, int] | None:
-    return {"gate": rows // 2, "up": rows // 2} if rows % 2 == 0 else None
+def _gate_up(owner: nn.Module, features: int) -> Sizes | None:
+    return _equal(features, "gate", "up")
 
 
-_LAYOUTS: dict[tuple[str, str], Callable[[nn.Module, int], dict[str, int] | None]] = {
+# By the class of transformers that owns the projection, and the projection's name there.
+_LAYOUTS: dict[tuple[str, str], Callable[[nn.Module, int], Sizes | None]] = {
     ("GPT2Attention", "c_attn"): _gpt2,
     ("DecisionTransformerGPT2Attention", "c_attn"): _gpt2,
     ("Phi3Attention", "qkv_proj"): _grouped,
@@ -78,32 +56,29 @@ _LAYOUTS: dict[tuple[str, str], Callable[[nn.Module, int], dict[str, int] | None
 }
 
 
-def known_layout(owner: nn.Module, name: str, module: nn.Module, rows: int) -> dict[str, int] | None:
-    """Rows of each block of a fused projection, in order, or None where the layout is not known.
+def known_sizes(owner: nn.Module, name: str, features: int) -> Sizes | None:
+    """Size of each slice of a fused projection, in order, or None where the layout is not known.
 
     Args:
-        owner: the module that holds the projection.
+        owner: the module that holds the projection; a subclass has the layout of its base.
         name: the projection's attribute name there.
-        module: the projection.
-        rows: its output features.
+        features: number of the projection's output features.
     """
     for cls in type(owner).__mro__:
-        if cls.__module__ in _TIMM_THIRDS and name == "qkv":
-            return _thirds(owner, rows)
+        if name == "qkv" and _TIMM_THIRDS.fullmatch(cls.__module__):
+            return _equal(features, *"qkv")
         if (cls.__name__, name) in _LAYOUTS and cls.__module__.startswith("transformers."):
-            return _LAYOUTS[cls.__name__, name](owner, rows)
+            return _LAYOUTS[cls.__name__, name](owner, features)
     return None
 
 
-def interleaved_reason(owner: nn.Module, name: str) -> str:
-    """Why the rows of a fused projection cannot be named although its class is known, or the empty string."""
-    if type(owner).__name__ in _INTERLEAVED and name == "query_key_value":
-        return f"{type(owner).__name__} interleaves the rows of its heads, so q, k and v are no blocks; adapt all rows"
-    return ""
+def interleaves_heads(owner: nn.Module, name: str) -> bool:
+    """Whether q, k and v alternate head by head in the projection `name` of `owner`, so that none is a slice."""
+    return type(owner).__name__ in _INTERLEAVED and name == "query_key_value"
 
 
-def unsupported_reason(owner: nn.Module, name: str, module: nn.Module) -> str:
-    """Why a linear layer that exists is never called and cannot be made to, or the empty string."""
+def never_called(owner: nn.Module) -> str:
+    """Why the linear layers that `owner` holds are never called and cannot be made to, or the empty string."""
     if isinstance(owner, nn.MultiheadAttention):
         return (
             "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would change nothing; "
@@ -126,6 +101,7 @@ def call_the_layer(model: nn.Module, owner: nn.Module, name: str) -> str:
     if isinstance(owner, nn.TransformerEncoderLayer):
         owner.activation_relu_or_gelu = 0
         for module in model.modules():
+            # The encoder has a fast path of its own, taken with a padding mask.
             if isinstance(module, nn.TransformerEncoder) and any(layer is owner for layer in module.layers):
                 module.use_nested_tensor = False
         return "torch's fast path of TransformerEncoderLayer passes by its linear layers: switched off"

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter, base_weight
-from pera_lightning.adapters.method import InjectionReport, Method
+from pera_lightning.adapters.adapted_layer import AdaptedLayer, base_weight
+from pera_lightning.adapters.base import LinearAdapter
+from pera_lightning.adapters.method import Method, Target
+from pera_lightning.adapters.report import InjectionReport
 from pera_lightning.errors import AlreadyInjectedError, ConfigurationError
 from pera_lightning.injection.fingerprint import fingerprint
 from pera_lightning.injection.fused_projections import call_the_layer
@@ -28,15 +30,15 @@ class Injection:
     """What was injected into a model; kept on the model, and as primitives in its checkpoints.
 
     Attributes:
-        method: the method.
-        targets: the expressions as given.
-        trainable: names of modules trained whole, as given.
-        fused: row blocks as given.
-        seed: of the initial values.
-        layers: path of each adapted layer to its row blocks.
-        trained_modules: paths of the modules trained whole.
+        method: the adapter method.
+        targets: target expressions, as given.
+        trainable: names of the modules trained in full, as given.
+        fused: sizes of the slices of fused projections, as given.
+        seed: seed of the initial values.
+        layers: path of each adapted layer to the names of its slices.
+        trained_modules: paths of the modules trained in full.
         fingerprint: path of a frozen weight to its shape and hash, see `fingerprint`.
-        report: for people.
+        report: what is printed for people.
     """
 
     method: Method
@@ -55,9 +57,9 @@ class Injection:
             "method": self.method.spec(),
             "targets": list(self.targets),
             "trainable": list(self.trainable),
-            "fused": {name: dict(blocks) for name, blocks in self.fused.items()},
+            "fused": {name: dict(sizes) for name, sizes in self.fused.items()},
             "seed": self.seed,
-            "layers": {path: list(blocks) for path, blocks in self.layers.items()},
+            "layers": {path: list(slices) for path, slices in self.layers.items()},
             "trained_modules": list(self.trained_modules),
             "fingerprint": dict(self.fingerprint),
         }
@@ -86,10 +88,10 @@ def inject(
         model: any module; layers are adapted where they are, no key of its state dict changes.
         method: a method, e.g. ``PERA(rank=16)``.
         targets: expressions that name linear layers, see `pera_lightning.injection.targets`.
-        trainable: modules that are trained whole (heads), by name or glob.
-        fused: sizes of row blocks where the layout of a fused projection is not known, e.g.
+        trainable: modules that are trained in full (heads), by name or glob.
+        fused: sizes of the slices of fused projections whose layout is not known, e.g.
             ``{"qkv_proj": {"q": 4096, "k": 1024, "v": 1024}}``.
-        seed: of the initial values; by default torch's.
+        seed: seed of the initial values; by default torch's.
 
     Returns:
         The report. Doing it twice with the same arguments changes nothing and returns the first report.
@@ -104,13 +106,11 @@ def inject(
         raise ConfigurationError(f"method={method!r}: an adapter method such as LoRA(rank=8) is needed")
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     trainable = (trainable,) if isinstance(trainable, str) else tuple(trainable)
-    fused = {name: dict(blocks) for name, blocks in (fused or {}).items()}
+    fused = {name: dict(sizes) for name, sizes in (fused or {}).items()}
     done = injection_of(model)
     if done is not None:
-        if (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused) and seed in (
-            None,
-            done.seed,
-        ):
+        same = (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused)
+        if same and seed in (None, done.seed):
             return done.report
         raise AlreadyInjectedError(
             f"this model has {done.method} on {list(done.targets)} already; build it anew to inject "
@@ -120,41 +120,46 @@ def inject(
         raise AlreadyInjectedError("a part of this model is adapted already; inject into the whole model once")
     if method.needs_targets and not targets:
         raise ConfigurationError(f"{type(method).__name__} adapts linear layers: name them in targets=[…]")
-
     seed = torch.initial_seed() if seed is None else seed
+
+    # Find and check everything before anything is changed: an error leaves the model as it was.
     trained_modules = match_modules(model, trainable, "trainable")
     resolved = resolve(model, targets, fused) if method.needs_targets else []
-    for target in resolved:
-        inside = next((name for name in trained_modules if f"{target.path}.".startswith(f"{name}.")), None)
-        if inside:
-            raise ConfigurationError(f"{target.path} is a target and part of {inside!r}, which is trained whole")
-    # Before anything is changed: an error leaves the model as it was.
-    for name in _claimed(model, method, trained_modules):
-        if not model.get_parameter(name).is_floating_point():
-            raise ConfigurationError(f"{name} is {model.get_parameter(name).dtype} and cannot be trained")
+    _check_trainable(model, method, resolved, trained_modules)
+
+    # Adapt, make sure that the adapted layers are called, and freeze the rest.
     notes = [f"targets are not used by {type(method).__name__}"] if targets and not method.needs_targets else []
     notes += method.apply(model, resolved, trained_modules, seed)
-    modules = dict(model.named_modules())
     for target in resolved:
         owner, _, name = target.path.rpartition(".")
-        notes.append(call_the_layer(model, modules[owner], name))
+        notes.append(call_the_layer(model, model.get_submodule(owner), name))
     _freeze(model, method, trained_modules)
-    layers = {target.path: tuple(target.blocks) for target in resolved}
-    shapes = {target.path: tuple(base_weight(target.module).shape) for target in resolved}
-    report = _report(model, method, layers, shapes, trained_modules, notes)
+
+    # Remember what was done, and report it.
     mark = Injection(
         method=method,
         targets=targets,
         trainable=trainable,
         fused=fused,
         seed=seed,
-        layers=layers,
+        layers={target.path: tuple(target.slices) for target in resolved},
         trained_modules=trained_modules,
-        fingerprint=fingerprint(model, layers),
-        report=report,
+        fingerprint=fingerprint(model, [target.path for target in resolved]),
+        report=_report(model, method, resolved, trained_modules, notes),
     )
     setattr(model, _MARK, mark)
-    return report
+    return mark.report
+
+
+def _check_trainable(model: nn.Module, method: Method, targets: list[Target], trained_modules: Sequence[str]) -> None:
+    """Raises `ConfigurationError` for targets within modules trained in full, and weights that have no gradient."""
+    for target in targets:
+        inside = next((name for name in trained_modules if f"{target.path}.".startswith(f"{name}.")), None)
+        if inside:
+            raise ConfigurationError(f"{target.path} is a target and part of {inside!r}, which is trained in full")
+    for name in _trained_base(model, method, trained_modules):
+        if not model.get_parameter(name).is_floating_point():
+            raise ConfigurationError(f"{name} is {model.get_parameter(name).dtype} and cannot be trained")
 
 
 def forget_injection(model: nn.Module) -> None:
@@ -180,14 +185,12 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
 def trained_parameter_names(model: nn.Module) -> set[str]:
     """Names of the trained parameters of an injected model: adapters, heads, and what the method claims."""
     mark = injection_of(model)
-    return set() if mark is None else _trained(model, mark.method, mark.trained_modules)
+    if mark is None:
+        return set()
+    return adapter_parameter_names(model) | _trained_base(model, mark.method, mark.trained_modules)
 
 
-def _trained(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
-    return adapter_parameter_names(model) | _claimed(model, method, trained_modules)
-
-
-def _claimed(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
+def _trained_base(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
     """Names of the base parameters that are trained: those of the heads and those that the method trains."""
     return {
         name
@@ -197,27 +200,19 @@ def _claimed(model: nn.Module, method: Method, trained_modules: Sequence[str]) -
 
 
 def _freeze(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> None:
-    trained = _trained(model, method, trained_modules)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in trained:
-            parameter.requires_grad_(False)
-    # After freezing: a parameter shared by a head and the base is the head's, and trained.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in trained:
-            parameter.requires_grad_(True)
+    trained = adapter_parameter_names(model) | _trained_base(model, method, trained_modules)
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    # The trained ones last: a parameter that a head and the base share is the head's, and trained.
+    for name, parameter in sorted(parameters, key=lambda item: item[0] in trained):
+        parameter.requires_grad_(name in trained)
 
 
 def _report(
-    model: nn.Module,
-    method: Method,
-    layers: dict[str, tuple[str, ...]],
-    shapes: dict[str, tuple[int, ...]],
-    trained_modules: tuple[str, ...],
-    notes: Sequence[str],
+    model: nn.Module, method: Method, targets: list[Target], trained_modules: tuple[str, ...], notes: Sequence[str]
 ) -> InjectionReport:
     adapters = adapter_parameter_names(model)
     parameters = dict(model.named_parameters())
-    notes = list(dict.fromkeys(note for note in notes if note))
+    notes = list(dict.fromkeys(note for note in notes if note))  # one for all layers of a kind
     resting = sum(not module.training for module in model.modules())
     if resting:
         notes.append(
@@ -226,8 +221,8 @@ def _report(
         )
     return InjectionReport(
         method=str(method),
-        matched=layers,
-        shapes=shapes,
+        matched={target.path: tuple(target.slices) for target in targets},
+        shapes={target.path: tuple(base_weight(target.module).shape) for target in targets},
         trained_modules=trained_modules,
         adapter_parameters=sum(parameters[name].numel() for name in adapters),
         trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),

@@ -1,10 +1,10 @@
-r"""The target language: which layers, and which rows of fused projections, an expression names.
+r"""The target language: which layers, and which slices of fused projections, an expression names.
 
 - ``q_proj`` or ``attn.qkv``: the end of a module's path, in whole components.
 - ``blocks.*.attn.qkv``: a glob, also matched at the end of the path; ``*`` and ``?`` stay within one component, ``**``
   spans several.
 - ``re:.*layers\.[0-3]\..*q_proj``: a regular expression that the whole path must match.
-- ``attn.qkv[q,v]``: rows of a fused projection (after a regular expression, with a space before the bracket).
+- ``attn.qkv[q,v]``: slices of a fused projection (after a regular expression, with a space before the bracket).
 
 A name must match linear layers only; a glob or an expression takes the linear ones among what it matches. Nothing in a
 module whose attribute ``output_unused`` is true is taken: adapters there would get no gradient.
@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pera_lightning.adapters.base import WHOLE, base_weight, check_blocks, is_linear
+from pera_lightning.adapters.adapted_layer import base_weight, check_slices, is_linear, used_modules
+from pera_lightning.adapters.base import ALL
 from pera_lightning.adapters.method import Target
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnsupportedTarget, closest, listed
-from pera_lightning.injection.fused_projections import interleaved_reason, known_layout, unsupported_reason
+from pera_lightning.injection.fused_projections import interleaves_heads, known_sizes, never_called
 
 Fused = Mapping[str, Mapping[str, int]]
-UNUSED = "output_unused"  # attribute of a part of a network that runs, and whose output the network does not use
-_ROWS = re.compile(r"^(?P<name>.*?)\s*\[(?P<rows>[^\[\]]*)\]$")
+_BRACKET = re.compile(r"^(?P<name>.*?)\s*\[(?P<slices>[^\[\]]*)\]$")
 
 
 @dataclass(frozen=True)
@@ -36,40 +36,40 @@ class Expression:
         text: as given.
         pattern: matches a module's whole path.
         literal: whether it is a plain name.
-        rows: names of row blocks, empty for the whole layer.
+        slices: names of slices, empty for the whole layer.
     """
 
     text: str
     pattern: re.Pattern[str]
     literal: bool
-    rows: tuple[str, ...] = ()
+    slices: tuple[str, ...] = ()
 
 
 def parse(text: str) -> Expression:
     """Parses one target expression, see the file's head.
 
     Raises:
-        ConfigurationError: where it is empty, not text, or no valid regular expression.
+        ConfigurationError: where it is empty, not text, or not a valid regular expression.
     """
     if not isinstance(text, str) or not text.strip():
         raise ConfigurationError(f"target {text!r}: a module name, a glob or 're:EXPRESSION' is needed")
-    name, rows = text.strip(), ()
+    name, slices = text.strip(), ()
     regular = name.startswith("re:")
-    found = _ROWS.match(name)
+    found = _BRACKET.match(name)
     # In a regular expression "[qv]" is a character class unless a space sets it apart.
     if found and (not regular or re.search(r"\s\[[^\[\]]*\]$", name)):
         name = found["name"]
-        rows = tuple(row.strip() for row in found["rows"].split(","))
-        if not all(rows) or not name:
-            raise ConfigurationError(f"target {text!r}: row blocks are written as name[block,block], e.g. qkv[q,v]")
-        if WHOLE in rows:
-            raise ConfigurationError(f"target {text!r}: for all rows write {name!r} without brackets")
+        slices = tuple(part.strip() for part in found["slices"].split(","))
+        if not all(slices) or not name:
+            raise ConfigurationError(f"target {text!r}: slices are written as name[slice,slice], e.g. qkv[q,v]")
+        if ALL in slices:
+            raise ConfigurationError(f"target {text!r}: for the whole layer write {name!r} without brackets")
     if regular:
         try:
-            return Expression(text, re.compile(name[3:].strip()), False, rows)
+            return Expression(text, re.compile(name[3:].strip()), False, slices)
         except re.error as error:
             raise ConfigurationError(f"target {text!r}: not a regular expression: {error}") from None
-    return Expression(text, _path_pattern(name), not re.search(r"[*?]", name), rows)
+    return Expression(text, _path_pattern(name), not re.search(r"[*?]", name), slices)
 
 
 def _path_pattern(name: str) -> re.Pattern[str]:
@@ -85,41 +85,42 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
     Args:
         model: any module.
         targets: expressions, see the file's head.
-        fused: sizes of the row blocks of fused projections whose layout this package does not know:
-            module name to {block name: rows}, in order.
+        fused: sizes of the slices of fused projections whose layout this package does not know: module name to
+            {slice name: output features}, in order.
 
     Raises:
-        NoTargetMatched: where an expression, or a name in `fused`, matches nothing, or a row block is unknown.
+        NoTargetMatched: where an expression, or a name in `fused`, matches nothing, or a slice is unknown.
         UnsupportedTarget: where a match cannot be adapted.
         ConfigurationError: where two expressions disagree about one layer.
     """
-    unused = tuple(f"{path}." for path, module in model.named_modules() if getattr(module, UNUSED, False))
-    modules = {p: module for p, module in model.named_modules() if p and not f"{p}.".startswith(unused)}
+    modules = used_modules(model)
     owners = {path: modules.get(path.rpartition(".")[0], model) for path in modules}
+    # Path of each named layer to the slices that are wanted of it, each with the expression that wants it.
     chosen: dict[str, dict[str, str]] = {}
-    for expression in (parse(text) for text in targets):
-        for path in _matches(expression, modules, owners):
-            wanted = dict.fromkeys(expression.rows or (WHOLE,), expression.text)
+    for expression in map(parse, targets):
+        for path in _linear_matches(expression, modules, owners):
+            wanted = dict.fromkeys(expression.slices or (ALL,), expression.text)
             seen = chosen.setdefault(path, {})
-            if seen and (WHOLE in seen) != (WHOLE in wanted):
+            if seen and (ALL in seen) != (ALL in wanted):
+                first = next(iter(seen.values()))
                 raise ConfigurationError(
-                    f"{path} is named as a whole and by row blocks: {next(iter(seen.values()))!r} and "
-                    f"{expression.text!r}; keep one"
+                    f"{path} is targeted in full and by slices: {first!r} and {expression.text!r}; keep one"
                 )
             seen.update(wanted)
-    for name in fused or {}:
-        named = [path for path in chosen if parse(name).pattern.fullmatch(path)]
+    # A layout that nothing needs is a mistake.
+    layouts = [(parse(name).pattern, sizes) for name, sizes in (fused or {}).items()]
+    for name, (pattern, _) in zip(fused or {}, layouts, strict=True):
+        named = [path for path in chosen if pattern.fullmatch(path)]
         if not named:
-            raise NoTargetMatched(f"fused names {name!r}, which is no targeted layer: {listed(chosen)}")
-        if all(WHOLE in chosen[path] for path in named):
-            raise ConfigurationError(f"fused names {name!r}, which is targeted whole: name its blocks, {name}[q,v]")
-    neighbours = _neighbours(model, modules)
-    order = {path: k for k, path in enumerate(modules)}
+            raise NoTargetMatched(f"fused names {name!r}, which is not targeted; the targets are {listed(chosen)}")
+        if all(ALL in chosen[path] for path in named):
+            raise ConfigurationError(f"fused names {name!r}, which is targeted in full: name its slices, {name}[q,v]")
     found = []
-    for path in sorted(chosen, key=order.__getitem__):
-        before, after = (modules.get(p) if p else None for p in neighbours[path])
-        blocks = _blocks(path, modules[path], owners[path], chosen[path], fused or {})
-        found.append(Target(path=path, module=modules[path], blocks=blocks, previous=before, next=after))
+    for path, module in modules.items():
+        if path in chosen:
+            given = next((sizes for pattern, sizes in layouts if pattern.fullmatch(path)), None)
+            slices = _slices(path, module, owners[path], chosen[path], given)
+            found.append(Target(path=path, module=module, slices=slices))
     return found
 
 
@@ -128,7 +129,7 @@ def match_modules(model: nn.Module, names: Sequence[str], what: str) -> tuple[st
 
     Args:
         model: any module.
-        names: expressions without row blocks.
+        names: expressions without slices.
         what: the argument's name, for messages.
 
     Raises:
@@ -138,18 +139,17 @@ def match_modules(model: nn.Module, names: Sequence[str], what: str) -> tuple[st
     found: set[str] = set()
     for name in names:
         expression = parse(name)
-        if expression.rows:
-            raise ConfigurationError(f"{what}: {name!r}: modules are trained whole, row blocks are for targets only")
+        if expression.slices:
+            raise ConfigurationError(f"{what}: {name!r}: modules are trained in full; slices are for targets")
         hits = [path for path in paths if expression.pattern.fullmatch(path)]
         if not hits:
-            raise NoTargetMatched(f"{what}: {_nothing(name, paths, 'modules')}")
+            raise NoTargetMatched(f"{what}: {_matches_nothing(name, paths, 'modules')}")
         found.update(hits)
-    outer = [p for p in found if not any(p.startswith(f"{q}.") for q in found)]
-    return tuple(sorted(outer, key=paths.index))
+    return tuple(p for p in paths if p in found and not any(p.startswith(f"{q}.") for q in found))
 
 
-def _nothing(text: str, paths: Iterable[str], kind: str) -> str:
-    """The message for an expression that matches nothing: closest names, or what ends there are."""
+def _matches_nothing(text: str, paths: Iterable[str], kind: str) -> str:
+    """Says that an expression matches nothing, with the closest names or else with those that exist."""
     paths = list(paths)
     ends = dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
     wanted = text.removeprefix("re:").partition("[")[0].strip()
@@ -157,86 +157,69 @@ def _nothing(text: str, paths: Iterable[str], kind: str) -> str:
     return f"{text!r} matches none of the {len(paths)} {kind}{near}"
 
 
-def _matches(expression: Expression, modules: dict[str, nn.Module], owners: dict[str, nn.Module]) -> list[str]:
+def _linear_matches(expression: Expression, modules: dict[str, nn.Module], owners: dict[str, nn.Module]) -> list[str]:
     """Paths of the linear layers that an expression names."""
     hits = [path for path in modules if expression.pattern.fullmatch(path)]
     linear = [path for path in hits if is_linear(modules[path])]
     if not hits:
         names = [path for path, module in modules.items() if is_linear(module)]
-        raise NoTargetMatched(f"targets: {_nothing(expression.text, names, 'linear layers')}")
+        raise NoTargetMatched(f"targets: {_matches_nothing(expression.text, names, 'linear layers')}")
     # A glob may pass over norms and activations, but not over linear layers of a kind that cannot be adapted.
     for path in hits:
         meant = expression.literal or not linear or isinstance(modules[path], nn.Linear)
-        if meant and (reason := _reason(path, modules[path], owners[path])):
+        if meant and (reason := _unsupported(modules[path], owners[path])):
             raise UnsupportedTarget(f"target {expression.text!r} names {path}: {reason}")
     return linear
 
 
-def _reason(path: str, module: nn.Module, owner: nn.Module) -> str:
+def _unsupported(module: nn.Module, owner: nn.Module) -> str:
     """Why a module cannot be adapted, or the empty string."""
-    if reason := unsupported_reason(owner, path.rpartition(".")[2], module):
+    if reason := never_called(owner):
         return reason
     if is_linear(module):
         return ""
     inside = [name for name, m in module.named_modules() if name and is_linear(m)]
     hint = f"; linear layers inside it: {listed(inside)}" if inside else ""
-    kind = "a subclass of nn.Linear" if isinstance(module, nn.Linear) else "no linear layer"
+    kind = "a subclass of nn.Linear" if isinstance(module, nn.Linear) else "not a linear layer"
     return f"{type(module).__name__} is {kind}, and only nn.Linear and transformers' Conv1D can be adapted{hint}"
 
 
-def _blocks(
-    path: str, module: nn.Module, owner: nn.Module, wanted: dict[str, str], fused: Fused
-) -> dict[str, tuple[int, int]]:
-    """First and last row of each wanted block."""
-    rows = base_weight(module).shape[0]
-    if WHOLE in wanted:
-        return {WHOLE: (0, rows)}
-    text = next(iter(wanted.values()))
-    name = path.rpartition(".")[2]
-    sizes = next((dict(v) for k, v in fused.items() if parse(k).pattern.fullmatch(path)), None)
-    if sizes is not None and sum(sizes.values()) != rows:
-        raise ConfigurationError(f"fused: the blocks of {path} add up to {sum(sizes.values())} rows, it has {rows}")
-    if sizes is None:
-        if reason := interleaved_reason(owner, name):
-            raise UnsupportedTarget(f"target {text!r}: {path}: {reason}")
-        sizes = known_layout(owner, name, module, rows)
+def _slices(
+    path: str, module: nn.Module, owner: nn.Module, wanted: dict[str, str], sizes: Mapping[str, int] | None
+) -> dict[str, slice]:
+    """The output features of each wanted slice of a layer, in their order.
+
+    Args:
+        path: the layer's path, for messages.
+        module: the layer.
+        owner: the module that holds it.
+        wanted: name of a slice to the expression that wants it.
+        sizes: sizes of all slices where the user has given them.
+    """
+    features = base_weight(module).shape[0]
+    if ALL in wanted:
+        return {ALL: slice(0, features)}
+    text, name = next(iter(wanted.values())), path.rpartition(".")[2]
+    if sizes is not None and sum(sizes.values()) != features:
+        raise ConfigurationError(f"fused: the slices of {path} add up to {sum(sizes.values())}, it has {features}")
+    if sizes is None and interleaves_heads(owner, name):
+        raise UnsupportedTarget(
+            f"target {text!r}: {type(owner).__name__} interleaves its heads, so q, k and v are not slices of {path}; "
+            "adapt it in full"
+        )
+    sizes = sizes or known_sizes(owner, name, features)
     if sizes is None:
         raise NoTargetMatched(
-            f"target {text!r}: the row layout of {path} ({type(owner).__name__}) is not known; "
-            f"give fused={{{name!r}: {{'q': …, 'k': …, 'v': …}}}} whose rows add up to {rows}"
+            f"target {text!r}: the layout of {path} ({type(owner).__name__}) is not known; "
+            f"give fused={{{name!r}: {{'q': …, 'k': …, 'v': …}}}} with sizes that add up to {features}"
         )
-    ends: dict[str, tuple[int, int]] = {}
-    first = 0
-    for block, size in sizes.items():
-        ends[block] = (first, first + size)
+    every, first = {}, 0
+    for slice_name, size in sizes.items():
+        every[slice_name] = slice(first, first + size)
         first += size
-    for block, source in wanted.items():
-        if block not in ends:
-            raise NoTargetMatched(f"target {source!r}: {path} has no row block {block!r}, it has {', '.join(ends)}")
-    blocks = {block: ends[block] for block in ends if block in wanted}
-    check_blocks(blocks, rows, path)
-    return blocks
-
-
-def _repeats(container: nn.Module) -> bool:
-    return len({type(child) for child in container.children()}) == 1
-
-
-def _neighbours(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, tuple[str | None, str | None]]:
-    """Path of each linear layer to the paths of the layers of the same role and shape before and after it.
-
-    Two layers have one role where their paths differ only in the numbers of repeated blocks: containers whose children
-    are all of one class.
-    """
-    roles: dict[tuple, list[str]] = {}
-    for path, module in modules.items():
-        if is_linear(module):
-            parts = path.split(".")
-            containers = [modules.get(".".join(parts[:k]), model) for k in range(len(parts))]
-            role = tuple("*" if p.isdigit() and _repeats(c) else p for p, c in zip(parts, containers, strict=True))
-            roles.setdefault((role, *base_weight(module).shape), []).append(path)
-    around = {}
-    for paths in roles.values():
-        for k, path in enumerate(paths):
-            around[path] = (paths[k - 1] if k else None, paths[k + 1] if k + 1 < len(paths) else None)
-    return around
+    for slice_name, source in wanted.items():
+        if slice_name not in every:
+            raise NoTargetMatched(f"target {source!r}: {path} has no slice {slice_name!r}, it has {', '.join(every)}")
+    found = {slice_name: rows for slice_name, rows in every.items() if slice_name in wanted}
+    check_slices(found, features, path)
+    return found

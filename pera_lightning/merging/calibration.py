@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.aurora import AuroRALayer
-from pera_lightning.adapters.base import AdaptedLayer, LowRankUpdate
+from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import NotMergeableError, listed
 from pera_lightning.merging.activation_capture import inputs_in_order
 from pera_lightning.merging.merge_error import Forward, call, device_of, evaluating, on_device, unpadded

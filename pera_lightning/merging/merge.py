@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pera_lightning.adapters.adapted_layer import AdaptedLayer, release_layer
 from pera_lightning.adapters.aurora import AuroRALayer, acting_layers
-from pera_lightning.adapters.base import AdaptedLayer, release_layer
 from pera_lightning.errors import ConfigurationError, NotMergeableError, listed
 from pera_lightning.injection.inject import forget_injection, injection_of
 from pera_lightning.merging.calibration import RIDGE, calibrate
@@ -296,7 +296,7 @@ def _merge_layers(layers: dict[str, AdaptedLayer], keep_base: bool) -> None:
 @torch.no_grad()
 def _merge_layer(path: str, layer: AdaptedLayer, keep_base: bool) -> None:
     weight = layer.base_weight()
-    rows = {block: slice(*layer.blocks[block]) for block in layer.adapters}
+    rows = {block: layer.slices[block] for block in layer.adapters}
     new = {block: _merged_rows(path, layer, block) for block in rows}
     if keep_base:
         before = _Before(
@@ -314,7 +314,7 @@ def _merge_layer(path: str, layer: AdaptedLayer, keep_base: bool) -> None:
 @torch.no_grad()
 def _merged_rows(path: str, layer: AdaptedLayer, block: str) -> tuple[Tensor, Tensor | None]:
     """The rows of a block with the update in them, (rows, in), and their bias (rows,) where it changes."""
-    rows, adapter = slice(*layer.blocks[block]), layer.adapters[block]
+    rows, adapter = layer.slices[block], layer.adapters[block]
     weight = layer.base_weight()[rows]
     with torch.autocast(weight.device.type, enabled=False):  # which would run the products in low precision
         merged = _sum(path, weight, adapter.delta_weight(weight))
@@ -339,9 +339,9 @@ def _restore(layer: AdaptedLayer) -> None:
     before: _Before = getattr(layer, _KEPT)
     weight = layer.base_weight()
     for block, rows in before.weight.items():
-        weight[slice(*layer.blocks[block])] = rows.to(weight.device)
+        weight[layer.slices[block]] = rows.to(weight.device)
     for block, rows in before.bias.items():
-        layer.bias[slice(*layer.blocks[block])] = rows.to(weight.device)
+        layer.bias[layer.slices[block]] = rows.to(weight.device)
     layer.merged = None
     delattr(layer, _KEPT)
 

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from pera_lightning import __version__
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.aurora import acting_layers
-from pera_lightning.adapters.base import AdaptedLayer
 from pera_lightning.files import write_atomically
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import find_injected

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pera_lightning.adapters.base import AdaptedLayer, LinearAdapter
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.inject import injection_of, set_fingerprint
 from pera_lightning.injection.state import find_injected
@@ -185,6 +185,6 @@ def wrapped_apart(network: nn.Module) -> list[nn.Module]:
     _, root = find_injected(network) or ("", network)
     mark = injection_of(root)
     low = any(p.is_floating_point() and p.dtype != torch.float32 for p in root.parameters())
-    apart = [m for m in root.modules() if isinstance(m, LinearAdapter)] if low else []
+    apart = [a for m in root.modules() if isinstance(m, AdaptedLayer) for a in m.adapters.values()] if low else []
     heads = [root.get_submodule(path) for path in mark.trained_modules] if low and mark else []
     return [*units(root), *apart, *heads]

@@ -73,7 +73,7 @@ def test_static_inference_is_for_the_context_only() -> None:
 
 def test_dynamic_inference_says_how_to_merge() -> None:
     layer = adapted(AuroRA(train_mode="static"))
-    with pytest.raises(NotMergeableError, match=r"no linear map: take the method 'calibrated' \(.*\), or 'static'"):
+    with pytest.raises(NotMergeableError, match=r"not a linear map: take the mode 'calibrated' \(.*\), or 'static'"):
         the_adapter(layer).delta_weight(layer.weight)
 
 

@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from pera_lightning.adapters import AdaptedLinear, HiRA, LinearAdapter, LoRA, LoRALayer
-from pera_lightning.adapters.base import adapt_layer, base_weight, check_blocks, is_linear
+from pera_lightning.adapters import AdaptedLinear, HiRA, LayerContext, LinearAdapter, LoRA, LoRALayer
+from pera_lightning.adapters.adapted_layer import adapt_layer, base_weight, check_slices, is_linear
 from pera_lightning.errors import ConfigurationError, NotMergeableError, UnsupportedTarget
 from tests.adapters.cases import adapted, inputs
 
 
 def lora(out: int = 4) -> LoRALayer:
-    layer = LoRALayer(in_features=6, out_features=out, rank=2)
-    layer.reset_parameters()
-    return layer
+    return LoRA(rank=2).build(LayerContext(path="", weight=torch.empty(out, 6)))
 
 
 class Quantised(nn.Linear):
@@ -29,7 +27,7 @@ def test_other_classes_are_refused(module: nn.Module) -> None:
     kind = type(module)
     assert not is_linear(module)
     with pytest.raises(UnsupportedTarget, match=kind.__name__):
-        adapt_layer(module, {"all": lora()}, {"all": (0, 4)})
+        adapt_layer(module, {"all": lora()}, {"all": slice(0, 4)})
     assert type(module) is kind
 
 
@@ -39,33 +37,33 @@ def test_a_class_that_is_called_conv1d_elsewhere_is_refused() -> None:
 
 def test_an_adapted_layer_is_not_adapted_again() -> None:
     layer = nn.Linear(6, 4)
-    adapt_layer(layer, {"all": lora()}, {"all": (0, 4)})
+    adapt_layer(layer, {"all": lora()}, {"all": slice(0, 4)})
     assert not is_linear(layer)
     with pytest.raises(UnsupportedTarget, match="AdaptedLinear"):
-        adapt_layer(layer, {"all": lora()}, {"all": (0, 4)})
+        adapt_layer(layer, {"all": lora()}, {"all": slice(0, 4)})
 
 
 @pytest.mark.parametrize("name", ["keys", "items", "training", "forward", "_modules", "a.b", "", "2q", "all"])
-def test_impossible_block_names(name: str) -> None:
+def test_impossible_names_of_slices(name: str) -> None:
     layer = nn.Linear(6, 8)
     with pytest.raises(ConfigurationError, match="this name cannot be used"):
-        adapt_layer(layer, {name: lora()}, {name: (0, 4)})
+        adapt_layer(layer, {name: lora()}, {name: slice(0, 4)})
     assert type(layer) is nn.Linear
 
 
 @pytest.mark.parametrize(
-    "blocks", [{"a": (0, 5), "b": (4, 8)}, {"a": (0, 9)}, {"a": (3, 3)}, {"a": (-1, 4)}, {"a": (5, 2)}]
+    "ranges", [{"a": (0, 5), "b": (4, 8)}, {"a": (0, 9)}, {"a": (3, 3)}, {"a": (-1, 4)}, {"a": (5, 2)}]
 )
-def test_impossible_rows(blocks: dict[str, tuple[int, int]]) -> None:
+def test_impossible_slices(ranges: dict[str, tuple[int, int]]) -> None:
     with pytest.raises(ConfigurationError, match="must not overlap"):
-        check_blocks(blocks, 8)
+        check_slices({name: slice(*ends) for name, ends in ranges.items()}, 8)
 
 
-def test_blocks_in_any_order_with_gaps_between() -> None:
+def test_slices_in_any_order_with_gaps_between() -> None:
     layer = nn.Linear(6, 20)
     plain = copy.deepcopy(layer)
-    blocks = {"late": (15, 19), "early": (1, 5), "next": (5, 9)}
-    adapt_layer(layer, {name: lora() for name in blocks}, blocks)
+    slices = {"late": slice(15, 19), "early": slice(1, 5), "next": slice(5, 9)}
+    adapt_layer(layer, {name: lora() for name in slices}, slices)
     x = torch.randn(2, 3, 6)
     with torch.no_grad():
         for k, adapter in enumerate(layer.adapters.values()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pera_lightning import inject, merge, merge_and_unload, unmerge
 from pera_lightning.adapters import AdaptedLayer, LinearMethod, LowRankUpdate
-from pera_lightning.adapters.base import base_weight
+from pera_lightning.adapters.adapted_layer import base_weight
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging.merge import linearised
@@ -117,7 +117,7 @@ def expected_weight(layer: AdaptedLayer) -> Tensor:
     wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
     out = weight.to(wide, copy=True)
     for block, adapter in layer.adapters.items():
-        rows = slice(*layer.blocks[block])
+        rows = layer.slices[block]
         delta = adapter.delta_weight(weight[rows])
         assert delta.dtype in (torch.float32, torch.float64)
         out[rows] += delta.to(wide)

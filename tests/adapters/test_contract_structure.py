@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pera_lightning.adapters import AuroRA, LinearMethod, LoRA
-from pera_lightning.adapters.base import adapt_layer
+from pera_lightning.adapters.adapted_layer import adapt_layer
 from pera_lightning.injection.inject import inject
 from tests.adapters.cases import (
     IN,
@@ -73,37 +73,37 @@ def test_conv1d_equals_linear(method: LinearMethod) -> None:
 
 @every_method
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_row_blocks(method: LinearMethod, mode: bool) -> None:
+def test_slices(method: LinearMethod, mode: bool) -> None:
     model, plain = network(out=3 * OUT), network(out=3 * OUT)
     fused = {"proj": {"q": OUT, "k": OUT, "v": OUT}}
     inject(model, dataclasses.replace(method, dropout=0.5), ["proj[v,q]"], fused=fused, seed=0)
     x = inputs(8, torch.float32).view(2, 4, IN)
     assert torch.equal(model.train(mode)(x), plain(x))
     if not starts_from_the_weight(method):
-        starts = [list(model.proj.adapters[block].parameters()) for block in ("q", "v")]
+        starts = [list(model.proj.adapters[name].parameters()) for name in ("q", "v")]
         assert not all(torch.equal(one, other) for one, other in zip(*starts, strict=True))
     randomise(model)
     q, k, v = (model(x) - plain(x)).split(OUT, dim=-1)
     assert torch.equal(k, torch.zeros_like(k))
     assert q.abs().max() > 1e-3
     assert v.abs().max() > 1e-3
-    assert not torch.allclose(q, v)  # each block has an adapter of its own
+    assert not torch.allclose(q, v)  # each slice has an adapter of its own
     assert set(model.proj.adapters) == {"q", "v"}
 
 
 @every_method
-@pytest.mark.parametrize("block", ["q", "v"])
-def test_a_row_block_equals_a_separate_layer(method: LinearMethod, block: str) -> None:
+@pytest.mark.parametrize("name", ["q", "v"])
+def test_a_slice_equals_a_separate_layer(method: LinearMethod, name: str) -> None:
     model = network(out=3 * OUT)
-    inject(model, method, [f"proj[{block}]"], fused={"proj": {"q": OUT, "k": OUT, "v": OUT}}, seed=0)
+    inject(model, method, [f"proj[{name}]"], fused={"proj": {"q": OUT, "k": OUT, "v": OUT}}, seed=0)
     model.double().eval()
     randomise(model)
-    rows = slice(0, OUT) if block == "q" else slice(2 * OUT, 3 * OUT)
+    rows = slice(0, OUT) if name == "q" else slice(2 * OUT, 3 * OUT)
     separate = nn.Linear(IN, OUT).double()
     with torch.no_grad():
         separate.weight.copy_(model.proj.weight[rows])
         separate.bias.copy_(model.proj.bias[rows])
-    adapt_layer(separate, {"all": copy.deepcopy(model.proj.adapters[block])}, {"all": (0, OUT)})
+    adapt_layer(separate, {"all": copy.deepcopy(model.proj.adapters[name])}, {"all": slice(0, OUT)})
     torch.testing.assert_close(model(inputs())[:, rows], separate.eval()(inputs()))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.adapters import HiLoRA, HiRA, LoRA
+from pera_lightning.adapters.hira import layers_around
 from pera_lightning.injection.inject import inject
 from tests.adapters.cases import IN, OUT, adapted, inputs, network, randomise, the_adapter
 
@@ -53,6 +54,34 @@ def test_smooth_takes_neighbours_that_are_no_targets_themselves() -> None:
     up = [layer["up"].weight.detach().clone() for layer in model]
     inject(model, HiRA(rank=2, reference="smooth"), targets=["1.up"])
     torch.testing.assert_close(the_adapter(model[1]["up"]).reference, (up[0] + up[1] + up[2]) / 3)
+
+
+def paths_around(model: nn.Module, path: str) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    return [names[layer] for layer in layers_around(model)[path]]
+
+
+def test_layers_around_are_of_the_same_role_and_shape() -> None:
+    stages = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(n, n), "out": nn.Linear(n, 2)}) for n in (4, 4, 4, 8))
+    assert paths_around(stages, "0.fc") == ["0.fc", "1.fc"]
+    assert paths_around(stages, "1.fc") == ["0.fc", "1.fc", "2.fc"]
+    assert paths_around(stages, "2.fc") == ["1.fc", "2.fc"]
+    assert paths_around(stages, "3.fc") == ["3.fc"]
+
+
+def test_numbers_of_other_things_than_blocks_make_no_role() -> None:
+    """The two linears of one MLP in a Sequential are not the same role, those of two blocks are."""
+    model = nn.Module()
+    model.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(2)))
+    assert paths_around(model, "blocks.0.2") == ["blocks.0.2", "blocks.1.2"]
+
+
+def test_smooth_takes_the_same_slice_and_passes_over_unused_layers() -> None:
+    model = stack(4)
+    model[3].output_unused = True
+    up = [layer["up"].weight.detach().clone() for layer in model]
+    inject(model, HiRA(rank=2, reference="smooth"), ["2.up[b]"], fused={"up": {"a": 4, "b": OUT - 4}})
+    torch.testing.assert_close(model[2]["up"].adapters["b"].reference, ((up[1] + up[2]) / 2)[4:])
 
 
 def test_svd_keeps_the_largest_singular_values() -> None:

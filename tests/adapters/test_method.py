@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, InjectionReport, LinearMethod, LoRA, Method
-from pera_lightning.adapters.base import AdaptedLayer
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, UnknownNameError
 from pera_lightning.injection.inject import inject
 from tests.adapters.cases import case_id, cases, network

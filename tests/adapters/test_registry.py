@@ -44,7 +44,7 @@ def test_names_and_dotted_paths(name: str) -> None:
         ("Aurora", "'Aurora' does not exist; one of .*closest: AuroRA"),
         ("no_such_package.Method", "cannot be imported: No module named"),
         ("pera_lightning.adapters.Nothing", "cannot be imported"),
-        ("collections.OrderedDict", "is no adapter method"),
+        ("collections.OrderedDict", "is not an adapter method"),
         (".LoRA", "cannot be imported"),
         ("..LoRA", "cannot be imported"),
     ],

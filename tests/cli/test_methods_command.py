@@ -9,7 +9,7 @@ from torch import nn
 
 from pera_lightning import inject
 from pera_lightning.adapters import PERA, LinearMethod, LoRA, registered_methods
-from pera_lightning.adapters.base import AdaptedLayer
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.cli.commands.methods import NONE, capabilities, example, table
 from pera_lightning.errors import NotMergeableError
 from pera_lightning.export.low_rank import low_rank_updates

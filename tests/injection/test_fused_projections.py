@@ -1,4 +1,4 @@
-"""Row layouts against the real modules, and linears whose forward their owner passes by."""
+"""Layouts against the real modules, and linears whose forward their owner passes by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.adapters import AuroRA, HiRA, LinearAdapter, LoRA
-from pera_lightning.adapters.base import base_weight
+from pera_lightning.adapters.adapted_layer import base_weight
 from pera_lightning.errors import UnsupportedTarget
 from pera_lightning.injection.inject import inject
 from pera_lightning.injection.targets import resolve
@@ -78,16 +78,16 @@ def run(model: nn.Module) -> Tensor:
 def change_rows(model: nn.Module, target: str, weight: float | None = None, shift: float = 0.0) -> None:
     """Multiplies the weight of the named rows by a number (None: leaves it), the same for the bias, plus a shift."""
     for found in resolve(model, [target]):
-        ((first, last),) = found.blocks.values()
+        (rows,) = found.slices.values()
         owner = model.get_submodule(found.path.rpartition(".")[0])
         bias = found.module.bias
-        block = target.partition("[")[2][0]
-        rows = bias[first:last] if bias is not None else getattr(owner, f"{block}_bias", None)
+        name = target.partition("[")[2][0]
+        bias = bias[rows] if bias is not None else getattr(owner, f"{name}_bias", None)
         if weight is not None:
-            base_weight(found.module)[first:last].mul_(weight)
-            rows.mul_(weight)
+            base_weight(found.module)[rows].mul_(weight)
+            bias.mul_(weight)
         if shift:
-            rows.add_(shift * torch.arange(len(rows)))
+            bias.add_(shift * torch.arange(len(bias)))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_phi3_rows_equal_a_llama_of_separate_layers() -> None:
             state[key] = value
     for target in resolve(phi, ["qkv_proj[q,k,v]", "gate_up_proj[gate,up]"]):
         owner = target.path.rpartition(".")[0]
-        for block, (first, last) in target.blocks.items():
-            state[f"{owner}.{block}_proj.weight"] = target.module.weight[first:last]
+        for name, rows in target.slices.items():
+            state[f"{owner}.{name}_proj.weight"] = target.module.weight[rows]
     llama.load_state_dict(state)
     torch.testing.assert_close(run(phi), run(llama))
 
@@ -140,12 +140,12 @@ def test_gpt2_cross_attention_holds_keys_and_values() -> None:
     sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     model = seeded(GPT2Model, GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, add_cross_attention=True))
     (found,) = resolve(model, ["crossattention.c_attn[k,v]"])
-    assert found.blocks == {"k": (0, 16), "v": (16, 32)}
+    assert found.slices == {"k": slice(0, 16), "v": slice(16, 32)}
     with torch.no_grad():  # without keys, all states count alike; without values, none counts
         rows = base_weight(found.module)
         states = torch.randn(2, 5, 16)
-        rows[slice(*found.blocks["v"])].zero_()
-        found.module.bias[slice(*found.blocks["v"])].zero_()
+        rows[found.slices["v"]].zero_()
+        found.module.bias[found.slices["v"]].zero_()
         outputs = [model(tokens(), encoder_hidden_states=s)[0] for s in (states, torch.randn(2, 5, 16))]
     torch.testing.assert_close(outputs[0], outputs[1])
 
@@ -155,7 +155,7 @@ def test_gpt_neox_interleaves_its_heads() -> None:
 
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = seeded(GPTNeoXModel, GPTNeoXConfig(**sizes, intermediate_size=32, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(UnsupportedTarget, match=r"GPTNeoXAttention interleaves .* adapt all rows"):
+    with pytest.raises(UnsupportedTarget, match=r"GPTNeoXAttention interleaves its heads, .* adapt it in full"):
         inject(model, LoRA(), targets=["query_key_value[q]"])
     assert inject(model, LoRA(), targets=["query_key_value"]).matched
 

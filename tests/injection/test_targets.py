@@ -89,51 +89,34 @@ def test_layers_come_in_the_models_order_and_once(model: Model) -> None:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("0.attn.qkv[q,v]", {"q": (0, 8), "v": (16, 24)}),
-        ("0.attn.qkv[v, q]", {"q": (0, 8), "v": (16, 24)}),
-        ("0.attn.qkv [k]", {"k": (8, 16)}),
-        (r"re:blocks\.[0]\.attn\.qkv [k]", {"k": (8, 16)}),
-        ("0.attn.qk?[q]", {"q": (0, 8)}),
-        ("0.attn.qkv", {"all": (0, 24)}),
+        ("0.attn.qkv[q,v]", {"q": slice(0, 8), "v": slice(16, 24)}),
+        ("0.attn.qkv[v, q]", {"q": slice(0, 8), "v": slice(16, 24)}),
+        ("0.attn.qkv [k]", {"k": slice(8, 16)}),
+        (r"re:blocks\.[0]\.attn\.qkv [k]", {"k": slice(8, 16)}),
+        ("0.attn.qk?[q]", {"q": slice(0, 8)}),
+        ("0.attn.qkv", {"all": slice(0, 24)}),
     ],
 )
-def test_rows(model: Model, target: str, expected: dict[str, tuple[int, int]]) -> None:
+def test_slices(model: Model, target: str, expected: dict[str, slice]) -> None:
     fused = FUSED if "[q" in target or "[k" in target or "[v" in target else None
     (found,) = resolve(model, [target], fused)
-    assert found.blocks == expected
+    assert found.slices == expected
 
 
-def test_a_class_of_characters_is_no_row_block(model: Model) -> None:
+def test_a_class_of_characters_is_not_a_slice(model: Model) -> None:
     parsed = parse(r"re:.*\.attn\.[qk]_pro[j]")
-    assert parsed.rows == ()
+    assert parsed.slices == ()
     assert len(resolve(model, [parsed.text])) == 12
 
 
-def test_rows_of_one_layer_from_two_expressions(model: Model) -> None:
+def test_slices_of_one_layer_from_two_expressions(model: Model) -> None:
     (found,) = resolve(model, ["0.attn.qkv[v]", "blocks.0.attn.qkv[q]"], FUSED)
-    assert list(found.blocks) == ["q", "v"]
+    assert list(found.slices) == ["q", "v"]
 
 
-def test_blocks_of_unequal_size(model: Model) -> None:
+def test_slices_of_unequal_size(model: Model) -> None:
     (found,) = resolve(model, ["0.attn.qkv[k,v]"], {"attn.qkv": {"q": 16, "k": 4, "v": 4}})
-    assert found.blocks == {"k": (16, 20), "v": (20, 24)}
-
-
-def test_neighbours_are_of_the_same_role_and_shape(model: Model) -> None:
-    by_path = {target.path: target for target in resolve(model, ["attn.proj", "head"])}
-    middle = by_path["blocks.5.attn.proj"]
-    assert middle.previous is model.blocks[4].attn.proj
-    assert middle.next is model.blocks[6].attn.proj
-    assert by_path["blocks.0.attn.proj"].previous is None
-    assert by_path["blocks.11.attn.proj"].next is None
-    assert by_path["head"].previous is by_path["head"].next is None
-
-
-def test_layers_of_another_shape_are_no_neighbours() -> None:
-    stages = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(n, n)}) for n in (4, 4, 8))
-    second, third = resolve(stages, ["1.fc", "2.fc"])
-    assert second.next is third.previous is None
-    assert second.previous is stages[0]["fc"]
+    assert found.slices == {"k": slice(16, 20), "v": slice(20, 24)}
 
 
 @pytest.mark.parametrize(
@@ -148,21 +131,21 @@ def test_layers_of_another_shape_are_no_neighbours() -> None:
         (["re:(("], None, ConfigurationError, r"'re:\(\(': not a regular expression"),
         ([""], None, ConfigurationError, r"target '': a module name"),
         ([3], None, ConfigurationError, r"target 3: a module name"),
-        (["qkv[]"], FUSED, ConfigurationError, r"written as name\[block,block\]"),
-        (["qkv[q,,v]"], FUSED, ConfigurationError, r"written as name\[block,block\]"),
-        (["[q]"], FUSED, ConfigurationError, r"written as name\[block,block\]"),
-        (["qkv[all]"], FUSED, ConfigurationError, r"for all rows write 'qkv' without brackets"),
-        (["qkv[q,w]"], FUSED, NoTargetMatched, r"'qkv\[q,w\]': blocks.0.attn.qkv has no row block 'w', it has q, k, v"),
-        (["qkv[q]"], None, NoTargetMatched, r"row layout of blocks.0.attn.qkv \(Attention\) is not known; give fused="),
-        (["qkv[q]", "qkv"], FUSED, ConfigurationError, r"as a whole and by row blocks: 'qkv\[q\]' and 'qkv'; keep one"),
-        (["qkv", "0.attn.qkv[q]"], FUSED, ConfigurationError, r"as a whole and by row blocks"),
-        (["qkv[q]"], {"qkv": {"q": 8, "k": 8}}, ConfigurationError, r"add up to 16 rows, it has 24"),
-        (["proj"], FUSED, NoTargetMatched, r"fused names 'qkv', which is no targeted layer"),
+        (["qkv[]"], FUSED, ConfigurationError, r"written as name\[slice,slice\]"),
+        (["qkv[q,,v]"], FUSED, ConfigurationError, r"written as name\[slice,slice\]"),
+        (["[q]"], FUSED, ConfigurationError, r"written as name\[slice,slice\]"),
+        (["qkv[all]"], FUSED, ConfigurationError, r"for the whole layer write 'qkv' without brackets"),
+        (["qkv[q,w]"], FUSED, NoTargetMatched, r"'qkv\[q,w\]': blocks.0.attn.qkv has no slice 'w', it has q, k, v"),
+        (["qkv[q]"], None, NoTargetMatched, r"the layout of blocks.0.attn.qkv \(Attention\) is not known; give fused="),
+        (["qkv[q]", "qkv"], FUSED, ConfigurationError, r"in full and by slices: 'qkv\[q\]' and 'qkv'; keep one"),
+        (["qkv", "0.attn.qkv[q]"], FUSED, ConfigurationError, r"in full and by slices"),
+        (["qkv[q]"], {"qkv": {"q": 8, "k": 8}}, ConfigurationError, r"add up to 16, it has 24"),
+        (["proj"], FUSED, NoTargetMatched, r"fused names 'qkv', which is not targeted"),
         (["qkv[keys]"], {"qkv": {"keys": 24}}, ConfigurationError, r"'keys' of blocks.0.attn.qkv: this name cannot"),
-        (["norm"], None, UnsupportedTarget, r"LayerNorm is no linear layer"),
-        (["0.mlp"], None, UnsupportedTarget, r"Sequential is no linear layer.*linear layers inside it: 0, 2"),
-        (["blocks.*.attn"], None, UnsupportedTarget, r"names blocks.0.attn: Attention is no linear.*inside it: qkv"),
-        (["*.norm"], None, UnsupportedTarget, r"LayerNorm is no linear layer"),
+        (["norm"], None, UnsupportedTarget, r"LayerNorm is not a linear layer"),
+        (["0.mlp"], None, UnsupportedTarget, r"Sequential is not a linear layer.*linear layers inside it: 0, 2"),
+        (["blocks.*.attn"], None, UnsupportedTarget, r"names blocks.0.attn: Attention is not a linear.*inside it: qkv"),
+        (["*.norm"], None, UnsupportedTarget, r"LayerNorm is not a linear layer"),
     ],
 )
 def test_messages(model: Model, targets: list[str], fused: dict | None, error: type[Exception], message: str) -> None:
@@ -193,7 +176,7 @@ def test_subclasses_of_linear_are_refused_by_name() -> None:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantised_layers_are_refused_by_name() -> None:
     quantized = torch.ao.nn.quantized.dynamic.Linear(4, 4)
-    with pytest.raises(UnsupportedTarget, match=r"target 'a' names a: Linear is no linear layer"):
+    with pytest.raises(UnsupportedTarget, match=r"target 'a' names a: Linear is not a linear layer"):
         resolve(nn.ModuleDict({"a": quantized}), ["a"])
 
 
@@ -216,27 +199,13 @@ def test_trained_modules(model: Model, names: list[str], expected: tuple[str, ..
     ("name", "error", "message"),
     [
         ("haed", NoTargetMatched, r"trainable: 'haed' matches none of the 122 modules; closest: head"),
-        ("head[q]", ConfigurationError, r"trainable: 'head\[q\]': modules are trained whole"),
+        ("head[q]", ConfigurationError, r"trainable: 'head\[q\]': modules are trained in full"),
         ("", ConfigurationError, r"target ''"),
     ],
 )
 def test_trained_modules_that_do_not_exist(model: Model, name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         match_modules(model, [name], "trainable")
-
-
-def test_numbers_that_are_no_layers_make_no_neighbours() -> None:
-    """The two linears of one MLP in a Sequential are not the same role, those of two blocks are."""
-
-    def block() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
-
-    model = nn.Module()
-    model.blocks = nn.Sequential(block(), block())
-    first, second = resolve(model, ["blocks.*.2"])
-    assert first.previous is None
-    assert first.next is model.blocks[1][2]
-    assert second.next is None
 
 
 def test_a_glob_does_not_pass_over_linears_it_cannot_adapt() -> None:
@@ -250,8 +219,8 @@ def test_a_glob_does_not_pass_over_linears_it_cannot_adapt() -> None:
     assert [t.path for t in resolve(model, ["body.0"])] == ["body.0"]
 
 
-def test_fused_for_a_layer_targeted_whole() -> None:
+def test_fused_for_a_layer_targeted_in_full() -> None:
     model = nn.Module()
     model.qkv = nn.Linear(4, 12)
-    with pytest.raises(ConfigurationError, match="which is targeted whole"):
+    with pytest.raises(ConfigurationError, match="which is targeted in full"):
         resolve(model, ["qkv"], {"qkv": {"q": 4, "k": 4, "v": 4}})

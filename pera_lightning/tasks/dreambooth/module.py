@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from pera_lightning.adapters.base import AdaptedLayer
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, DataError, listed, megabytes
 from pera_lightning.tasks.dreambooth import loss as diffusion_loss
 from pera_lightning.tasks.dreambooth.encoders import Encoders

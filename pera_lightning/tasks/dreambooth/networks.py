@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pera_lightning.adapters.adapted_layer import UNUSED
 from pera_lightning.errors import ConfigurationError, listed, shorten
-from pera_lightning.injection.targets import UNUSED
 from pera_lightning.tasks.dreambooth.pipeline_files import check_sdxl, failed, find, read
 from pera_lightning.training.transformers_models import recompute_activations
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pera_lightning.adapters import PERA
-from pera_lightning.adapters.base import AdaptedLayer
+from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import PeraError
 from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 from tests.tasks.dreambooth.fits import (
