@@ -177,7 +177,7 @@ def test_parsed_built_and_injected(path, monkeypatch):
     assert cli.trainer.checkpoint_callback.monitor == "val/accuracy"
     assert cli.trainer.checkpoint_callback.mode == "max"
     classes = cli.datamodule.expected_classes()
-    cli.model.settings["num_classes"] = classes
+    cli.model.hparams["num_classes"] = classes
     report = cli.model.dry_run(cli.config_init["adapter"].injector())
     if path.stem == "quickstart":
         assert (report.adapter_parameters, report.trainable_parameters) == (11_264, 11_264 + 5 * 81)
@@ -256,7 +256,7 @@ def test_the_log_folders_are_all_different():
 def test_dry_runs_take_no_memory(monkeypatch):
     """ViT-Large has 300 million parameters, none of which is made."""
     cli = configured(ROOT / "configs" / "paper" / "aurora" / "vit_large_dtd.yaml", monkeypatch)
-    cli.model.settings["num_classes"] = 47
+    cli.model.hparams["num_classes"] = 47
     network = []
 
     def keep(model):

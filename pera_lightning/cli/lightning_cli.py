@@ -24,6 +24,7 @@ from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.cli.lost_process import lost_process
 from pera_lightning.cli.messages import explain
 from pera_lightning.errors import PeraError, UnknownNameError, closest, listed
+from pera_lightning.training._lightning_internals import hpc_resume_path
 from pera_lightning.training.callback import AdapterInjection
 
 # Short class names (AuroRA, ImageDataModule) are found where the classes are loaded.
@@ -125,7 +126,7 @@ class PeraCLI(LightningCLI):
     def _written_before_requeue(self) -> str | None:
         # The job repeats its own command, and Lightning looks for this file only where no checkpoint is given.
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-        return self.trainer._checkpoint_connector._hpc_resume_path if requeued else None
+        return hpc_resume_path(self.trainer) if requeued else None
 
 
 class SaveConfigAtStart(SaveConfigCallback):

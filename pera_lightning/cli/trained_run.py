@@ -59,8 +59,8 @@ class TrainedCLI(ConfiguredCLI):
 
     def read(self) -> list[str]:
         """What the command reads, and must not write over: the checkpoint, and the base where it is a folder."""
-        settings = getattr(self.model, "settings", {})
-        return [name for name in (self.config["ckpt_path"], settings.get("model_name")) if name]
+        hparams = getattr(self.model, "hparams", {})
+        return [name for name in (self.config["ckpt_path"], hparams.get("model_name")) if name]
 
 
 class Trained:
@@ -105,7 +105,7 @@ class Trained:
             return [str(name) for name in self.data.class_names]
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
             names = json.loads(file.read_text(encoding="utf-8")).get("classes")
-            if names is not None and len(names) == _classes(self.module.settings.get):
+            if names is not None and len(names) == _classes(self.module.hparams.get):
                 return [str(name) for name in names]
         return None
 
@@ -144,7 +144,7 @@ class Trained:
                     "say where they are by --data.…, or export without --method and --batches"
                 ) from None
             self._ready = True
-            there, head = _classes(lambda name: getattr(data, name, None)), _classes(self.module.settings.get)
+            there, head = _classes(lambda name: getattr(data, name, None)), _classes(self.module.hparams.get)
             if None not in (there, head) and there != head:
                 raise ConfigurationError(
                     f"the data have {there} classes, and the trained head {head}: give its own data"

@@ -1,8 +1,8 @@
-"""Rows dealt out to the processes of a run so that each counts once, and all have as many batches.
+"""A distributed sampler for evaluation: each example counts once, and all processes have as many batches.
 
-A sampler that repeats rows to come out even makes a mean count them twice; one that does not leaves processes with
-fewer batches, and where forward passes exchange parameters (FSDP) the others would wait for them forever. Here what
-is left over is filled with rows that carry no label, which losses and metrics leave out.
+`torch.utils.data.DistributedSampler` repeats examples to come out even, and a mean counts them twice. One that does
+not leaves processes with fewer batches, and where forward passes exchange parameters (FSDP) the others would wait for
+them forever. Here shards are filled up with examples that carry no label, which losses and metrics leave out.
 """
 
 from __future__ import annotations
@@ -13,50 +13,59 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DistributedSampler
 
-Row = TypeVar("Row", bound=tuple)
+Result = TypeVar("Result", bound=tuple)
 
 
-class DealtRows:
-    """One process's share of rows: every `world`-th, and as many items as any other process has.
+class PaddedShard:
+    """One process's shard of a dataset: every `world`-th example, and as many as any other process has.
 
     Args:
-        rows: all rows, at least one.
-        rank: of this process.
-        world: processes.
-        blank: called with the last row, gives what fills up: the same without a label. At the top of a module, so that
-            the workers of a loader can be given it.
+        examples: the whole dataset, at least one example.
+        rank: number of this process.
+        world: number of processes.
+        blank: given the last example, returns the same without a label, to fill up with; a function at the top of a
+            module, so that the workers of a loader can be given it. By default the last example itself fills up, for
+            results that are told apart by their ids.
     """
 
-    def __init__(self, rows: Sequence[Any] | Any, rank: int, world: int, blank: Callable[[Any], Any]) -> None:
-        self.rows, self.rank, self.world, self.blank = rows, rank, world, blank
+    def __init__(
+        self, examples: Sequence[Any] | Any, rank: int, world: int, blank: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.examples, self.rank, self.world, self.blank = examples, rank, world, blank
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.world)
+        return -(-len(self.examples) // self.world)
 
     def __getitem__(self, number: int) -> Any:
         own = number * self.world + self.rank
-        return self.rows[own] if own < len(self.rows) else self.blank(self.rows[len(self.rows) - 1])
+        if own < len(self.examples):
+            return self.examples[own]
+        last = self.examples[len(self.examples) - 1]
+        return last if self.blank is None else self.blank(last)
 
 
-def dealt(rows: Sequence[Any] | Any, trainer: Any, blank: Callable[[Any], Any]) -> dict[str, Any]:
-    """The arguments `dataset` and `sampler` of a loader over this process's share of rows, in a fixed order.
+def padded_shard(
+    examples: Sequence[Any] | Any, trainer: Any, blank: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
+    """The arguments `dataset` and `sampler` of a loader over this process's shard, in a fixed order.
 
     Args:
-        rows: as for `DealtRows`.
+        examples: the whole dataset.
         trainer: knows the processes; without one there is a single one.
-        blank: as for `DealtRows`.
+        blank: see `PaddedShard`.
     """
     rank, world = getattr(trainer, "global_rank", 0), getattr(trainer, "world_size", 1)
-    share = DealtRows(rows, rank, world, blank)
-    # Of a kind that Lightning does not deal out again.
-    return {"dataset": share, "sampler": DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)}
+    shard = PaddedShard(examples, rank, world, blank)
+    # A DistributedSampler, though over one process: any other Lightning would replace by its own.
+    return {"dataset": shard, "sampler": DistributedSampler(shard, num_replicas=1, rank=0, shuffle=False)}
 
 
-def in_order(ranks: Sequence[Sequence[Row]]) -> list[Row]:
-    """What processes made of rows that were dealt out to them: each row once, in the order the rows had.
+def merge_shards(shards: Sequence[Sequence[Result]]) -> list[Result]:
+    """Merges the results of all processes: each example's once, in the order of the dataset.
 
     Args:
-        ranks: of each process, what it made of each of its rows, beginning with the row's id; what fills up has the id
-            of a row that is there already.
+        shards: of each process the results of its examples, each beginning with the example's id; what filled up has
+            the id of an example that is there already.
     """
-    return list({made[0]: made for dealt in zip_longest(*ranks) for made in dealt if made is not None}.values())
+    in_turn = (result for turn in zip_longest(*shards) for result in turn if result is not None)
+    return list({result[0]: result for result in in_turn}.values())

@@ -16,30 +16,23 @@ end of building, before compiling and sharding::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.distributed.tensor import DTensor
 
 from pera_lightning.adapters.method import Method
-from pera_lightning.errors import CheckpointError, ConfigurationError, NoTargetMatched, UnusedLayerError, listed
-from pera_lightning.injection.inject import adapter_parameter_names, inject, injection_of
-from pera_lightning.injection.state import (
-    METADATA,
-    adapter_state_dict,
-    find_injected,
-    forgive_missing_base,
-    remember_unfrozen,
-    write_adapter,
-)
-from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, read_checkpoint
+from pera_lightning.errors import ConfigurationError, NoTargetMatched
+from pera_lightning.injection.inject import inject, injection_of
+from pera_lightning.injection.state import find_injected, remember_unfrozen
+from pera_lightning.training import _lightning_internals as internals
+from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
+from pera_lightning.training.adapter_folder import write_adapter_folder
+from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
 from pera_lightning.training.checks import (
     check_float32,
     check_optimizers,
@@ -47,17 +40,14 @@ from pera_lightning.training.checks import (
     check_precision,
     check_unfrozen,
 )
-from pera_lightning.training.data_order import forget_data_order, load_loader_states, resume_data_order
-from pera_lightning.training.distributed import all_gather_object
-from pera_lightning.training.fsdp2 import adopt
+from pera_lightning.training.data_order import load_loader_states, resume_data_order
+from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
-from pera_lightning.training.seed_per_rank import join_generators, part_generators
-from pera_lightning.training.sharding import sharded_like, whole
-from pera_lightning.training.unused_layers import LayerCoverage
+from pera_lightning.training.seed_per_rank import seed_ranks_apart, share_first_ranks_generators
+from pera_lightning.training.unused_layers import UnusedLayers
 
 HOOK = "adapter_injection"
-GRADIENTS = "pera_lightning_gradients"
 
 
 class AdapterInjection(Callback):
@@ -66,9 +56,9 @@ class AdapterInjection(Callback):
     Args:
         method: the adapter method, e.g. ``PERA(rank=16)``.
         targets: expressions that name linear layers, see `pera_lightning.injection.targets`.
-        trainable: modules trained whole (heads), by name or glob.
-        fused: sizes of row blocks of fused projections whose layout is not known.
-        seed: of the initial values; by default the run's.
+        trainable: modules trained in full (heads), by name or glob.
+        fused: sizes of the slices of fused projections whose layout is not known.
+        seed: seed of the initial values; by default the run's.
         on_unused: what to do about adapted layers that do not run in the first training or evaluation batch: "raise",
             or "warn" for models that route (mixtures of experts).
     """
@@ -82,17 +72,13 @@ class AdapterInjection(Callback):
         seed: int | None = None,
         on_unused: Literal["raise", "warn"] = "raise",
     ) -> None:
-        if on_unused not in ("raise", "warn"):
-            raise ConfigurationError(f"on_unused={on_unused!r}: 'raise' or 'warn' is needed")
         self.method = method
         self.targets, self.trainable = targets or [], trainable or []
         self.fused, self.seed, self.on_unused = fused, seed, on_unused
         self.preemption = Preemption()
-        self._coverage = LayerCoverage()
-        self._rng: dict[str, Any] | None = None
-        self._covered: set[str] = set()
-        self._stepped: set[int] = set()
-        self._gradients: dict[str, torch.Tensor] = {}
+        self._unused = UnusedLayers(on_unused)
+        self._rng: dict[str, Any] | None = None  # random state after the last training batch
+        self._gradients: dict[str, torch.Tensor] = {}  # of a resumed accumulation
 
     def injector(self) -> partial:
         """Called with a network, it injects: what a module's hook is set to."""
@@ -114,14 +100,15 @@ class AdapterInjection(Callback):
             setattr(pl_module, HOOK, self.injector())
         else:
             self._inject_foreign(pl_module)
-        prepare_loading(pl_module)
-        adopt(trainer.strategy)
+        allow_missing_base(pl_module)
+        write_adapters_only(trainer.strategy)
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
         if stage == TrainerFn.FITTING:
-            self._covered, self._stepped, self._gradients, self._rng = set(), set(), {}, None
+            self._unused.restart()
+            self._rng, self._gradients = None, {}
             resume_data_order(trainer)
             self.preemption.watch(trainer)
-            part_generators(trainer)
+            seed_ranks_apart(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
         late = ConfigurationError(
@@ -152,69 +139,42 @@ class AdapterInjection(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)
-        for name, gradient in self._gradients.items():
-            parameter = pl_module.get_parameter(name)
-            parameter.grad = sharded_like(gradient.to(parameter.device), parameter)
+        put_gradients(pl_module, self._gradients)
         self._gradients = {}
 
-    # --- which layers run ---
+    # --- training batches ---
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._watch("training", pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._check("training")
-        self._rng = capture()
-        self.preemption.after_train_batch(trainer)
+        self._unused.before_batch("training", pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if id(optimizer) not in self._stepped:
-            self._stepped.add(id(optimizer))
-            held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is None}
-            silent = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) in held]
-            mine = adapter_parameter_names(pl_module).intersection(silent)
-            self._complain(sorted(mine), "adapter parameters had no gradient in the first optimizer step")
+        self._unused.before_step(optimizer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._unused.after_batch("training")
+        self._rng = capture()
+        self.preemption.after_train_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         remember_unfrozen(pl_module)  # by a callback that thaws the base later, as BaseFinetuning does
 
+    # --- evaluation batches; validation leaves the randomness of training as if it had not been ---
+
     def _evaluation_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._watch("evaluation", pl_module)
+        self._unused.before_batch("evaluation", pl_module)
 
     def _evaluation_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._check("evaluation")
+        self._unused.after_batch("evaluation")
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _evaluation_start
+    on_test_batch_end = on_predict_batch_end = _evaluation_end
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.preemption.before_validation(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._check("evaluation")
+        self._unused.after_batch("evaluation")
         self.preemption.after_validation_batch(trainer)
-
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _evaluation_start
-    on_test_batch_end = on_predict_batch_end = _evaluation_end
-
-    def _watch(self, kind: str, module: LightningModule) -> None:
-        if kind not in self._covered:
-            self._coverage.start(module)
-
-    def _check(self, kind: str) -> None:
-        if kind not in self._covered:
-            self._covered.add(kind)
-            self._complain(self._coverage.stop(), f"adapted layers did not run in the first {kind} batch")
-
-    def _complain(self, names: list[str], what: str) -> None:
-        if not names:
-            return
-        text = (
-            f"{len(names)} {what}, so their adapters change nothing: {listed(names)}; leave them out of targets, or "
-            "set on_unused='warn' where a layer need not run in every batch"
-        )
-        if self.on_unused == "raise":
-            raise UnusedLayerError(text)
-        rank_zero_warn(text)
-
-    # --- randomness: validation leaves the training run as if it had not been ---
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_training(trainer)
@@ -223,82 +183,30 @@ class AdapterInjection(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
             restore(self._rng)
 
-    # --- a checkpoint in the middle of gradient accumulation keeps the gradients gathered so far ---
+    # --- checkpoints ---
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
-            checkpoint[GRADIENTS] = all_gather_object(trained_gradients(pl_module))
+        if trainer.state.fn == TrainerFn.FITTING and internals.should_accumulate(trainer):
+            save_gradients(pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         validate_before_going_on(trainer, checkpoint)
-        ranks = checkpoint.get(GRADIENTS, [])
-        same = len(ranks) == trainer.world_size and not any(isinstance(p, DTensor) for p in pl_module.parameters())
-        self._gradients = ranks[trainer.global_rank] if same else mean_gradients(ranks)
+        self._gradients = saved_gradients(trainer, pl_module, checkpoint)
 
     # --- at the end ---
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._coverage.stop()
+        self._unused.stop()
         if trainer.validating:
             self._restore_training(trainer)
         self.preemption.save(trainer, exception)
         self.preemption.release(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        forget_data_order(trainer)
-        self.preemption.release(trainer)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        join_generators()
+        share_first_ranks_generators()
         drop_requeue_file(trainer)
-        folder = trainer.log_dir  # asked on every rank
-        if folder is None or trainer.fast_dev_run or not trainer.global_step:
-            return
-        state = whole(adapter_state_dict(find_injected(pl_module)[1]), keep=trainer.is_global_zero)  # type: ignore
-        if not trainer.is_global_zero:
-            return
-        written, source = write_best_adapter(trainer, pl_module, Path(folder) / "adapter", state)
-        print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
+        write_adapter_folder(trainer, pl_module)
 
-
-def trained_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the gradients that there are, whole, by parameter name, on the CPU."""
-    return {n: whole(p.grad).detach().cpu().clone() for n, p in module.named_parameters() if p.grad is not None}
-
-
-def mean_gradients(ranks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean over processes of what `trained_gradients` gave on each, for a run with other processes."""
-    names = {name: None for own in ranks for name in own}
-    return {name: sum(own[name] for own in ranks if name in own) / len(ranks) for name in names}
-
-
-def prepare_loading(module: LightningModule) -> None:
-    """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
-    if forgive_missing_base not in module._load_state_dict_post_hooks.values():
-        module.register_load_state_dict_post_hook(forgive_missing_base)
-
-
-def write_best_adapter(
-    trainer: Trainer, module: LightningModule, folder: Path, state: dict[str, torch.Tensor]
-) -> tuple[Path, str]:
-    """Writes the adapter folder from the best checkpoint, else the last, else from the module's own `state`.
-
-    Returns:
-        The folder, and what it was written from, in words.
-    """
-    prefix, root = find_injected(module)  # type: ignore[misc]
-    spec = injection_of(root).spec()  # type: ignore[union-attr]
-    keeper = trainer.checkpoint_callback
-    best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
-    for kind, attribute in ((best, "best_model_path"), ("the last checkpoint", "last_model_path")):
-        path = getattr(keeper, attribute, "")
-        if path and Path(path).is_file():
-            try:
-                checkpoint = read_checkpoint(path)
-            except CheckpointError as error:
-                rank_zero_warn(f"the adapter folder is not written from {kind}: {error}")
-                continue
-            if METADATA in checkpoint:
-                best = {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}
-                return write_adapter(folder, best, spec), kind
-    return write_adapter(folder, state, spec), "the last step"
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        internals.stop_intercepting_loaders(trainer)
+        self.preemption.release(trainer)

@@ -1,7 +1,7 @@
 """Checkpoints without the frozen base, for anybody's LightningModule.
 
 Every strategy writes and reads files through a `CheckpointIO`, with ``save_weights_only=True`` too, where callbacks are
-not asked. Filtering there leaves `state_dict()` of the module whole for everyone else.
+not asked. Filtering there leaves the module's own `state_dict()` complete for everyone else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pera_lightning import __version__
@@ -21,11 +22,12 @@ from pera_lightning.injection.state import (
     check_injection,
     check_state,
     find_injected,
+    forgive_missing_base,
     frozen_names,
     metadata,
     without,
 )
-from pera_lightning.training.checkpoint_files import UNREADABLE, damage, local_file, whole_neighbours, with_whole_files
+from pera_lightning.training.checkpoint_files import local_file, with_atomic_writes
 
 # Where a checkpoint may hold a state dict: Lightning's own, and WeightAveraging's second copy.
 _STATES = ("state_dict", "current_model_state")
@@ -76,7 +78,7 @@ class AdapterCheckpointIO(CheckpointIO):
     """
 
     def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
-        self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else with_whole_files(inner)
+        self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else with_atomic_writes(inner)
         self.module = module
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -99,44 +101,51 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
 
     Args:
         path: the file.
-        source: reads it; by default torch does, onto the CPU, tensors and primitives only.
+        source: what reads it; by default torch, onto the CPU, tensors and primitives only.
         args: for `source`.
         kwargs: for `source`.
 
     Raises:
-        CheckpointError: where the file is missing, damaged or something else; it names whole ones of the same folder.
+        CheckpointError: where the file is missing, damaged or something else; it names others of its folder.
     """
-    if (local := local_file(path)) is not None and local.is_dir():
-        if (local / CONFIG_FILE).is_file():
-            beside = sorted(str(file) for file in (local.parent / "checkpoints").glob("*.ckpt"))
-            raise CheckpointError(
-                f"{path} is an adapter folder, for merge, export and load_adapter; here a checkpoint is needed"
-                f"{f': {listed(beside, 3)}' if beside else ''}"
-            )
-        raise CheckpointError(
-            f"{path} is a folder, such as ModelParallelStrategy writes without AdapterInjection "
-            "(save_distributed_checkpoint=True), and holds no adapters of its; give a .ckpt file"
-        )
-    broken = damage(path)
-    if broken is not None:
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({broken}){whole_neighbours(path)}")
+    local = local_file(path)
+    if local is not None and local.is_dir():
+        raise CheckpointError(_is_folder(local))
     if source is None:
         source, kwargs = TorchCheckpointIO(), {"map_location": "cpu", "weights_only": True}
     try:
         checkpoint = source.load_checkpoint(path, *args, **kwargs)
     except FileNotFoundError:
-        folder = Path(path).parent
-        there = sorted(p.name for p in folder.glob("*.ckpt")) if folder.is_dir() else []
-        have = f"; {folder} has {', '.join(there)}" if there else ""
-        raise CheckpointError(f"checkpoint {path} does not exist{have}") from None
-    except UNREADABLE as error:
+        raise CheckpointError(f"checkpoint {path} does not exist{_others(local)}") from None
+    except Exception as error:  # torch, pickle and zipfile raise eight kinds for bytes that are no checkpoint
         what = f"{type(error).__name__}: {shorten(str(error))[:200]}"
-        raise CheckpointError(
-            f"checkpoint {path} is damaged or no checkpoint ({what}){whole_neighbours(path)}"
-        ) from None
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({what}){_others(local)}") from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, no Lightning checkpoint")
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
     return checkpoint
+
+
+def _is_folder(folder: Path) -> str:
+    if not (folder / CONFIG_FILE).is_file():
+        return (
+            f"{folder} is a folder, such as ModelParallelStrategy writes without AdapterInjection "
+            "(save_distributed_checkpoint=True), and holds no adapters; give a .ckpt file"
+        )
+    beside = listed(sorted(str(file) for file in (folder.parent / "checkpoints").glob("*.ckpt")), 3)
+    have = f": {beside}" if beside else ""
+    return f"{folder} is an adapter folder, for merge, export and load_adapter; here a checkpoint is needed{have}"
+
+
+def _others(file: Path | None) -> str:
+    """Ends a message with the other checkpoints of the folder, which are not read."""
+    names = sorted(p.name for p in file.parent.glob("*.ckpt") if p != file) if file else []
+    return f"; {file.parent} has {listed(names)}" if names else ""  # type: ignore[union-attr]
+
+
+def allow_missing_base(module: LightningModule) -> None:
+    """Lets a LightningModule load state dicts that lack its frozen base; once per module."""
+    if forgive_missing_base not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(forgive_missing_base)
 
 
 def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

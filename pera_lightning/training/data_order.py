@@ -4,8 +4,8 @@ Lightning saves the state of any loader with `state_dict`. A plain `DataLoader` 
 one: the state of the random generators when the epoch's iterator was made and now, and the number of batches trained.
 Resuming makes the iterator again from the first state, passes over those batches and sets the second. That needs
 nothing of the sampler, the data set or the workers but that they draw from the usual generators, or from one that the
-loader or its sampler holds; passing over costs the
-loading of those batches. A loader with a state of its own (torchdata's) keeps it, and nothing is passed over.
+loader or its sampler holds; passing over costs the loading of those batches. A loader with a state of its own
+(torchdata's) keeps it, and nothing is passed over.
 
 With several train loaders, order is restored but not to the bit; nor is what persistent workers draw (random crops),
 since their generators are seeded once a run: a warning says so.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.random_state import capture, from_plain, restore, to_plain
 
@@ -39,7 +39,7 @@ class Progress:
 
 
 class _Plain:
-    """Gives a list or another iterable without a class of its own one that can be extended."""
+    """A list or another iterable in a class that can be extended."""
 
     def __init__(self, iterable: Iterable[Any]) -> None:
         self._iterable = iterable
@@ -51,79 +51,78 @@ class _Plain:
         return len(self._iterable)  # type: ignore[arg-type]
 
 
-@lru_cache
-def _resumable_class(cls: type) -> type:
-    """A subclass of a loader's class with a state; a mixin could not be given to an object that exists."""
+class _Resumable:
+    """The members that `make_resumable` adds to a loader."""
 
-    class Resumable(cls):
-        _progress: Callable[[], Progress]
-        _epoch_start: dict[str, Any] | None = None
-        _pending: dict[str, Any] | None = None
-        _drawn: bool = True
-        _undrawn: dict[str, Any] | None = None  # what to go on from while nothing has been drawn
+    plain_class: type
+    _progress: Callable[[], Progress]
+    _epoch_start: dict[str, Any] | None = None  # random state when the epoch's iterator was made
+    _pending: dict[str, Any] | None = None  # loaded, for the next iterator
+    _drawn: bool = True  # whether the iterator has given a batch
+    _undrawn: dict[str, Any] | None = None  # random state to go on from while it has not
 
-        def __iter__(self) -> Iterator[Any]:
-            pending, self._pending = self._pending, None
-            own = _generators(self)
-            if pending is not None:
-                restore(pending["epoch_start"] if pending["batches"] else pending["now"], own)
-            elif not self._drawn and self._epoch_start is not None:
-                restore(self._epoch_start, own)  # Lightning made an iterator already and drew nothing from it
-            _set_epoch(self, self._progress().epoch)
-            self._epoch_start = self._undrawn = capture(own)
-            self._drawn = False
-            own_state = pending and pending.get("loader")
-            if own_state is not None:
-                super().load_state_dict(own_state)
-            iterator = super().__iter__()
-            if pending is not None and pending["batches"]:
-                for _ in range(0 if own_state is not None else pending["batches"]):
-                    try:
-                        next(iterator)
-                    except StopIteration:  # the shorter of several loaders starts again, as in Lightning's cycle
-                        iterator = super().__iter__()
-                        next(iterator)
-                self._epoch_start, self._undrawn = pending["epoch_start"], pending["now"]
-                restore(pending["now"], own)
-            return self._watched(iterator, None if pending is None else capture(own))
+    def __iter__(self) -> Iterator[Any]:
+        pending, self._pending = self._pending, None
+        own = _generators(self)
+        # 1. The random state from which this epoch's order was, or is, drawn.
+        if pending is not None:
+            restore(pending["epoch_start"] if pending["batches"] else pending["now"], own)
+        elif not self._drawn and self._epoch_start is not None:
+            restore(self._epoch_start, own)  # Lightning made an iterator already and drew nothing from it
+        _set_epoch(self, self._progress().epoch)
+        self._epoch_start = self._undrawn = capture(own)
+        self._drawn = False
+        # 2. The iterator, with the same order as before the stop.
+        own_state = pending and pending.get("loader")
+        if own_state is not None:
+            self.plain_class.load_state_dict(self, own_state)  # type: ignore[attr-defined]
+        iterator = self.plain_class.__iter__(self)  # type: ignore[attr-defined]
+        # 3. Past the batches that are trained already, on to the random state of the stop.
+        if pending is not None and pending["batches"]:
+            for _ in range(0 if own_state is not None else pending["batches"]):
+                try:
+                    next(iterator)
+                except StopIteration:  # the shorter of several loaders starts again, as in Lightning's cycle
+                    iterator = self.plain_class.__iter__(self)  # type: ignore[attr-defined]
+                    next(iterator)
+            self._epoch_start, self._undrawn = pending["epoch_start"], pending["now"]
+            restore(pending["now"], own)
+        return self._watched(iterator, None if pending is None else capture(own))
 
-        def _watched(self, iterator: Iterator[Any], start: dict[str, Any] | None) -> Iterator[Any]:
-            if start is not None:
-                # Between here and the iterator's making, Lightning draws for a validation that it then leaves out.
-                restore(start, _generators(self))
-            for batch in iterator:
-                self._drawn = True
-                yield batch
+    def _watched(self, iterator: Iterator[Any], start: dict[str, Any] | None) -> Iterator[Any]:
+        if start is not None:
+            # Between the iterator's making and here, Lightning draws for a validation that it then leaves out.
+            restore(start, _generators(self))
+        for batch in iterator:
+            self._drawn = True
+            yield batch
 
-        def state_dict(self) -> dict[str, Any]:
-            """Batches trained and random states, for every rank."""
-            progress = self._progress()
-            # A run that goes on with a validation has made the iterator already, and validation draws.
-            now = capture(_generators(self)) if self._drawn else self._undrawn
-            start = now if self._epoch_start is None else self._epoch_start
-            inner = getattr(super(), "state_dict", None)
-            state = {
-                "batches": 0 if progress.complete else progress.batches,
-                "epoch_start": to_plain(start),
-                "now": to_plain(now),
-                "loader": inner() if inner is not None and not progress.complete else None,
-            }
-            return {"ranks": all_gather_object(state)}
+    def state_dict(self) -> dict[str, Any]:
+        """Batches trained and random states, for every rank."""
+        progress = self._progress()
+        # A run that goes on with a validation has made the iterator already, and validation draws.
+        now = capture(_generators(self)) if self._drawn else self._undrawn
+        start = now if self._epoch_start is None else self._epoch_start
+        inner = getattr(self.plain_class, "state_dict", None)
+        state = {
+            "batches": 0 if progress.complete else progress.batches,
+            "epoch_start": to_plain(start),  # type: ignore[arg-type]
+            "now": to_plain(now),  # type: ignore[arg-type]
+            "loader": inner(self) if inner is not None and not progress.complete else None,
+        }
+        return {"ranks": all_gather_object(state)}
 
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Takes this rank's part; used by the next iterator."""
-            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            if len(state["ranks"]) != world:
-                rank_zero_warn(
-                    f"the checkpoint was written by {len(state['ranks'])} processes and is loaded by {world}: "
-                    "the order of the data and the random state are not restored"
-                )
-                return
-            own = state["ranks"][rank]
-            self._pending = {**own, "epoch_start": from_plain(own["epoch_start"]), "now": from_plain(own["now"])}
-
-    Resumable.__name__, Resumable.__qualname__, Resumable.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    return Resumable
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what this rank saved; used by the next iterator."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if len(state["ranks"]) != world:
+            rank_zero_warn(
+                f"the checkpoint was written by {len(state['ranks'])} processes and is loaded by {world}: "
+                "the order of the data and the random state are not restored"
+            )
+            return
+        own = state["ranks"][rank]
+        self._pending = {**own, "epoch_start": from_plain(own["epoch_start"]), "now": from_plain(own["now"])}
 
 
 def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:
@@ -142,10 +141,10 @@ def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:
         )
     try:
         copied = copy.copy(loader)
-        copied.__class__ = _resumable_class(type(loader))
+        internals.extend_object(copied, _Resumable)
     except TypeError:  # lists, generators, itertools, classes with slots
         copied = _Plain(loader)
-        copied.__class__ = _resumable_class(_Plain)
+        internals.extend_object(copied, _Resumable)
     copied._progress = progress
     return copied
 
@@ -166,24 +165,19 @@ def _set_epoch(loader: Any, epoch: int) -> None:
 
 
 def resume_data_order(trainer: Trainer) -> None:
-    """Makes every train loader resumable, where Lightning hands loaders to the strategy."""
-    loop, strategy = trainer.fit_loop, trainer.strategy
+    """Makes every train loader of a fit resumable, where Lightning hands loaders to the strategy."""
+    loop = trainer.fit_loop
+    internals.stop_intercepting_loaders(trainer)  # what a fit that failed in its setup has left
 
     def progress() -> Progress:
         batches = loop.epoch_loop.batch_progress
         return Progress(loop.epoch_progress.current.processed, batches.current.processed, batches.is_last_batch)
 
-    def process(loader: Any) -> Any:
-        loader = type(strategy).process_dataloader(strategy, loader)
+    def change(loader: Any) -> Any:
         training = trainer.state.stage == RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING
         return make_resumable(loader, progress) if training else loader
 
-    strategy.process_dataloader = process  # type: ignore[method-assign]
-
-
-def forget_data_order(trainer: Trainer) -> None:
-    """Undoes `resume_data_order`."""
-    vars(trainer.strategy).pop("process_dataloader", None)
+    internals.intercept_loaders(trainer, change)
 
 
 def load_loader_states(trainer: Trainer) -> None:
@@ -192,10 +186,7 @@ def load_loader_states(trainer: Trainer) -> None:
     It loads them only in the middle of an epoch, and not where the loaders were built before the checkpoint's loop
     state was read (a module that asks for `estimated_stepping_batches` while it makes its optimizer does that).
     """
-    loop = trainer.fit_loop
-    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    states = internals.take_loader_states(trainer)
     if len(states) > 1:
         rank_zero_warn("several train loaders: their order is restored, but not the randomness they share")
-    if states and loop._combined_loader is not None:
-        loop._combined_loader._load_state_dicts(states)
-        iter(loop._data_fetcher)  # type: ignore[call-overload]
+    internals.load_loader_states(trainer, states)

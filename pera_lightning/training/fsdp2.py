@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -22,11 +21,12 @@ from torch.optim import Optimizer
 
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.injection.state import frozen_names
-from pera_lightning.training.sharding import sharded_like, whole
+from pera_lightning.training import _lightning_internals as internals
+from pera_lightning.training.sharding import full_tensors, sharded_like
 
 
 class AdapterCheckpoints:
-    """Goes before a `ModelParallelStrategy`: one file, of what is not frozen, as a single device writes it."""
+    """What a `ModelParallelStrategy` needs to write one file, of what is not frozen, as a single device does."""
 
     writes_adapters = True
 
@@ -35,16 +35,16 @@ class AdapterCheckpoints:
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state without the frozen base, whole on rank 0."""
+        """The state without the frozen base, full tensors on rank 0."""
         module = self.lightning_module  # type: ignore[attr-defined]
         frozen = frozen_names(module)
         state = {name: value for name, value in module.state_dict().items() if name not in frozen}
-        return whole(state, keep=self.is_global_zero)  # type: ignore[attr-defined]
+        return full_tensors(state, keep=self.is_global_zero)  # type: ignore[attr-defined]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state, whole on rank 0."""
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return whole(optimizer.state_dict(), keep=self.is_global_zero)  # type: ignore[attr-defined]
+        """The optimizer's state, full tensors on rank 0."""
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return full_tensors(optimizer.state_dict(), keep=self.is_global_zero)  # type: ignore[attr-defined]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)  # type: ignore[arg-type]
@@ -57,6 +57,7 @@ class AdapterCheckpoints:
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, given in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):  # type: ignore
+            # A saved state counts its parameters, group after group.
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in given["param_groups"] for number in group["params"]]
             like = dict(zip(numbers, parameters, strict=True))
@@ -77,8 +78,8 @@ class FSDP2Strategy(AdapterCheckpoints, ModelParallelStrategy):
     hook `adapter_injection`, e.g. with `pera_lightning.training.sharding.shard`.
 
     Args:
-        timeout: after which a process that waits for others gives up.
-        process_group_backend: "nccl" on CUDA and "gloo" on the CPU by default.
+        timeout: the time after which a process that waits for others gives up.
+        process_group_backend: what the processes talk by; "nccl" on CUDA and "gloo" on the CPU by default.
     """
 
     def __init__(
@@ -92,29 +93,20 @@ class FSDP2Strategy(AdapterCheckpoints, ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        # Lightning's "auto" is the number of nodes, and would shard within none of them.
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        internals.shard_over_all_processes(self)
         super().setup_environment()
 
 
-@lru_cache
-def _with_adapter_checkpoints(kind: type) -> type:
-    # Not by two bases: an object that exists cannot be given a class with another first base.
-    members = {name: value for name, value in vars(AdapterCheckpoints).items() if not name.startswith("__")}
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **members})
-
-
-def adopt(strategy: Strategy) -> None:
+def write_adapters_only(strategy: Strategy) -> None:
     """Gives a plain `ModelParallelStrategy` the checkpoints of `FSDP2Strategy`; leaves every other strategy alone."""
     if not isinstance(strategy, ModelParallelStrategy) or hasattr(strategy, "writes_adapters"):
         return
-    if strategy._save_distributed_checkpoint:
+    if internals.write_one_file(strategy):
         rank_zero_info(
             "checkpoints are written as one file of adapters, not as a folder of shards with the base "
             "(save_distributed_checkpoint=False)"
         )
-        strategy._save_distributed_checkpoint = False
-    strategy.__class__ = _with_adapter_checkpoints(type(strategy))
+    internals.extend_object(strategy, AdapterCheckpoints)
 
 
 def data_parallel_mesh(module: Any) -> Any | None:

@@ -11,7 +11,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,44 +32,53 @@ from pera_lightning.validation import check_choice, check_in_range, check_positi
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_training_values(
-    *,
-    lr: float,
-    head_lr: float | None = None,
-    weight_decay: float = 0.0,
-    lr_schedule: str = "linear",
-    warmup_steps: int = 0,
-    warmup_ratio: float = 0.0,
-    base_dtype: str = "float32",
-) -> None:
-    """Raises `ConfigurationError` for learning rates, decay, schedule, warm-up or type that are not allowed."""
-    check_positive(lr, "lr")
-    if head_lr is not None:
-        check_positive(head_lr, "head_lr")
-    check_in_range(weight_decay, "weight_decay", ge=0)
-    check_choice(lr_schedule, "lr_schedule", SCHEDULES)
-    check_in_range(warmup_steps, "warmup_steps", ge=0, integer=True)
-    check_in_range(warmup_ratio, "warmup_ratio", ge=0, lt=1)
-    check_choice(base_dtype, "base_dtype", tuple(DTYPES))
-    if warmup_steps and warmup_ratio:
-        raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")
-
-
 class AdapterModule(LightningModule):
     """Base of this package's modules; `self.model` is the network, None until `configure_model`.
 
-    Subclasses take `lr`, `head_lr`, `weight_decay`, `lr_schedule`, `warmup_steps`, `warmup_ratio` and `base_dtype`,
-    hand all their arguments to this `__init__` and call ``save_hyperparameters()``. What acts is `settings`; `hparams`
-    are what a checkpoint rebuilds the module from: a subclass in another project may take fewer arguments, or others.
+    A subclass declares its own arguments, takes those below as ``**shared``, hands them on and reads all of them from
+    `hparams`, which this `__init__` saves. A name has one value: a subclass that hands on another one than it was given
+    is refused.
+
+    Args:
+        lr: learning rate of the adapters.
+        head_lr: learning rate of the modules trained in full, by default `lr`.
+        weight_decay: AdamW's weight decay, on tensors of two dimensions or more.
+        lr_schedule: course of the learning rates after the warm-up.
+        warmup_steps: number of optimizer steps of linear warm-up.
+        warmup_ratio: length of the warm-up as a share of all optimizer steps, in place of `warmup_steps`.
+        base_dtype: precision of the frozen base; adapters and heads are float32. On CPUs without bfloat16 arithmetic
+            float32 is faster.
     """
 
     adapter_injection: Callable[[nn.Module], Any] | None = None
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        lr: float = 1e-3,
+        head_lr: float | None = None,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
         super().__init__()
-        shared = inspect.signature(check_training_values).parameters
-        check_training_values(**{name: value for name, value in settings.items() if name in shared})
-        self.settings = settings
+        check_positive(lr, "lr")
+        if head_lr is not None:
+            check_positive(head_lr, "head_lr")
+        check_in_range(weight_decay, "weight_decay", ge=0)
+        check_choice(lr_schedule, "lr_schedule", SCHEDULES)
+        check_in_range(warmup_steps, "warmup_steps", ge=0, integer=True)
+        check_in_range(warmup_ratio, "warmup_ratio", ge=0, lt=1)
+        check_choice(base_dtype, "base_dtype", tuple(DTYPES))
+        if warmup_steps and warmup_ratio:
+            raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")
+        acting = one_value_each(self)
+        self.save_hyperparameters()
+        # Under a LightningCLI these are the config's, without what a subclass gives to its base by itself.
+        self._set_by_subclass = [name for name in acting if name not in self.hparams]
+        self.hparams.update(acting)
         self.model: nn.Module | None = None
 
     @abstractmethod
@@ -116,6 +125,11 @@ class AdapterModule(LightningModule):
         with torch.device("meta"):
             return injection(self.build_network(weights=False).train())
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out the hyperparameters that a subclass sets by itself: its `__init__` need not take them."""
+        for name in self._set_by_subclass:
+            checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Injects what the checkpoint describes where the network is plain (`load_from_checkpoint`)."""
         if METADATA in checkpoint and self.model is not None:
@@ -129,7 +143,7 @@ class AdapterModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a group each for adapters and heads, and the schedule, stepped at every optimizer step."""
-        h = self.settings
+        h = self.hparams
         head_lr = h["lr"] if h["head_lr"] is None else h["head_lr"]
         groups = parameter_groups(self, lr=h["lr"], head_lr=head_lr, weight_decay=h["weight_decay"])
         if not groups:
@@ -215,6 +229,30 @@ class AdapterModule(LightningModule):
                 f"the training loss is {loss.item()} at optimizer step {self.global_step}, epoch {self.current_epoch}, "
                 f"batch {batch_idx}: lower the learning rate, or look at this batch"
             )
+
+
+def one_value_each(module: nn.Module) -> dict[str, Any]:
+    """Collects the arguments of every `__init__` that is running on a module, from its base to its own class.
+
+    Raises:
+        ConfigurationError: where a class hands on another value than it was given under the same name.
+    """
+    values: dict[str, Any] = {}
+    frame = inspect.currentframe().f_back  # type: ignore[union-attr]
+    while frame is not None and frame.f_code.co_name == "__init__":
+        names, _, others, given = inspect.getargvalues(frame)
+        if not names or given[names[0]] is not module:  # that of another object, which holds this one
+            break
+        arguments = {name: given[name] for name in names[1:]} | (given[others] if others else {})
+        for name, value in arguments.items():
+            acting = values.setdefault(name, value)
+            if acting is not value and acting != value:
+                raise ConfigurationError(
+                    f"{type(module).__name__} was given {name}={value!r} and hands on {name}={acting!r}: hparams hold "
+                    f"one value a name, so call its own argument otherwise"
+                )
+        frame = frame.f_back
+    return values
 
 
 def keep_heads_float32(network: nn.Module) -> None:

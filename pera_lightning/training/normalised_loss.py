@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pera_lightning.training._lightning_internals import should_accumulate
 from pera_lightning.training.module import AdapterModule
 
 
@@ -72,8 +73,8 @@ class StepMeanModule(AdapterModule):
     counted = "step_counts"
     trained = "training_protocol"
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
         self.trained_with: dict[str, Any] | None = None
         self._step_mean = StepMean()
 
@@ -95,7 +96,7 @@ class StepMeanModule(AdapterModule):
 
     def on_after_backward(self) -> None:
         """Corrects the gradient at the end of the accumulation window."""
-        if self.trainer.fit_loop._should_accumulate():
+        if should_accumulate(self.trainer):
             return
         factor = self._step_mean.correction(self.trainer.accumulate_grad_batches)
         if factor != 1:
@@ -104,6 +105,7 @@ class StepMeanModule(AdapterModule):
                     parameter.grad.mul_(factor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint[self.counted] = self._step_mean.state()
         checkpoint[self.trained] = self.trained_with
 

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-# What a signal asks for; where there are several, the highest holds.
+from pera_lightning.training import _lightning_internals as internals
+
+# What a signal asks for; of several, the highest holds.
 GO_ON, STOP, REQUEUE = 0, 1, 2
-_HANDLERS = {"_sigterm_notifier_fn": STOP, "_slurm_sigusr_handler_fn": REQUEUE}
 
 
 class Preemption:
@@ -43,14 +42,12 @@ class Preemption:
     def watch(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, which it registers when the fit begins."""
         self._asked = self._agreed = GO_ON
-        for name, wish in _HANDLERS.items():
-            setattr(trainer._signal_connector, name, partial(self._note, wish))
+        internals.replace_signal_handlers(trainer, partial(self._note, STOP), partial(self._note, REQUEUE))
 
     def release(self, trainer: Trainer) -> None:
         """Undoes `watch`."""
         self._asked = self._agreed = GO_ON
-        for name in _HANDLERS:
-            vars(trainer._signal_connector).pop(name, None)
+        internals.restore_signal_handlers(trainer)
 
     def _note(self, wish: int, *_: Any) -> None:
         self._asked = max(self._asked, wish)
@@ -69,14 +66,14 @@ class Preemption:
         Not after an epoch's last batch, where it would stop with a state that resumes with an empty epoch: a validation
         that follows is not begun, else the next epoch's first batch is trained, or the run ends as it would have.
         """
-        if self._agree(trainer) and not trainer.fit_loop.epoch_loop._is_training_done:
-            trainer._signal_connector.received_sigterm = True
+        if self._agree(trainer) and not internals.is_training_done(trainer):
+            internals.stop_after_batch(trainer)
 
     def before_validation(self, trainer: Trainer) -> None:
         """Stops instead of validating."""
         if self._agree(trainer):
             raise SIGTERMException
-        # Without what `_not_begun` counts as started: a checkpoint after this validation would look like one from its
+        # Drop what `_not_begun` counts as started: a checkpoint after this validation would look like one from its
         # middle.
         total = _validation(trainer).total
         total.ready = total.started = total.completed
@@ -95,8 +92,8 @@ class Preemption:
         requeueing also the ``hpc_ckpt_N.ckpt`` that the requeued job finds by itself.
 
         Args:
-            trainer: in `on_exception`; random generators as they were after the last training batch.
-            exception: what stopped it; nothing is done but for a signal's.
+            trainer: the trainer in `on_exception`, the random generators as they were after the last training batch.
+            exception: what stopped the fit; nothing is done but for a signal's.
         """
         if not isinstance(exception, SIGTERMException) or not self._agreed:
             return
@@ -104,17 +101,18 @@ class Preemption:
             rank_zero_only(print)("stopped by a signal before the first training batch: nothing to save", flush=True)
             return
         if trainer.validating:
-            _validate_again(trainer)
+            # The resumed run is to begin with all of the validation that was broken off.
+            progress = _validation(trainer)
+            progress.load_state_dict(_not_begun(progress.total.completed - progress.current.completed))
         files = [file for file in (last_file(trainer),) if file]
         for file in files:
             trainer.save_checkpoint(file, weights_only=False)
-        if requeues(trainer):
-            connector = trainer._checkpoint_connector
+        if internals.is_requeued(trainer):
             if self._agreed == REQUEUE:
-                _SignalConnector._slurm_sigusr_handler_fn(trainer._signal_connector, 0, None)  # type: ignore[arg-type]
-            else:
-                trainer.save_checkpoint(connector.hpc_save_path(str(trainer.default_root_dir)), weights_only=False)
-            files.append(str(connector._hpc_resume_path))
+                internals.requeue_job(trainer)
+            else:  # whether the job comes back is up to SLURM
+                trainer.save_checkpoint(internals.hpc_save_path(trainer), weights_only=False)
+            files.append(str(internals.hpc_resume_path(trainer)))
             drop_requeue_file(trainer)
         rank_zero_only(print)(self._message(trainer, files), flush=True)
 
@@ -123,7 +121,7 @@ class Preemption:
         if not files:
             return f"{stopped}: nothing saved, the trainer has no ModelCheckpoint"
         saved = f"{stopped}: saved {' and '.join(files)}"
-        if requeues(trainer):
+        if internals.is_requeued(trainer):
             job = "the requeued job" if self._agreed == REQUEUE else "the job, if it is requeued,"
             return f"{saved}; {job} goes on from {files[-1]} by itself; to begin anew in this folder, delete that file"
         if trainer.num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher's words are not known here
@@ -137,16 +135,11 @@ def last_file(trainer: Trainer) -> str | None:
     keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
     if not keepers:
         return None
+    # The one that keeps the last checkpoint, else the first.
     lasting = (k for k in keepers if k.save_last or k.filename == k.CHECKPOINT_NAME_LAST)
     keeper = next(lasting, keepers[0])
     name = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
     return keeper.last_model_path or os.path.join(str(keeper.dirpath), name)
-
-
-def requeues(trainer: Trainer) -> bool:
-    """Whether SLURM starts the job again after it was stopped."""
-    environment = trainer._accelerator_connector.cluster_environment
-    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
 
 
 def drop_requeue_file(trainer: Trainer) -> None:
@@ -155,7 +148,7 @@ def drop_requeue_file(trainer: Trainer) -> None:
     Lightning loads such a file before anything else: the next run of this folder would begin with it.
     """
     begun_with = str(trainer.ckpt_path or "")
-    if requeues(trainer) and re.fullmatch(r"hpc_ckpt_\d+\.ckpt", os.path.basename(begun_with)):
+    if internals.is_requeued(trainer) and re.fullmatch(r"hpc_ckpt_\d+\.ckpt", os.path.basename(begun_with)):
         trainer.strategy.remove_checkpoint(begun_with)
 
 
@@ -163,17 +156,11 @@ def _validation(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_loop.val_loop.batch_progress
 
 
-def _validate_again(trainer: Trainer) -> None:
-    """Sets the progress of a validation that was broken off so that a resumed run begins with all of it."""
-    progress = _validation(trainer)
-    progress.load_state_dict(_not_begun(progress.total.completed - progress.current.completed))
-
-
 def _not_begun(before: int) -> dict[str, Any]:
     """The progress of a validation that a resumed run begins with: one batch started, none processed.
 
     Args:
-        before: batches of the validations before it.
+        before: number of batches of the validations before it.
     """
 
     def counts(done: int) -> dict[str, int]:
@@ -190,20 +177,23 @@ def validate_before_going_on(trainer: Trainer, checkpoint: dict[str, Any]) -> No
     an epoch: how many batches it means is not known yet.)
 
     Args:
-        trainer: about to restore its loops.
-        checkpoint: loaded; its loop state is changed in place.
+        trainer: the trainer, about to restore its loops.
+        checkpoint: what was loaded; its loop state is changed in place.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop")
     if loops is None or trainer.state.fn != TrainerFn.FITTING:
         return
-    batches, every = loops["epoch_loop.batch_progress"], trainer.check_val_every_n_epoch
+    batches = loops["epoch_loop.batch_progress"]
+    # 1. Was it written before the validation? A batch is completed after the callbacks of its end.
     in_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
-    epoch = loops["epoch_progress"]["current"]["processed"] + 1
-    due, interval = every is None or epoch % every == 0, trainer.val_check_interval
+    # 2. Is a validation due after this batch? An interval counts batches of the epoch, or of the run.
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    due = every is None or (loops["epoch_progress"]["current"]["processed"] + 1) % every == 0
     if isinstance(interval, int):
         due &= batches["total" if every is None else "current"]["processed"] % interval == 0
     else:
         due &= interval == 1.0 and batches["is_last_batch"]
+    # 3. Then the batch is done, and the validation is what comes next.
     if due and in_batch_end and trainer.enable_validation:
         for counts in (batches["total"], batches["current"]):
             counts["completed"] += 1

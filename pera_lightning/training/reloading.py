@@ -10,8 +10,7 @@ from lightning.pytorch import LightningModule
 
 from pera_lightning.errors import CheckpointError
 from pera_lightning.injection.state import METADATA, find_injected, inject_spec
-from pera_lightning.training.callback import prepare_loading
-from pera_lightning.training.checkpoint_io import check_checkpoint, read_checkpoint
+from pera_lightning.training.checkpoint_io import allow_missing_base, check_checkpoint, read_checkpoint
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
 
@@ -57,4 +56,4 @@ def inject_from(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     if find_injected(module) is None:
         spec = checkpoint[METADATA]
         inject_spec(module.get_submodule(spec["root"]), spec)
-    prepare_loading(module)
+    allow_missing_base(module)

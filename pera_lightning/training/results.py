@@ -72,7 +72,7 @@ def about(module: LightningModule, task: str) -> dict[str, Any]:
     checkpoint = module.trainer.ckpt_path
     return {
         "task": task,
-        "model_name": module.settings["model_name"],  # type: ignore[index]
+        "model_name": module.hparams["model_name"],  # type: ignore[index]
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
 

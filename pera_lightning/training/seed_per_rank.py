@@ -1,12 +1,12 @@
 """Random numbers on several processes: dropout and augmentation differ between them, the order of the data does not.
 
-Lightning seeds every process alike, so that all would drop the same units and crop alike. Here the generators of each
-process but the first are moved apart where the train loader is made: after the network is built and before the state
-of its first epoch is taken, from which a resumed run starts. A single process draws what it always drew.
+Lightning seeds every process alike, so that all would drop the same units and crop alike. Here each process but the
+first gets a seed of its own where the train loader is made: after the network is built and before the state of its
+first epoch is taken, from which a resumed run starts. A single process draws what it always drew.
 
-What deals out data must still draw alike on all processes. Lightning's `DistributedSampler` and this package's samplers
-have a seed; a sampler of another kind draws from the common generators, and is given the same ones on every process,
-anew each epoch.
+Samplers must still draw alike on all processes. Lightning's `DistributedSampler` and this package's samplers have a
+seed; a sampler of another kind draws from the common generators, and is given the same ones on every process, anew each
+epoch.
 """
 
 from __future__ import annotations
@@ -23,33 +23,36 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
+from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.random_state import capture, restore
 
 
-def part_generators(trainer: Trainer) -> None:
-    """Moves the generators of the processes apart when this fit's first train loader is handed to the strategy.
+def seed_ranks_apart(trainer: Trainer) -> None:
+    """Gives each process a seed of its own when this fit's first train loader is handed to the strategy.
 
     Args:
-        trainer: in a fit, after `resume_data_order`, whose undoing undoes this too.
+        trainer: in a fit, after `resume_data_order`.
     """
-    inner, parted = trainer.strategy.process_dataloader, False
+    seeded = False
 
-    def process(loader: Any) -> Any:
-        nonlocal parted
-        if trainer.state.stage == RunningStage.TRAINING and not parted:  # a sanity check takes back what it draws
-            parted = True
-            # Processes that hold parts of the same layers have the same data, and need the same dropout.
-            share = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
-            if share:
-                seed_all(torch.get_rng_state().numpy().tobytes(), share)
-        deal_alike(loader)
-        return inner(loader)
+    def change(loader: Any) -> Any:
+        nonlocal seeded
+        if trainer.state.stage == RunningStage.TRAINING and not seeded:  # a sanity check takes back what it draws
+            seeded = True
+            # That of the data: processes with shards of the same layers have the same data and need the same dropout.
+            rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+            if rank:
+                seed_all(torch.get_rng_state().numpy().tobytes(), rank)
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSamplerWrapper) and sampler.num_replicas > 1:
+            internals.replace_sampler(sampler, lambda drawing: _AlikeOnAllRanks(drawing, sampler))
+        return loader
 
-    trainer.strategy.process_dataloader = process  # type: ignore[method-assign]
+    internals.intercept_loaders(trainer, change)
 
 
-def join_generators() -> None:
+def share_first_ranks_generators() -> None:
     """Gives every process the generators of the first: what is built after a fit is alike on all of them."""
     ranks = all_gather_object(capture())
     if len(ranks) > 1:
@@ -64,37 +67,30 @@ def seed_all(*facts: int | bytes) -> None:
     random.seed(digest[12:])
 
 
-class _AlikeEverywhere:
+class _AlikeOnAllRanks:
     """A sampler whose draws depend on the run's seed and the epoch alone.
 
     Args:
         sampler: draws from the common generators.
-        dealer: Lightning's wrapper around it, which knows the epoch.
+        distributed: Lightning's wrapper around it, which knows the epoch.
     """
 
-    def __init__(self, sampler: Any, dealer: DistributedSamplerWrapper) -> None:
-        self._sampler, self._dealer = sampler, dealer
+    def __init__(self, sampler: Any, distributed: DistributedSamplerWrapper) -> None:
+        self._sampler, self._distributed = sampler, distributed
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_sampler":
+        if name.startswith("__") or name == "_sampler":  # copying asks before there is one
             raise AttributeError(name)
         return getattr(self._sampler, name)
 
     def __iter__(self) -> Iterator[Any]:
         own = capture()
-        seed_all(int(os.environ.get("PL_GLOBAL_SEED", 0)), self._dealer.epoch)
+        seed_all(int(os.environ.get("PL_GLOBAL_SEED", 0)), self._distributed.epoch)
         try:
-            rows = list(self._sampler)
+            examples = list(self._sampler)
         finally:
-            restore(own)
-        return iter(rows)
-
-
-def deal_alike(loader: Any) -> None:
-    """Lets a sampler that Lightning deals out to several processes draw the same on all of them."""
-    dealer = getattr(loader, "sampler", None)
-    if isinstance(dealer, DistributedSamplerWrapper) and dealer.num_replicas > 1:
-        dealer.dataset._sampler = _AlikeEverywhere(dealer.dataset._sampler, dealer)
+            restore(own)  # dropout goes on as if nothing had been drawn
+        return iter(examples)

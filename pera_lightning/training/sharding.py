@@ -1,4 +1,4 @@
-"""A network sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its tensors as whole ones.
+"""A network sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`), and its full tensors.
 
 One process reads the base weights and injects with them; the others build the same network on the meta device. Unit
 after unit is then sent to all and sharded, so that no process but the first ever holds more than its shards and one
@@ -134,17 +134,17 @@ def _check_alike(network: nn.Module, group: Any) -> None:
             )
 
 
-def whole(value: Any, *, keep: bool = True) -> Any:
-    """A tensor, or a dict or list with tensors, as whole ones on the CPU; every process must call it.
+def full_tensors(value: Any, *, keep: bool = True) -> Any:
+    """Gathers the sharded tensors of a dict or list, or one, onto the CPU; every process must call it.
 
     Args:
         value: what may hold sharded tensors; anything else stays as it is.
         keep: False gives None for sharded tensors, on processes that only take part.
     """
     if isinstance(value, dict):
-        return {key: whole(item, keep=keep) for key, item in value.items()}
+        return {key: full_tensors(item, keep=keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(item, keep=keep) for item in value)
+        return type(value)(full_tensors(item, keep=keep) for item in value)
     if not isinstance(value, DTensor):
         return value
     gathered = value.full_tensor()
@@ -152,7 +152,7 @@ def whole(value: Any, *, keep: bool = True) -> Any:
 
 
 def sharded_like(value: Tensor, like: Tensor | None) -> Tensor:
-    """A whole tensor as shards where `like` is sharded; every process must call it.
+    """A full tensor as shards where `like` is sharded; every process must call it.
 
     Args:
         value: the same on all processes.

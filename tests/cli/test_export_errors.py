@@ -166,7 +166,7 @@ def test_no_room_on_the_disk(export, llama_run, tmp_path, monkeypatch, kind):
 
 
 def test_what_is_read_is_not_written_over(pera, llama_run):
-    for output in (llama_run.run / "adapter", llama_run.module.settings["model_name"]):
+    for output in (llama_run.run / "adapter", llama_run.module.hparams["model_name"]):
         words = ["export", "--ckpt_path", llama_run.run / "adapter", "--format", "merged", "--output", output]
         line = refused(pera(*words, "--overwrite"))
         assert "which is read, are or hold one another: give another --output" in line

@@ -289,7 +289,7 @@ def test_what_no_run_could_take_is_one_line_before_the_first(play, words, expect
 @pytest.mark.parametrize("words", [[], ["--dry_run"], ["--grid", "model.lr=0.01,0.1"]], ids=" ".join)
 def test_a_module_checks_what_its_fit_will_read_before_the_first_run(play, monkeypatch, words):
     def check(self):
-        raise ConfigurationError(f"mnli_checkpoint=nix does not exist, lr={self.settings['lr']}")
+        raise ConfigurationError(f"mnli_checkpoint=nix does not exist, lr={self.hparams['lr']}")
 
     monkeypatch.setattr(ImageClassificationModule, "check_start", check, raising=False)
     done = play("--seeds", "1", *words)
@@ -311,7 +311,7 @@ def test_runs_that_have_begun_need_nothing_to_start_from(play, monkeypatch):
 def test_a_path_with_the_seed_in_it_is_checked_for_the_seeds_that_run(play, monkeypatch):
     checked = []
     monkeypatch.setattr(
-        ImageClassificationModule, "check_start", lambda self: checked.append(self.settings["head_lr"]), raising=False
+        ImageClassificationModule, "check_start", lambda self: checked.append(self.hparams["head_lr"]), raising=False
     )
     assert play("--seeds", "1,2", "--model.head_lr", "0.{seed}", "--dry_run").code == 0
     assert checked == [0.1, 0.2]

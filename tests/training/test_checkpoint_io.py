@@ -135,18 +135,31 @@ def test_missing_and_unexpected_keys(tmp_path: Path) -> None:
         trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(path), verbose=False)
 
 
-def test_a_damaged_or_missing_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_damaged_checkpoint(tmp_path: Path, share: float) -> None:
+    """One line names it, the error, and the others of its folder."""
     fitted(tmp_path)
-    whole = (tmp_path / "best.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"cut.ckpt is damaged"):
-        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "cut.ckpt"), verbose=False)
-    with pytest.raises(CheckpointError, match=r"cut.ckpt is damaged"):
-        load_adapted(Plain, tmp_path / "cut.ckpt")
+    data = (tmp_path / "best.ckpt").read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(data[: int(len(data) * share)])
+    for read in (
+        lambda: trainer(tmp_path, callback()).fit(Plain(), train_loader(), val_loader(), ckpt_path=str(cut)),
+        lambda: load_adapted(Plain, cut),
+    ):
+        with pytest.raises(
+            CheckpointError, match=rf"cut.ckpt is damaged or no checkpoint \(\w+: .*\); {tmp_path} has best.ckpt$"
+        ) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    missing = str(tmp_path / "bset.ckpt")
+    with pytest.raises(CheckpointError, match=rf"bset.ckpt does not exist; {tmp_path} has best.ckpt$"):
+        load_adapted(Plain, missing)
     with pytest.raises(CheckpointError, match=r"not exist.*best.ckpt"):
-        load_adapted(Plain, tmp_path / "bset.ckpt")
-    with pytest.raises(CheckpointError, match=r"not exist.*best.ckpt"):
-        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "bset.ckpt"), verbose=False)
+        trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=missing, verbose=False)
 
 
 def test_an_adapter_folder_is_no_checkpoint_and_those_beside_it_are_named(tmp_path: Path) -> None:
@@ -243,6 +256,6 @@ def test_strict_loading_is_the_modules(tmp_path: Path) -> None:
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(torch.ones(2), tmp_path / "x.ckpt")
     (tmp_path / "y.ckpt").write_text("text")
-    for name, message in (("x", "holds a Tensor, no Lightning"), ("y", "is damaged or no checkpoint")):
+    for name, message in (("x", "holds a Tensor, not a Lightning"), ("y", "is damaged or no checkpoint")):
         with pytest.raises(CheckpointError, match=message):
             trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / f"{name}.ckpt"))

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 
+import pera_lightning
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, FullFineTuning, LoRA
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
@@ -32,6 +34,28 @@ from tests.tasks.image_classification.vision_helpers import Rates, fit, loader, 
 def test_wrong_values_are_refused_at_once(options, expected):
     with pytest.raises(ValueError, match=expected):
         module("anything", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("ImageClassificationModule", {}),
+        ("SequenceClassificationModule", {}),
+        ("CausalLMModule", {"lr": 1e-4, "base_dtype": "bfloat16"}),
+        ("DreamBoothModule", {"lr": 1e-4, "lr_schedule": "constant", "base_dtype": "bfloat16"}),
+    ],
+)
+def test_shared_options_of_every_module_on_the_command_line(name, own):
+    """They are declared and described by the base alone; a module may have defaults of its own."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(getattr(pera_lightning, name), "model")
+    defaults = {"lr": 1e-3, "head_lr": None, "weight_decay": 0.0, "lr_schedule": "linear", "base_dtype": "float32"}
+    defaults = {**defaults, "warmup_steps": 0, "warmup_ratio": 0.0, **own}
+    found = parser.get_defaults()["model"]
+    assert {key: found[key] for key in defaults} == defaults
+    described = {action.dest.removeprefix("model."): action.help for action in parser._actions}
+    assert described["lr"] == "learning rate of the adapters."
+    assert all(described[key] for key in found.as_dict())
 
 
 def test_built_once(vit):

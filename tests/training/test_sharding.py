@@ -19,7 +19,7 @@ from pera_lightning.adapters import PERA, HiRA
 from pera_lightning.errors import ConfigurationError, NotMergeableError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.merging.merge import merged_layers
-from pera_lightning.training.sharding import AdapterWrapPolicy, reads_weights, shard, sharded_like, units, whole
+from pera_lightning.training.sharding import AdapterWrapPolicy, full_tensors, reads_weights, shard, sharded_like, units
 from tests.training.distributed.ddp_helpers import assert_close
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_the_others_get_the_values_of_the_first(tmp_path, method, tied, dtype):
         shard(network, mesh, CPU)
         ids = torch.arange(8)[None]
         return {
-            "state": whole(network.state_dict()),
+            "state": full_tensors(network.state_dict()),
             "buffers": dict(network.named_buffers()),
             "fingerprint": injection_of(network).fingerprint,
             "share": sum(p.to_local().numel() for p in network.parameters()),
@@ -143,15 +143,15 @@ def test_the_others_get_the_values_of_the_first(tmp_path, method, tied, dtype):
     assert torch.equal(other["logits"], logits)
 
 
-def test_whole_and_sharded_are_inverse(tmp_path):
+def test_full_and_sharded_tensors_are_inverse(tmp_path):
     def there_and_back(rank):
         network = injected(llama())
         shard(network, init_device_mesh("cpu", (2,)), CPU)
         parameter = next(p for n, p in network.named_parameters() if n.endswith(".h"))
         values = torch.arange(float(parameter.numel()))
         again = sharded_like(values, parameter)
-        nested = whole({"a": [again, 3], "b": {"c": again}})
-        left_out = whole({"a": again, "step": torch.tensor(4.0)}, keep=False)
+        nested = full_tensors({"a": [again, 3], "b": {"c": again}})
+        left_out = full_tensors({"a": again, "step": torch.tensor(4.0)}, keep=False)
         return {
             "is": isinstance(again, DTensor),
             "odd": parameter.numel() % 2,

@@ -128,12 +128,12 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
 
     module = trained.module
     cutting = {name: given[name] for name in ("rank", "max_error", "target") if name in given}
-    base = module.settings["model_name"]
+    base = module.hparams["model_name"]
     report = export_peft(
         module.model,  # type: ignore[arg-type]
         output,
         base_name=base,
-        base_revision=module.settings.get("revision"),
+        base_revision=module.hparams.get("revision"),
         forward=module.outputs_and_loss,
         overwrite=overwrite,
         **cutting,
@@ -151,7 +151,7 @@ def _export_diffusers(trained: Trained, output: str, given: dict[str, Any], over
     from pera_lightning.export.diffusers import export_diffusers, how_to_load
 
     module = trained.module
-    if predicted := module.settings.get("prediction_type"):
+    if predicted := module.hparams.get("prediction_type"):
         trained.notes.append(f"trained with prediction_type={predicted}: give the pipeline's scheduler the same")
     report = export_diffusers(
         module.model,  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def memory_table(
         raise ConfigurationError(f"answer_length={answer_length} acts on language models and their data only")
     elif isinstance(module, ImageClassificationModule) and isinstance(data, ImageDataModule):
         batch, assumed = image_batch(module, data, mode)
-        arguments = (batch, module.settings["label_smoothing"])
+        arguments = (batch, module.hparams["label_smoothing"])
     elif isinstance(module, SequenceClassificationModule) and isinstance(data, GLUEDataModule):
         batch, assumed = sequence_batch(module, data, mode)
         arguments = (batch,)
@@ -112,12 +112,12 @@ def memory_table(
     columns = {"1 device": device_memory(module.model, step), "DDP": device_memory(module.model, step, strategy="ddp")}
     for count in devices:
         columns[f"FSDP2 on {count}"] = device_memory(module.model, step, strategy="fsdp2", devices=count)
-    kept = "computed again" if module.settings.get("activation_checkpointing") else "kept"
-    small = module.settings.get("optimizer") == "adamw8bit"
+    kept = "computed again" if module.hparams.get("activation_checkpointing") else "kept"
+    small = module.hparams.get("optimizer") == "adamw8bit"
     optimizer = "AdamW in float32, of whose moments adamw8bit has a quarter" if small else "AdamW"
     return "\n".join(
         [
-            *_lines(columns, f"base weights ({module.settings['base_dtype']})"),
+            *_lines(columns, f"base weights ({module.hparams['base_dtype']})"),
             f"Assumed: on each device {assumed}; precision {name}; activations {kept}; {optimizer}, not compiled.",
             "Computed, not measured. Not in it: the device's context, workspaces of its libraries, fragmentation, "
             "buffers of the communication, evaluation.",

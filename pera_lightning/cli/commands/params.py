@@ -41,10 +41,10 @@ def run(args: Sequence[str]) -> None:
     if not hasattr(module, "dry_run"):
         raise ConfigurationError(f"{type(module).__name__} has no dry_run: params works on this package's modules")
     for name in ("num_classes", "num_labels"):
-        if module.settings.get(name, 0) is None:
+        if module.hparams.get(name, 0) is None:
             if not hasattr(cli.datamodule, "expected_classes"):
                 raise ConfigurationError(f"the data do not tell how many classes there are: give --model.{name}")
-            module.settings[name] = cli.datamodule.expected_classes()
+            module.hparams[name] = cli.datamodule.expected_classes()
     given = {name: cli.config[name] for name in ("devices", "answer_length") if cli.config[name] is not None}
     if not cli.config["memory"]:
         if given:
@@ -58,8 +58,8 @@ def run(args: Sequence[str]) -> None:
         raise ConfigurationError(f"answer_length={given['answer_length']}: at least 1 token is needed")
     if "devices" in given:
         given["devices"] = device_counts(given["devices"])
-    if "compile" in module.settings:  # the network runs on fake tensors, once
-        module.settings["compile"] = False
+    if "compile" in module.hparams:  # the network runs on fake tensors, once
+        module.hparams["compile"] = False
     module.adapter_injection = injector
     with torch.device("meta"):
         module.model = module._injected(module.build_network(weights=False))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
 from pera_lightning.data.cached_tables import cache_folder
-from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, closest
 from pera_lightning.pretrained import load_tokenizer
@@ -152,7 +152,7 @@ class TextDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The validation rows, in a fixed order; over several processes each counts once."""
-        rows = dealt(self._part("validation"), self.trainer, _without_label)
+        rows = padded_shard(self._part("validation"), self.trainer, _without_label)
         return self._loader(**rows, batch_size=self.eval_batch_size, collate_fn=self._padded())
 
     def test_dataloader(self) -> list[DataLoader]:

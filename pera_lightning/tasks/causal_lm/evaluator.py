@@ -111,7 +111,7 @@ class Answering:
         """The base, as it computes."""
         module = self.module
         return {
-            **{name: module.settings[name] for name in ("model_name", "revision", "base_dtype")},
+            **{name: module.hparams[name] for name in ("model_name", "revision", "base_dtype")},
             "attn_implementation": module.model.config._attn_implementation,  # type: ignore[union-attr]
             "precision": str(module.trainer.precision),
         }

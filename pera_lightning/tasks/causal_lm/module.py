@@ -40,13 +40,6 @@ class CausalLMModule(StepMeanModule):
 
     Args:
         model_name: hub id or folder.
-        lr: learning rate of the adapters.
-        head_lr: of modules trained whole, by default `lr`.
-        weight_decay: AdamW's, for tensors of two dimensions or more.
-        lr_schedule: after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps.
-        base_dtype: of the frozen base; adapters are float32. On CPUs without bfloat16 arithmetic float32 is faster.
         attn_implementation: "sdpa", "eager", "flash_attention_2" …; by default transformers' choice.
         activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
         compile: compiles the network, after the injection.
@@ -59,26 +52,21 @@ class CausalLMModule(StepMeanModule):
         self,
         model_name: str,
         lr: float = 1e-4,
-        head_lr: float | None = None,
-        weight_decay: float = 0.0,
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_steps: int = 0,
-        warmup_ratio: float = 0.0,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         attn_implementation: str | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
         revision: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
-        self.save_hyperparameters()
+        super().__init__(lr=lr, base_dtype=base_dtype, **shared)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._answering = Answering(self)
 
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> nn.Module:
-        h = self.settings
+        h = self.hparams
         return load_network(
             h["model_name"],
             dtype=DTYPES[h["base_dtype"]],
@@ -95,9 +83,9 @@ class CausalLMModule(StepMeanModule):
 
     def finish_network(self) -> None:
         self._check_tied_head()
-        if self.settings["activation_checkpointing"]:
+        if self.hparams["activation_checkpointing"]:
             recompute_activations(self.model)  # type: ignore[arg-type]
-        if self.settings["compile"]:
+        if self.hparams["compile"]:
             self.model.compile()
 
     def _check_tied_head(self) -> None:
@@ -105,7 +93,7 @@ class CausalLMModule(StepMeanModule):
         mark, head = injection_of(self.model), self.model.get_output_embeddings()
         trained = mark is not None and any(self.model.get_submodule(p) is head for p in mark.trained_modules)
         tied = head is not None and head.weight is self.model.get_input_embeddings().weight
-        if trained and tied and self.settings["base_dtype"] != "float32":
+        if trained and tied and self.hparams["base_dtype"] != "float32":
             raise ConfigurationError(
                 "the head shares its weight with the embeddings, and trained it is float32: set base_dtype=float32, or "
                 "leave the head out of trainable"
@@ -115,7 +103,7 @@ class CausalLMModule(StepMeanModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, for the data module."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.settings["model_name"], self.settings["revision"])
+            self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
         return self._tokenizer
 
     def forward(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
@@ -193,8 +181,8 @@ class CausalLMModule(StepMeanModule):
         from pera_lightning.export.transformers import write_transformers
 
         notes = []
-        if heads := release_heads(self.model, DTYPES[self.settings["base_dtype"]]):  # type: ignore[arg-type]
-            notes.append(f"{listed(heads)} was trained in float32 and is {self.settings['base_dtype']}, as the base is")
+        if heads := release_heads(self.model, DTYPES[self.hparams["base_dtype"]]):  # type: ignore[arg-type]
+            notes.append(f"{listed(heads)} was trained in float32 and is {self.hparams['base_dtype']}, as the base is")
         name = getattr(data, "tokenizer_name", None)
         try:
             tokenizer = self.tokenizer if name is None else load_tokenizer(name)

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest
 from pera_lightning.tasks.dreambooth import latent_cache as cache_files
 from pera_lightning.tasks.dreambooth import photographs as pictures
@@ -291,7 +291,7 @@ class DreamBoothDataModule(L.LightningDataModule):
             raise ConfigurationError(f"the {name} prompts are there after setup(); call it first")
         rows = self._asked[name]
         if rows:
-            return DataLoader(**dealt(rows, self.trainer, texts.blank), batch_size=1)
+            return DataLoader(**padded_shard(rows, self.trainer, texts.blank), batch_size=1)
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # none were asked for
         return []
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.data.distributed_sampler import in_order
+from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.tasks.dreambooth.image_grid import (
@@ -101,7 +101,7 @@ class Pictures:
         Raises:
             ConfigurationError: for too many steps, or what is unknown of the noise schedule.
         """
-        settings, encoders = self.module.settings, self.module.encoders
+        settings, encoders = self.module.hparams, self.module.encoders
         sampler(encoders, settings["sampling_steps"], self.module.schedule[1])
 
     def size(self) -> tuple[int, int]:
@@ -112,14 +112,14 @@ class Pictures:
     def sampling(self) -> dict[str, Any]:
         """How images are made, as primitives."""
         height, width = self.size()
-        settings = self.module.settings
+        settings = self.module.hparams
         how = {"steps": settings["sampling_steps"], "guidance_scale": settings["guidance_scale"]}
         return {"height": height, "width": width, **how, "prediction_type": self.module.schedule[1]}
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """An image for each prompt and seed."""
         module = self.module
-        embeddings = module.embeddings if module.settings["adapt_text_encoders"] else None
+        embeddings = module.embeddings if module.hparams["adapt_text_encoders"] else None
         what = {"prompts": prompts, "seeds": seeds, "device": module.device, "embeddings": embeddings}
         return to_pictures(sample(module.model, module.encoders, **what, **self.sampling()))  # type: ignore[arg-type]
 
@@ -173,7 +173,7 @@ class Pictures:
         """Writes the images and their grid, into ``validation/step_NNNNNN`` and TensorBoard."""
         module, trainer = self.module, self.module.trainer
         module.release_encoders()
-        made = in_order(all_gather_object(self._made.pop("", [])))
+        made = merge_shards(all_gather_object(self._made.pop("", [])))
         if not made or not trainer.is_global_zero or trainer.sanity_checking:
             return
         grid = grid_of(((what, picture) for _, what, picture in made), f"step {module.trained_steps}")
@@ -194,7 +194,7 @@ class Pictures:
     def finish_predict(self) -> None:
         """Writes the list of the images, and their grid, beside them."""
         self.module.release_encoders()
-        made = in_order(all_gather_object(self._made.pop("", [])))
+        made = merge_shards(all_gather_object(self._made.pop("", [])))
         if not self.module.trainer.fast_dev_run and self.module.trainer.is_global_zero and made:
             self._write([what for _, what, _ in made])
             print(f"{len(made)} images and their grid: {self.folder()}", flush=True)
@@ -211,7 +211,7 @@ class Pictures:
         mark = injection_of(self.module.model)  # type: ignore[arg-type]
         method = None if mark is None else mark.method.spec()
         steps = self.module.trained_steps
-        generated = GeneratedImages(self.module.settings["model_name"], method, steps, self.sampling(), tuple(made))
+        generated = GeneratedImages(self.module.hparams["model_name"], method, steps, self.sampling(), tuple(made))
         write_images(folder, generated)
         if grid is not None:
             save_picture(grid, folder / GRID)
@@ -230,7 +230,9 @@ class Pictures:
         for stage, variant in zip(inference, ("", _STATIC), strict=False):
             own = self._made.pop(variant, [])
             measured = self._scores([what for _, what, _ in own], self.folder(variant))
-            rows = in_order(all_gather_object([(*made[:2], score) for made, score in zip(own, measured, strict=True)]))
+            rows = merge_shards(
+                all_gather_object([(*made[:2], score) for made, score in zip(own, measured, strict=True)])
+            )
             each[stage] = {what.file: score for _, what, score in rows}
             for metric in rows[0][2] if rows else ():
                 scores[f"{stage}/{metric}"] = float(np.mean([score[metric] for *_, score in rows]))
@@ -253,7 +255,7 @@ class Pictures:
             print(f"Results: {path}", flush=True)
 
     def _metrics(self) -> dict[str, str | None]:
-        return {name: self.module.settings[name] for name in ("dino", "clip")}
+        return {name: self.module.hparams[name] for name in ("dino", "clip")}
 
     def _scores(self, made: Sequence[GeneratedImage], folder: Path) -> list[dict[str, float]]:
         """Of each image its similarity to the subject's photographs, and to its prompt."""
@@ -274,7 +276,7 @@ class Pictures:
             DataError: where some are missing and the network is trained already.
         """
         module, trainer = self.module, self.module.trainer
-        made_by = {name: module.settings[name] for name in ("model_name", "revision", "variant", "vae", "base_dtype")}
+        made_by = {name: module.hparams[name] for name in ("model_name", "revision", "variant", "vae", "base_dtype")}
         trained = trainer.ckpt_path is not None or module.trained_steps
         if trained and (missing := data.class_images_missing()):
             raise DataError(

@@ -61,12 +61,6 @@ class DreamBoothModule(StepMeanModule):
         model_name: hub id or folder of a pipeline of SDXL.
         vae: another VAE, by hub id or folder, such as ``madebyollin/sdxl-vae-fp16-fix``, which runs in `base_dtype`;
             SDXL's own overflows there, and runs in float32.
-        lr: learning rate of the adapters.
-        head_lr: of modules trained whole, by default `lr`.
-        weight_decay: of tensors of two dimensions or more.
-        lr_schedule: after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps.
         adapt_text_encoders: makes both text encoders part of the network, where targets find their layers.
         text_encoder_lr: learning rate of what is trained there, by default as elsewhere.
         snr_gamma: of the min-SNR weights; 5 in their paper. By default all timesteps count alike.
@@ -74,7 +68,6 @@ class DreamBoothModule(StepMeanModule):
         prior_weight: of the loss of class images.
         prediction_type: what the UNet predicts; by default as its noise schedule says.
         optimizer: "adamw", or "adamw8bit", with moments in 8 bits (needs bitsandbytes).
-        base_dtype: of the frozen base; adapters are float32.
         activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
         compile: compiles the UNet, after the injection.
         revision: branch, tag or commit of the hub's repository.
@@ -92,11 +85,7 @@ class DreamBoothModule(StepMeanModule):
         model_name: str = "stabilityai/stable-diffusion-xl-base-1.0",
         vae: str | None = None,
         lr: float = 1e-4,
-        head_lr: float | None = None,
-        weight_decay: float = 0.0,
         lr_schedule: Literal["linear", "cosine", "constant"] = "constant",
-        warmup_steps: int = 0,
-        warmup_ratio: float = 0.0,
         adapt_text_encoders: bool = False,
         text_encoder_lr: float | None = None,
         snr_gamma: float | None = None,
@@ -113,8 +102,9 @@ class DreamBoothModule(StepMeanModule):
         guidance_scale: float = 5.0,
         dino: str | None = "facebook/dino-vits16",
         clip: str | None = "openai/clip-vit-base-patch32",
+        **shared: Any,
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
+        super().__init__(lr=lr, lr_schedule=lr_schedule, base_dtype=base_dtype, **shared)
         for name, value in (("snr_gamma", snr_gamma), ("text_encoder_lr", text_encoder_lr)):
             if value is not None:
                 check_positive(value, name)
@@ -130,7 +120,6 @@ class DreamBoothModule(StepMeanModule):
         check_choice(optimizer, "optimizer", ("adamw", "adamw8bit"))
         check_positive_int(sampling_steps, "sampling_steps")
         check_in_range(guidance_scale, "guidance_scale", ge=0)
-        self.save_hyperparameters()
         self._schedule: tuple[Tensor, str] | None = None
         self.trained_steps = 0
         self.encoders = Encoders(model_name, vae=vae, dtype=DTYPES[base_dtype], revision=revision, variant=variant)
@@ -139,7 +128,7 @@ class DreamBoothModule(StepMeanModule):
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> SDXLNetwork:
-        h = self.settings
+        h = self.hparams
         how = {"dtype": DTYPES[h["base_dtype"]], "revision": h["revision"], "variant": h["variant"], "weights": weights}
         unet = load_unet(h["model_name"], **how)
         if not h["adapt_text_encoders"]:
@@ -148,28 +137,28 @@ class DreamBoothModule(StepMeanModule):
 
     def configure_model(self) -> None:
         if hasattr(self.data, "check_cacheable") and self.trainer.state.fn == "fit":  # before anything is loaded
-            self.data.check_cacheable(self.settings["adapt_text_encoders"])
+            self.data.check_cacheable(self.hparams["adapt_text_encoders"])
         super().configure_model()
 
     def finish_network(self) -> None:
         network = self.model
-        if self.settings["adapt_text_encoders"] and self.adapter_injection is not None:
+        if self.hparams["adapt_text_encoders"] and self.adapter_injection is not None:
             plain = [n for n in _TEXT_ENCODERS if not any(_trains(m) for m in getattr(network, n).modules())]
             if plain:
                 raise ConfigurationError(
                     f"adapt_text_encoders=true, but no target names a layer of {listed(plain)}: add q_proj, k_proj, "
                     "v_proj and out_proj to adapter.targets, or leave it out"
                 )
-        if self.settings["activation_checkpointing"]:
+        if self.hparams["activation_checkpointing"]:
             network.recompute_activations()
-        if self.settings["compile"]:
+        if self.hparams["compile"]:
             network.unet.compile()
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        if (rate := self.settings["text_encoder_lr"]) is not None:
+        if (rate := self.hparams["text_encoder_lr"]) is not None:
             text = (p for name in _TEXT_ENCODERS for p in getattr(self.model, name).parameters())
             groups = with_own_rate(groups, text, name="text_encoders", lr=rate)
-        if self.settings["optimizer"] == "adamw":
+        if self.hparams["optimizer"] == "adamw":
             return super().make_optimizer(groups)
         if data_parallel_mesh(self) is not None:
             raise ConfigurationError("optimizer=adamw8bit does not take FSDP2's shards; take adamw, or DDP")
@@ -185,8 +174,8 @@ class DreamBoothModule(StepMeanModule):
     def schedule(self) -> tuple[Tensor, str]:
         """The noise schedule: ᾱ (T,) in float32, and what the UNet predicts."""
         if self._schedule is None:
-            alphas, predicts = noise_alphas(self.settings["model_name"], self.settings["revision"])
-            predicts = self.settings["prediction_type"] or predicts
+            alphas, predicts = noise_alphas(self.hparams["model_name"], self.hparams["revision"])
+            predicts = self.hparams["prediction_type"] or predicts
             diffusion_loss.check_prediction_type(predicts)
             self._schedule = alphas, predicts
         return self._schedule
@@ -203,7 +192,7 @@ class DreamBoothModule(StepMeanModule):
 
     def embeddings(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, 77, D) and pooled (B, P) of prompts, by the text encoders as they are now."""
-        if self.settings["adapt_text_encoders"]:
+        if self.hparams["adapt_text_encoders"]:
             return self.model.embeddings(*self.token_ids(prompts))  # type: ignore[union-attr,operator]
         return self.encoders.prompts(list(prompts), self.device)
 
@@ -236,7 +225,7 @@ class DreamBoothModule(StepMeanModule):
         Returns:
             Bytes that they leave.
         """
-        if self.settings["adapt_text_encoders"] or not hasattr(self.data, "texts_of"):
+        if self.hparams["adapt_text_encoders"] or not hasattr(self.data, "texts_of"):
             return 0
         if texts := [text for kind in kinds for text in self.data.texts_of(kind)]:
             self.encoders.prompts([*dict.fromkeys([*texts, ""])], self.device)  # "": what guidance leads away from
@@ -262,7 +251,7 @@ class DreamBoothModule(StepMeanModule):
         given = {name: batch[name] for name in _TEXT if name in batch}
         if given:
             return given
-        if self.settings["adapt_text_encoders"]:
+        if self.hparams["adapt_text_encoders"]:
             one, two = self.token_ids(batch["prompts"])
             return {"input_ids": one, "input_ids_2": two}
         embeds, pooled = self.encoders.prompts(batch["prompts"], self.device)
@@ -270,7 +259,7 @@ class DreamBoothModule(StepMeanModule):
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """What a batch says of each prompt: names and shapes."""
-        if self.settings["adapt_text_encoders"]:
+        if self.hparams["adapt_text_encoders"]:
             return {"input_ids": (TOKENS,), "input_ids_2": (TOKENS,)}
         config = self.model.unet.config  # type: ignore[union-attr]
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -290,16 +279,16 @@ class DreamBoothModule(StepMeanModule):
         mean, std = self._distribution(batch)
         how: dict[str, Any] = {"device": mean.device if generator is None else "cpu", "generator": generator}
         latents = mean + std * torch.randn(mean.shape, **how).to(mean.device)
-        noise = diffusion_loss.offset_noise(mean.shape, self.settings["noise_offset"], **how).to(mean.device)
+        noise = diffusion_loss.offset_noise(mean.shape, self.hparams["noise_offset"], **how).to(mean.device)
         if t is None:
             t = torch.randint(len(alphas), mean.shape[:1], device=mean.device)
         noisy = diffusion_loss.add_noise(latents, noise, alphas, t)
         prediction = self.model(noisy, t, batch["time_ids"], **self._text(batch))  # type: ignore[misc]
         target = diffusion_loss.target(predicts, latents, noise, alphas, t)
-        gamma, weights = self.settings["snr_gamma"], None
+        gamma, weights = self.hparams["snr_gamma"], None
         if gamma is not None:
             weights = diffusion_loss.min_snr_weights(alphas, t, gamma, predicts)
-        prior = self.settings["prior_weight"]
+        prior = self.hparams["prior_weight"]
         return *diffusion_loss.dreambooth_loss(prediction, target, weights, batch["is_prior"], prior), prediction
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -362,7 +351,7 @@ class DreamBoothModule(StepMeanModule):
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
         from pera_lightning.export.diffusers import write_pipeline
 
-        h = self.settings
+        h = self.hparams
         how = {name: h[name] for name in ("revision", "variant", "prediction_type")}
         notes = write_pipeline(self.model, folder, h["model_name"], **how)
         if h["vae"] is not None:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import splits
-from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError, closest, listed
 from pera_lightning.tasks.image_classification import datasets as image_datasets
 from pera_lightning.tasks.image_classification import hub as image_hub
@@ -383,7 +383,9 @@ class ImageDataModule(L.LightningDataModule):
                 f"drop_last leaves no batch: {len(part)} training images of {self.dataset}, batch_size {batch_size}"
             )
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
-        rows = {"dataset": part, "shuffle": True} if training else dealt(part, self.trainer, sources.without_label)
+        rows = (
+            {"dataset": part, "shuffle": True} if training else padded_shard(part, self.trainer, sources.without_label)
+        )
         return DataLoader(
             **rows,
             batch_size=batch_size,

@@ -7,7 +7,7 @@ import io
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import in_order
+from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.files import write_atomically
 from pera_lightning.tasks.image_classification.networks import create
@@ -41,14 +41,7 @@ class ImageClassificationModule(AdapterModule):
         pretrained: loads the weights; otherwise they are random.
         num_classes: of the new head; by default the data module's.
         image_size: height and width in pixels, by default the model's own.
-        lr: learning rate of the adapters.
-        head_lr: of the head, by default `lr`.
-        weight_decay: AdamW's, for tensors of two dimensions or more.
-        lr_schedule: after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps.
         label_smoothing: of the training loss, in [0, 1).
-        base_dtype: of the frozen base; adapters and head are float32.
     """
 
     def __init__(
@@ -57,21 +50,14 @@ class ImageClassificationModule(AdapterModule):
         pretrained: bool = True,
         num_classes: int | None = None,
         image_size: int | None = None,
-        lr: float = 1e-3,
-        head_lr: float | None = None,
-        weight_decay: float = 0.0,
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_steps: int = 0,
-        warmup_ratio: float = 0.0,
         label_smoothing: float = 0.0,
-        base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        **shared: Any,
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
+        super().__init__(**shared)
         check_in_range(label_smoothing, "label_smoothing", ge=0, lt=1)
         for name, value in (("num_classes", num_classes), ("image_size", image_size)):
             if value is not None:
                 check_positive_int(value, name)
-        self.save_hyperparameters()
         self._data_config: dict[str, Any] | None = None
         self._started = 0.0
         self._rows: list[tuple[str, str, float]] = []
@@ -79,10 +65,10 @@ class ImageClassificationModule(AdapterModule):
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> nn.Module:
-        network = self._create(pretrained=weights and self.settings["pretrained"])
+        network = self._create(pretrained=weights and self.hparams["pretrained"])
         # Always a new head: weights for another task with as many classes must not survive.
-        network.reset_classifier(self.settings["num_classes"])
-        return network.to(DTYPES[self.settings["base_dtype"]])
+        network.reset_classifier(self.hparams["num_classes"])
+        return network.to(DTYPES[self.hparams["base_dtype"]])
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -93,7 +79,7 @@ class ImageClassificationModule(AdapterModule):
             raise ConfigurationError(
                 "the new head is random and would stay so: name it in trainable, e.g. trainable=[head]"
             )
-        count = self.settings["num_classes"]
+        count = self.hparams["num_classes"]
         accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
         if count > 5:
             accuracy["accuracy_top5"] = MulticlassAccuracy(count, average="micro", top_k=5)
@@ -111,11 +97,11 @@ class ImageClassificationModule(AdapterModule):
             )
 
     def _create(self, pretrained: bool) -> nn.Module:
-        return create(self.settings["model_name"], pretrained=pretrained, image_size=self.settings["image_size"])
+        return create(self.hparams["model_name"], pretrained=pretrained, image_size=self.hparams["image_size"])
 
     def _check_classes(self) -> None:
         """Takes the number of classes from the data module where it is not given, and compares where both are."""
-        given, data = self.settings["num_classes"], getattr(self._trainer, "datamodule", None)
+        given, data = self.hparams["num_classes"], getattr(self._trainer, "datamodule", None)
         count = getattr(data, "num_classes", None)
         if given is None and count is None:
             raise ConfigurationError(
@@ -125,9 +111,7 @@ class ImageClassificationModule(AdapterModule):
             raise ConfigurationError(
                 f"num_classes={given}, but the data has {count} classes: leave it out, or match it"
             )
-        self.settings["num_classes"] = count if given is None else given
-        if "num_classes" in self.hparams:  # saved, so that load_from_checkpoint needs no data
-            self.hparams["num_classes"] = self.settings["num_classes"]
+        self.hparams["num_classes"] = count if given is None else given  # saved: load_from_checkpoint needs no data
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -138,8 +122,8 @@ class ImageClassificationModule(AdapterModule):
             with torch.device("meta"):  # no weights, no memory
                 network = self._create(pretrained=False)
             config = timm.data.resolve_model_data_config(network)
-            if self.settings["image_size"] is not None:
-                config["input_size"] = (3, self.settings["image_size"], self.settings["image_size"])
+            if self.hparams["image_size"] is not None:
+                config["input_size"] = (3, self.hparams["image_size"], self.hparams["image_size"])
             self._data_config = config
         return self._data_config
 
@@ -151,7 +135,7 @@ class ImageClassificationModule(AdapterModule):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, classes)."""
         try:
-            return self.model(images.to(DTYPES[self.settings["base_dtype"]]))  # type: ignore[misc]
+            return self.model(images.to(DTYPES[self.hparams["base_dtype"]]))  # type: ignore[misc]
         except AssertionError as error:
             if not str(error).startswith("Input "):  # how timm refuses a size
                 raise
@@ -169,7 +153,7 @@ class ImageClassificationModule(AdapterModule):
         return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, _, labels = self._shared_step(batch, self.settings["label_smoothing"])
+        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])
         self.check_loss(loss, batch_idx)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
@@ -204,7 +188,7 @@ class ImageClassificationModule(AdapterModule):
         stages = list(inference)
         folder = self.trainer.log_dir
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        names = [str(n) for n in names or range(self.settings["num_classes"])]
+        names = [str(n) for n in names or range(self.hparams["num_classes"])]
         per_class: dict[str, dict[str, float]] = {}
         n = 0
         for stage in stages:
@@ -248,14 +232,14 @@ class ImageClassificationModule(AdapterModule):
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
         """Takes the number of classes from the trained head where it is not given."""
-        if self.settings["num_classes"] is not None:
+        if self.hparams["num_classes"] is not None:
             return
         with torch.device("meta"):
             heads = self._create(pretrained=False).pretrained_cfg["classifier"]
         head = heads if isinstance(heads, str) else heads[0]  # distilled networks have two
         if f"{head}.weight" not in state:
             raise ConfigurationError(f"there is no trained {head} to tell how many classes there are: give num_classes")
-        self.settings["num_classes"] = len(state[f"{head}.weight"])
+        self.hparams["num_classes"] = len(state[f"{head}.weight"])
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits (B, classes), and their mean loss."""
@@ -293,7 +277,7 @@ class ImageClassificationModule(AdapterModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"  # asked on every rank
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        rows = in_order(ranks)
+        rows = merge_shards(ranks)
         folder.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")

@@ -8,7 +8,7 @@ from torch import nn
 
 from pera_lightning.errors import ConfigurationError, closest, shorten
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def timm_name(model_name: str) -> str:

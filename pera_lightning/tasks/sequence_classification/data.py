@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
 from pera_lightning.data.cached_tables import cache_folder
-from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed
 from pera_lightning.pretrained import load_tokenizer
@@ -362,7 +362,9 @@ class GLUEDataModule(L.LightningDataModule):
         for name in self.task.sets:
             part = self._part(self.task.named(kind, name))
             rows = part if kind == "predict" else part.longest_first()
-            loaders.append(self._loader(**dealt(rows, self.trainer, without_label), batch_size=self.eval_batch_size))
+            loaders.append(
+                self._loader(**padded_shard(rows, self.trainer, without_label), batch_size=self.eval_batch_size)
+            )
         return loaders[0] if len(loaders) == 1 else loaders
 
     def _loader(self, **options: Any) -> DataLoader:

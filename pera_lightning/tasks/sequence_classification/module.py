@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.data.distributed_sampler import in_order
+from pera_lightning.data.distributed_sampler import merge_shards
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.files import write_atomically
 from pera_lightning.pretrained import load_tokenizer
@@ -60,16 +60,9 @@ class SequenceClassificationModule(StepMeanModule):
     Args:
         model_name: hub id or folder of an encoder; its head is made anew.
         num_labels: classes, 1 for a regression; by default the data module's.
-        lr: learning rate of the adapters.
-        head_lr: of modules trained whole, by default `lr`.
-        weight_decay: AdamW's, for tensors of two dimensions or more.
-        lr_schedule: after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps.
         head_dropout: probability of the dropout before the classifier, by default the model's.
         class_weights: of the training loss: each example's is multiplied by that of its class. "balanced" asks the
             data module (n / (C nₖ), whose mean over the training examples is 1).
-        base_dtype: of the frozen base; adapters and head are float32.
         attn_implementation: "sdpa", "eager", "flash_attention_2" …; by default transformers' choice.
         activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
         compile: compiles the network, after the injection.
@@ -84,28 +77,21 @@ class SequenceClassificationModule(StepMeanModule):
         self,
         model_name: str,
         num_labels: int | None = None,
-        lr: float = 1e-3,
-        head_lr: float | None = None,
-        weight_decay: float = 0.0,
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_steps: int = 0,
-        warmup_ratio: float = 0.0,
         head_dropout: float | None = None,
         class_weights: Literal["balanced"] | list[float] | None = None,
-        base_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attn_implementation: str | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
         revision: str | None = None,
         mnli_checkpoint: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
+        super().__init__(**shared)
         if num_labels is not None:
             check_positive_int(num_labels, "num_labels")
         if head_dropout is not None:
             check_in_range(head_dropout, "head_dropout", ge=0, lt=1)
         check_weights(class_weights, num_labels)
-        self.save_hyperparameters()
         self.register_buffer("class_weights", None, persistent=False)
         self.scores = nn.ModuleDict()
         self.started_from: dict[str, Any] | None = None  # path and task
@@ -117,7 +103,7 @@ class SequenceClassificationModule(StepMeanModule):
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> nn.Module:
-        h = self.settings
+        h = self.hparams
         if h["num_labels"] is None:
             raise ConfigurationError(
                 "num_labels is not given, and no data module with num_labels is attached: give it, 1 for a regression"
@@ -141,28 +127,26 @@ class SequenceClassificationModule(StepMeanModule):
 
     def _check_labels(self) -> None:
         """Takes the number of labels from the data module where it is not given, and compares where both are."""
-        given, count = self.settings["num_labels"], getattr(self._data, "num_labels", None)
+        given, count = self.hparams["num_labels"], getattr(self._data, "num_labels", None)
         if None not in (given, count) and given != count:
             what = "a regression, num_labels=1" if count == 1 else f"{count} classes"
             raise ConfigurationError(f"num_labels={given}, but the data has {what}: leave it out, or match it")
-        self.settings["num_labels"] = count if given is None else given
-        if "num_labels" in self.hparams:  # saved, so that load_from_checkpoint needs no data
-            self.hparams["num_labels"] = self.settings["num_labels"]
-        check_weights(self.settings["class_weights"], self.settings["num_labels"])
+        self.hparams["num_labels"] = count if given is None else given  # saved: load_from_checkpoint needs no data
+        check_weights(self.hparams["class_weights"], self.hparams["num_labels"])
 
     def finish_network(self) -> None:
         if self.adapter_injection is not None:
             check_trained(self.model, self._random)  # type: ignore[arg-type]
-        if self.settings["activation_checkpointing"]:
+        if self.hparams["activation_checkpointing"]:
             recompute_activations(self.model)  # type: ignore[arg-type]
-        if self.settings["compile"]:
+        if self.hparams["compile"]:
             self.model.compile()  # type: ignore[union-attr]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, for the data module."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.settings["model_name"], self.settings["revision"])
+            self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
         return self._tokenizer
 
     @property
@@ -185,7 +169,7 @@ class SequenceClassificationModule(StepMeanModule):
 
     def check_start(self) -> None:
         """Raises `CheckpointError` where `mnli_checkpoint` does not exist."""
-        path = self.settings["mnli_checkpoint"]
+        path = self.hparams["mnli_checkpoint"]
         if path is not None and not Path(path).exists():
             raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
 
@@ -195,7 +179,7 @@ class SequenceClassificationModule(StepMeanModule):
             self.check_start()
         self.trained_with = self._protocol_of_data()
         self._check_rows()
-        weights = self.settings["class_weights"]
+        weights = self.hparams["class_weights"]
         if weights == "balanced":
             if not hasattr(self._data, "class_weights"):
                 raise ConfigurationError("class_weights='balanced' asks a data module, and there is none; give a list")
@@ -204,7 +188,7 @@ class SequenceClassificationModule(StepMeanModule):
 
     def on_train_start(self) -> None:
         # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which wins.
-        path = self.settings["mnli_checkpoint"]
+        path = self.hparams["mnli_checkpoint"]
         if path is not None and self.started_from is None and self.trainer.ckpt_path is None:
             task = start_from(self.model, path)  # type: ignore[arg-type]
             if task not in (None, "mnli"):
@@ -237,7 +221,7 @@ class SequenceClassificationModule(StepMeanModule):
 
     def _begin(self, stages: Sequence[str], count: int) -> None:
         """Makes the scores of each stage and set, empty."""
-        labels = self.settings["num_labels"]
+        labels = self.hparams["num_labels"]
         names = getattr(self._data, "metrics", None) or default_metrics(labels)
         selection = getattr(self._data, "selection", None) or names[0]
         check_metrics(names, selection, labels)
@@ -294,7 +278,7 @@ class SequenceClassificationModule(StepMeanModule):
         """What was tested on what: network, checkpoint, and what the data module says of itself."""
         return {
             **results.about(self, "sequence_classification"),
-            "num_labels": self.settings["num_labels"],
+            "num_labels": self.hparams["num_labels"],
             "selection": next(iter(self.scores.values())).selection,
             "mnli_checkpoint": self.started_from,
             "data": results.scored(self._protocol_of_data(), self.trained_with),
@@ -328,7 +312,7 @@ class SequenceClassificationModule(StepMeanModule):
         names = [*getattr(task, "submission_files", ())]
         names += [f"predictions{name}" for name in self._set_names(len(self._rows))[len(names) :]]
         for index, name in zip(self._rows, names, strict=False):
-            rows = in_order([own[index] for own in ranks])
+            rows = merge_shards([own[index] for own in ranks])
             text = submission((row, written(prediction)) for row, prediction in rows)
             write_atomically(folder / f"{name}.tsv", text.encode())
             print(f"Predictions of {len(rows)} rows: {folder / name}.tsv", flush=True)
@@ -337,11 +321,11 @@ class SequenceClassificationModule(StepMeanModule):
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
         """Takes the number of labels from the trained head where it is not given."""
-        if self.settings["num_labels"] is None:
-            count = trained_labels(self.settings["model_name"], self.settings["revision"], state)
+        if self.hparams["num_labels"] is None:
+            count = trained_labels(self.hparams["model_name"], self.hparams["revision"], state)
             if count is None:
                 raise ConfigurationError("there is no trained head to tell how many labels there are: give num_labels")
-            self.settings["num_labels"] = count
+            self.hparams["num_labels"] = count
 
     def outputs_and_loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Outputs (N, num_labels) of the labelled examples, and their mean loss."""
@@ -353,9 +337,9 @@ class SequenceClassificationModule(StepMeanModule):
         from pera_lightning.export.transformers import write_transformers
 
         notes = []
-        if heads := release_heads(self.model, DTYPES[self.settings["base_dtype"]]):  # type: ignore[arg-type]
-            notes.append(f"{listed(heads)} was trained in float32 and is {self.settings['base_dtype']}, as the base is")
-        if class_names is not None and len(class_names) == self.settings["num_labels"]:
+        if heads := release_heads(self.model, DTYPES[self.hparams["base_dtype"]]):  # type: ignore[arg-type]
+            notes.append(f"{listed(heads)} was trained in float32 and is {self.hparams['base_dtype']}, as the base is")
+        if class_names is not None and len(class_names) == self.hparams["num_labels"]:
             config = self.model.config  # type: ignore[union-attr]
             config.id2label = dict(enumerate(class_names))
             config.label2id = {name: k for k, name in config.id2label.items()}

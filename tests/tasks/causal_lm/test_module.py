@@ -285,7 +285,7 @@ def test_a_checkpoint_holds_no_base_and_rebuilds(checkpoint):
     batch = padded(ROWS)
     with torch.no_grad():
         torch.testing.assert_close(again(batch), network.eval()(batch), rtol=0, atol=0)
-    assert again.settings == network.settings
+    assert again.hparams == network.hparams
 
 
 def test_a_checkpoint_of_another_base_is_refused(checkpoint, tmp_path):

@@ -2,17 +2,19 @@
 
 import csv
 import json
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from pera_lightning import load_adapted
 from pera_lightning.adapters import PERA, AuroRA, LinearProbe, LoRA
 from pera_lightning.adapters.aurora import static_inference
-from pera_lightning.errors import CheckpointError
+from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.tasks.image_classification.module import ImageClassificationModule
 from tests.tasks.image_classification.vision_helpers import (
     CLASSES,
@@ -331,16 +333,64 @@ def test_subclassed_under_a_plain_lightning_cli(vit, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["method"]["class_path"].endswith("PERA")
 
 
-def test_what_a_subclass_hands_on_is_what_acts(vit, tmp_path):
-    """Its own arguments are in the checkpoint; what it made of them acts, before and after reloading."""
+class Twice(ImageClassificationModule):
+    """Another project's subclass, which names its own argument, sets one option itself and takes the rest."""
 
-    class Twice(ImageClassificationModule):
-        def __init__(self, folder: str, lr: float) -> None:
-            super().__init__(model_name=folder, lr=2 * lr, head_lr=lr, lr_schedule="constant", num_classes=CLASSES)
+    def __init__(self, rate: float = 0.01, **shared: Any) -> None:
+        super().__init__(lr=2 * rate, **shared)
 
-    network, rates = Twice(str(vit), 0.01), Rates()
+
+def test_what_a_subclass_hands_on_acts_and_what_it_takes_is_saved(vit, tmp_path):
+    class Fixed(ImageClassificationModule):
+        def __init__(self, folder: str, rate: float) -> None:
+            super().__init__(model_name=folder, lr=2 * rate, head_lr=rate, lr_schedule="constant", num_classes=CLASSES)
+
+    network, rates = Fixed(str(vit), 0.01), Rates()
     trainer = fit(tmp_path, network, callbacks=[rates])
     assert rates.seen[0] == {"adapter": 0.02, "head": 0.01, "head_no_decay": 0.01}
-    trainer.save_checkpoint(tmp_path / "twice.ckpt")
-    again = Twice.load_from_checkpoint(tmp_path / "twice.ckpt")
-    assert (again.settings["lr"], again.settings["head_lr"]) == (0.02, 0.01)
+    trainer.save_checkpoint(tmp_path / "fixed.ckpt")
+    again = Fixed.load_from_checkpoint(tmp_path / "fixed.ckpt")
+    assert (again.hparams["lr"], again.hparams["head_lr"], again.hparams["rate"]) == (0.02, 0.01, 0.01)
+
+
+def test_the_command_line_knows_what_a_subclass_takes(vit, tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+
+    model = {"class_path": f"{__name__}.Twice", "init_args": {"model_name": str(vit), "rate": 0.03, "head_lr": 0.5}}
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "barebones": False}
+    config = {"model": model, "trainer": {**quiet, "default_root_dir": str(tmp_path)}}
+    options = {"subclass_mode_model": True, "run": False, "save_config_callback": None}
+    cli = LightningCLI(ImageClassificationModule, ForeignData, args=config, **options)
+    hparams = cli.model.hparams
+    assert (hparams["rate"], hparams["lr"], hparams["head_lr"], hparams["weight_decay"]) == (0.03, 0.06, 0.5, 0.0)
+    assert hparams["_class_path"] == f"{__name__}.Twice"
+    cli.trainer.fit_loop.max_epochs = 0
+    cli.trainer.fit(cli.model, cli.datamodule)
+    cli.trainer.save_checkpoint(tmp_path / "twice.ckpt")
+    saved = torch.load(tmp_path / "twice.ckpt", weights_only=False)["hyper_parameters"]
+    assert "lr" not in saved  # Twice sets it by itself
+    assert saved["num_classes"] == CLASSES
+    again = ImageClassificationModule.load_from_checkpoint(tmp_path / "twice.ckpt")
+    assert type(again) is Twice
+    assert again.hparams["lr"] == 0.06
+
+
+def test_one_name_has_one_value():
+    class Doubled(ImageClassificationModule):
+        def __init__(self, lr: float, **shared: Any) -> None:
+            super().__init__(lr=2 * lr, **shared)
+
+    expected = r"Doubled was given lr=0.01 and hands on lr=0.02: hparams hold one value a name, so call its own arg"
+    with pytest.raises(ConfigurationError, match=expected):
+        Doubled(0.01)
+
+
+def test_a_module_within_another_has_its_own_values(vit):
+    class Holder(LightningModule):
+        def __init__(self, lr: float) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.held = module(vit, lr=3 * lr)
+
+    holder = Holder(0.01)
+    assert (holder.hparams["lr"], holder.held.hparams["lr"]) == (0.01, 0.03)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import LoRA
-from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.tasks.sequence_classification.module import SequenceClassificationModule
 
 VOCABULARY, LONGEST = 40, 24
@@ -127,7 +127,9 @@ class Sentences(LightningDataModule):
 
     def _evaluated(self):
         return [
-            DataLoader(**dealt(rows, self.trainer, without_label), batch_size=self.batch_size, collate_fn=collate)
+            DataLoader(
+                **padded_shard(rows, self.trainer, without_label), batch_size=self.batch_size, collate_fn=collate
+            )
             for rows in self.sets
         ]
 

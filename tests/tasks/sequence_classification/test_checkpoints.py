@@ -196,6 +196,6 @@ def test_a_merge_is_measured_on_the_labelled_examples(bert):
 def test_the_number_of_labels_is_settled_by_the_trained_head(bert):
     network = module(bert)
     network.settle(built(bert, num_labels=4).model.state_dict())
-    assert network.settings["num_labels"] == 4
+    assert network.hparams["num_labels"] == 4
     with pytest.raises(ConfigurationError, match="no trained head"):
         module(bert).settle({})

@@ -361,5 +361,5 @@ def test_a_subclass_may_take_fewer_arguments(bert, tmp_path):
 
     network = Mine()
     fit(tmp_path, network, Sentences([sentences(8)]))
-    assert network.settings["num_labels"] == 2
+    assert network.hparams["num_labels"] == 2
     assert network.hparams["rate"] == 0.01

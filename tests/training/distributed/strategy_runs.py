@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 from pera_lightning import AdapterInjection  # noqa: E402
 from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, LoRA  # noqa: E402
 from pera_lightning.training.distributed import all_gather_object  # noqa: E402
-from pera_lightning.training.sharding import sharded_like, whole  # noqa: E402
+from pera_lightning.training.sharding import full_tensors, sharded_like  # noqa: E402
 from tests.tasks.causal_lm.evaluator_helpers import data  # noqa: E402
 from tests.tasks.causal_lm.language_helpers import QV, module  # noqa: E402
 
@@ -42,10 +42,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 class Watch(Callback):
-    """Starts from random adapters; keeps the loss of every batch over all processes, and what there is at the end."""
+    """Starts from random adapters; keeps the losses of batches, the gradients of optimizer steps, and the end."""
 
     def __init__(self, folder):
-        self.folder, self.losses = Path(folder), []
+        self.folder, self.losses, self.gradients = Path(folder), [], []
 
     def on_fit_start(self, trainer, pl_module):
         if trainer.ckpt_path is None:
@@ -56,13 +56,19 @@ class Watch(Callback):
                     with torch.no_grad():
                         parameter.copy_(sharded_like(values, parameter))
 
+    def on_train_start(self, trainer, pl_module):
+        self.steps_before = trainer.global_step
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         ranks = all_gather_object(outputs["loss"].item())
         self.losses.append(sum(ranks) / len(ranks))
+        if trainer.global_step > len(self.gradients) + self.steps_before:  # clipped; the next batch empties them
+            named = {n: p.grad.detach() for n, p in pl_module.named_parameters() if p.grad is not None}
+            self.gradients.append({name: value.clone() for name, value in full_tensors(named).items()})
 
     def on_fit_end(self, trainer, pl_module):
         trained, frozen = (
-            whole({n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad is wanted})
+            full_tensors({n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad is wanted})
             for wanted in (True, False)
         )
         sharded = [type(p).__name__ == "DTensor" for p in pl_module.parameters()]
@@ -70,7 +76,9 @@ class Watch(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")}
             kept = {"losses": self.losses, "trained": trained, "frozen": frozen, "sharded": sharded, "logged": logged}
-            torch.save(kept, self.folder / "end.pt")
+            names = {id(p): name for name, p in pl_module.named_parameters()}
+            order = [names[id(p)] for group in trainer.optimizers[0].param_groups for p in group["params"]]
+            torch.save({**kept, "gradients": self.gradients, "order": order}, self.folder / "end.pt")
 
 
 class Dies(Callback):

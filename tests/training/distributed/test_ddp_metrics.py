@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from pera_lightning.adapters import AuroRA
-from pera_lightning.data.distributed_sampler import dealt
+from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from tests.training.distributed.ddp_helpers import Randomise, make, seeded
 
@@ -113,7 +113,7 @@ class Few(LightningDataModule):
         from tests.tasks.image_classification.vision_helpers import Images
 
         images = Images(self.count, ids=ids)
-        return DataLoader(**dealt(images, self.trainer, unlabelled), batch_size=2)
+        return DataLoader(**padded_shard(images, self.trainer, unlabelled), batch_size=2)
 
     val_dataloader = test_dataloader = _loader
 

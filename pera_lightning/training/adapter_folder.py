@@ -1,0 +1,48 @@
+"""The adapter folder that a fit leaves, from its best checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from pera_lightning.errors import CheckpointError
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import adapter_state_dict, find_injected, write_adapter
+from pera_lightning.training.checkpoint_io import checkpoint_adapters
+from pera_lightning.training.sharding import full_tensors
+
+
+def write_adapter_folder(trainer: Trainer, module: LightningModule) -> None:
+    """Writes ``adapter/`` into the run's folder on the first process; every process must call it.
+
+    From the best checkpoint, else the last, else what the module ended with.
+    """
+    folder = trainer.log_dir  # asked on every rank
+    if folder is None or trainer.fast_dev_run or not trainer.global_step:
+        return
+    root = find_injected(module)[1]  # type: ignore[index]
+    state = full_tensors(adapter_state_dict(root), keep=trainer.is_global_zero)
+    if not trainer.is_global_zero:
+        return
+    source = "the last step"
+    for kind, path in _checkpoints(trainer):
+        try:
+            state, _ = checkpoint_adapters(path)
+        except CheckpointError as error:
+            rank_zero_warn(f"the adapter folder is not written from {kind}: {error}")
+        else:
+            source = kind
+            break
+    written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
+    print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
+
+
+def _checkpoints(trainer: Trainer) -> list[tuple[str, str]]:
+    """What the run's `ModelCheckpoint` has kept: in words, and the file; the best first."""
+    keeper = trainer.checkpoint_callback
+    best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
+    kinds = ((best, "best_model_path"), ("the last checkpoint", "last_model_path"))
+    found = [(kind, getattr(keeper, attribute, "")) for kind, attribute in kinds]
+    return [(kind, path) for kind, path in found if path and Path(path).is_file()]
