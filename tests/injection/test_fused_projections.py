@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.adapters import HiRA, LinearAdapter, LoRA
+from pera_lightning.adapters import AuroRA, HiRA, LinearAdapter, LoRA
 from pera_lightning.adapters.adapted_layer import base_weight
 from pera_lightning.errors import UnsupportedTarget
 from pera_lightning.injection.inject import inject
@@ -197,13 +197,16 @@ def test_torch_encoder_calls_the_adapted_layer(method: object, mode: bool, targe
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_torch_encoder_with_padding() -> None:
-    """The encoder's own fast path, taken with a padding mask, passes by the layers as well."""
+    """The encoder's own fast path, taken with a padding mask, passes by the layers as well.
+
+    It hands on nested tensors, with which AuroRA's splines cannot compute.
+    """
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = seeded(nn.TransformerEncoder, layer, num_layers=2)
     x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
         before = model(x, src_key_padding_mask=padding)
-        report = inject(model, HiRA(rank=2), targets=["linear1"])
+        report = inject(model, AuroRA(rank=2), targets=["linear1"])
         after = model(x, src_key_padding_mask=padding)
         torch.testing.assert_close(after[~padding], before[~padding])
         for adapter in (m for m in model.modules() if isinstance(m, LinearAdapter)):
