@@ -16,7 +16,7 @@ from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearPr
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.files import write_atomically
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import forgive_missing_base, frozen_names, remember_unfrozen
+from pera_lightning.injection.state import check_state, forgive_missing_base, frozen_names, remember_unfrozen
 
 METHODS = [
     LoRA(rank=2),
@@ -238,6 +238,12 @@ def test_trained_on_a_low_precision_base(tmp_path: Path, dtype: torch.dtype) -> 
     inject(model, LoRA(rank=2), ["0"])
     save_adapter(model, tmp_path)
     load_adapter(base(), tmp_path)
+
+
+def test_a_tensor_too_many() -> None:
+    model = adapted(LoRA(rank=2))
+    with pytest.raises(CheckpointError, match="x does not fit this model: 1 unexpected: more"):
+        check_state(model, {**adapter_state_dict(model), "more": torch.ones(1)}, "x")
 
 
 def test_what_other_code_trains_is_not_frozen() -> None:
