@@ -94,18 +94,12 @@ def data(tmp_path):
     return folder.parent
 
 
-@pytest.fixture
-def network(request, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "modules")  # where the helper is that makes it
-    return request.getfixturevalue("llama")
-
-
-def test_batches_of_the_same_rows(network, data, tmp_path, capsys):
+def test_batches_of_the_same_rows(llama, data, tmp_path, capsys):
     words = [
         "--cache-dir",
         tmp_path / "cache",
         "--model",
-        network,
+        llama,
         "--data",
         data,
         "--train",

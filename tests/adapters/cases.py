@@ -9,10 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.adapters import AdaptedLayer, LinearAdapter, LinearMethod, registered_methods
+from pera_lightning.adapters import (
+    AdaptedLayer,
+    AuroRA,
+    HiRA,
+    LinearAdapter,
+    LinearMethod,
+    LoRA,
+    registered_methods,
+)
 from pera_lightning.injection.inject import inject
 
 IN, OUT = 10, 12
+STATIC = AuroRA(train_mode="static", inference_mode="static")
 
 # Hyperparameters of each method to test besides its defaults. A new method is tested with its defaults at once.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -104,7 +113,12 @@ def case_id(method: LinearMethod) -> str:
     return "-".join([type(method).__name__, *(f"{name}={value}" for name, value in changed.items())])
 
 
+# By default, and the variants whose layers hold other tensors or run other code.
+PATHS = [*(cls() for cls in linear_methods().values()), LoRA(init="pissa"), HiRA(reference="random"), STATIC]
+
 every_method = pytest.mark.parametrize("method", cases(), ids=case_id)
+# For what a layer does with its update, whatever the formula: a method's variants would only repeat it.
+every_path = pytest.mark.parametrize("method", PATHS, ids=case_id)
 
 
 def starts_from_the_weight(method: LinearMethod) -> bool:

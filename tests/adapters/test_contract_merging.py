@@ -22,11 +22,13 @@ from tests.adapters import reference
 from tests.adapters.cases import (
     IN,
     OUT,
+    PATHS,
     adapted,
     adapters_of,
     case_id,
     cases,
     every_method,
+    every_path,
     inputs,
     network,
     randomise,
@@ -37,8 +39,8 @@ KINDS = ["linear", "no-bias", "conv1d", "rows"]
 # How far a merged layer's outputs, of about 1 to 10, may be from the adapted one's: the adapted layer rounds the two
 # products and their sum, the merged one rounds the weight.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 0.08, torch.float16: 0.01}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_dtype = pytest.mark.parametrize("dtype", CLOSE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# Each kind of layer and each precision once: no code looks at both.
+every_kind = pytest.mark.parametrize(("kind", "dtype"), zip(KINDS, CLOSE, strict=True), ids=KINDS)
 
 
 def plain(kind: str, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -80,9 +82,8 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 # --- merge and unmerge ---
 
 
-@every_method
+@every_path
 @every_kind
-@every_dtype
 def test_merge_and_unmerge(method: LinearMethod, kind: str, dtype: torch.dtype) -> None:
     model, x = injected(method, kind, dtype), inputs(6, dtype).view(2, 3, IN)
     start, before = bits(model), model(x)
@@ -124,11 +125,10 @@ def expected_weight(layer: AdaptedLayer) -> Tensor:
     return out.to(weight.dtype)
 
 
-@every_method
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_the_merged_weight_is_the_references(method: LinearMethod, kind: str) -> None:
+@every_path
+def test_the_merged_weight_is_the_references(method: LinearMethod) -> None:
     """Against plain loops: the reference's output for unit vectors, of a static map, is its matrix."""
-    model = injected(method, kind)
+    model = injected(method, "linear")
     adapter, weight = the_adapter(model.proj), base_weight(model.proj).clone()
     tensors = dict(adapter.named_parameters()) | dict(adapter.named_buffers())
     static = dataclasses.replace(method, inference_mode="static") if dynamic(method) else method
@@ -140,9 +140,8 @@ def test_the_merged_weight_is_the_references(method: LinearMethod, kind: str) ->
 # --- merge and unload ---
 
 
-@every_method
-@every_kind
-@pytest.mark.parametrize("merged_before", [False, True], ids=["", "merged"])
+@every_path
+@pytest.mark.parametrize(("kind", "merged_before"), [("linear", False), ("rows", True), ("conv1d", False)])
 def test_unloading_leaves_no_trace(method: LinearMethod, kind: str, merged_before: bool) -> None:
     model, bare, x = injected(method, kind), plain(kind), inputs(4, torch.float32)
     layer, weight = model.proj, model.proj.weight
@@ -169,7 +168,7 @@ def test_unloading_leaves_no_trace(method: LinearMethod, kind: str, merged_befor
 # --- what a method says about itself ---
 
 
-@every_method
+@every_path
 def test_the_claims_of_a_method_are_true(method: LinearMethod) -> None:
     model = injected(method, "linear").double()
     layer, x = model.proj, inputs()
@@ -217,7 +216,7 @@ def test_each_registered_layer_method_claims_something() -> None:
 # --- merged adapters rest ---
 
 
-@pytest.mark.parametrize("method", [m for m in cases() if not dynamic(m)], ids=case_id)
+@pytest.mark.parametrize("method", [m for m in PATHS if not dynamic(m)], ids=case_id)
 def test_merged_adapters_rest(method: LinearMethod) -> None:
     model, x = injected(method, "rows"), inputs(4, torch.float32)
     merge(model)

@@ -16,14 +16,14 @@ from tests.adapters.cases import (
     OUT,
     adapted,
     adapters_of,
-    every_method,
+    every_path,
     inputs,
     network,
     the_adapter,
 )
 
 
-@every_method
+@every_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_low_precision_base(method: LinearMethod, dtype: torch.dtype) -> None:
     layer = adapted(method, spread=0.2, double=False, dtype=dtype)
@@ -40,7 +40,7 @@ def test_low_precision_base(method: LinearMethod, dtype: torch.dtype) -> None:
         assert parameter.grad.isfinite().all()
 
 
-@every_method
+@every_path
 def test_float64_base_with_float32_adapters(method: LinearMethod) -> None:
     layer = adapted(method, spread=0.2, double=False, dtype=torch.float64)
     assert layer(inputs()).dtype == torch.float64
@@ -70,7 +70,7 @@ def how_much_arrives(method: LinearMethod, dtype: torch.dtype, autocast: bool) -
     return ((arrived * wanted).sum() / wanted.square().sum()).item()
 
 
-@every_method
+@every_path
 @pytest.mark.parametrize(
     ("dtype", "autocast", "least"),
     # Adding to a bfloat16 output rounds: about a third of so small an update can arrive. float16 has room for it.
@@ -81,7 +81,7 @@ def test_a_small_update_is_not_lost(method: LinearMethod, dtype: torch.dtype, au
     assert least < how_much_arrives(method, dtype, autocast) < 1.1
 
 
-@every_method
+@every_path
 def test_autocast(method: LinearMethod) -> None:
     layer, x = adapted(method, spread=0.2, double=False), inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,7 +92,7 @@ def test_autocast(method: LinearMethod) -> None:
     assert all(p.grad.dtype == torch.float32 for p in the_adapter(layer).parameters())
 
 
-@every_method
+@every_path
 def test_runs_on_the_meta_device(method: LinearMethod) -> None:
     with torch.device("meta"):
         model = network()
@@ -101,7 +101,7 @@ def test_runs_on_the_meta_device(method: LinearMethod) -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-@every_method
+@every_path
 def test_initial_values_do_not_depend_on_the_default_device_or_dtype(method: LinearMethod) -> None:
     """Frameworks build networks under `torch.device(…)` and in low precision."""
     plain, other = network(), network()

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from pera_lightning.adapters import AuroRA, LinearMethod, LoRA
+from pera_lightning.adapters import HiRA, LinearMethod, LoRA
 from pera_lightning.adapters.adapted_layer import adapt_layer
 from pera_lightning.injection.inject import inject
 from tests.adapters.cases import (
     IN,
     OUT,
+    PATHS,
     adapted,
     case_id,
     every_method,
+    every_path,
     inputs,
-    linear_methods,
     network,
     randomise,
     starts_from_the_weight,
@@ -54,7 +55,7 @@ def expected_tensors(method: LinearMethod) -> dict[str, tuple[int, ...]]:
 # --- kinds of layers ---
 
 
-@every_method
+@every_path
 def test_conv1d_equals_linear(method: LinearMethod) -> None:
     from transformers.pytorch_utils import Conv1D
 
@@ -71,7 +72,7 @@ def test_conv1d_equals_linear(method: LinearMethod) -> None:
     assert model.proj.weight.shape == (IN, OUT)
 
 
-@every_method
+@every_path
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_slices(method: LinearMethod, mode: bool) -> None:
     model, plain = network(out=3 * OUT), network(out=3 * OUT)
@@ -91,7 +92,7 @@ def test_slices(method: LinearMethod, mode: bool) -> None:
     assert set(model.proj.adapters) == {"q", "v"}
 
 
-@every_method
+@every_path
 @pytest.mark.parametrize("name", ["q", "v"])
 def test_a_slice_equals_a_separate_layer(method: LinearMethod, name: str) -> None:
     model = network(out=3 * OUT)
@@ -107,7 +108,7 @@ def test_a_slice_equals_a_separate_layer(method: LinearMethod, name: str) -> Non
     torch.testing.assert_close(model(inputs())[:, rows], separate.eval()(inputs()))
 
 
-@every_method
+@every_path
 def test_the_layer_stays_the_same_object(method: LinearMethod) -> None:
     model, seen = network(), []
     layer, weight, bias = model.proj, model.proj.weight, model.proj.bias
@@ -133,7 +134,7 @@ def test_state_dict_names_and_shapes(method: LinearMethod) -> None:
     assert found == {f"adapters.all.{name}": shape for name, shape in expected_tensors(method).items()}
 
 
-@every_method
+@every_path
 def test_state_dict_round_trip(method: LinearMethod) -> None:
     layer = adapted(method)
     other = network()
@@ -144,7 +145,7 @@ def test_state_dict_round_trip(method: LinearMethod) -> None:
     assert torch.equal(layer(inputs()), other(inputs()))
 
 
-@every_method
+@every_path
 def test_deep_copies_are_independent(method: LinearMethod) -> None:
     layer, x = adapted(method), inputs()
     before, other = layer(x), copy.deepcopy(layer)
@@ -154,7 +155,7 @@ def test_deep_copies_are_independent(method: LinearMethod) -> None:
     assert torch.equal(layer(x), before)
 
 
-@every_method
+@every_path
 def test_pickle_round_trip(method: LinearMethod) -> None:
     layer = adapted(method)
     other = pickle.loads(pickle.dumps(layer))
@@ -162,16 +163,11 @@ def test_pickle_round_trip(method: LinearMethod) -> None:
     assert torch.equal(other(inputs()), layer(inputs()))
 
 
-# Compiling takes seconds: each method's defaults, and what takes another path through the code.
-COMPILED = [
-    *(cls() for cls in linear_methods().values()),
-    LoRA(init="pissa"),
-    AuroRA(train_mode="static", inference_mode="static"),
-]
+# Compiling takes seconds; slices of a fused projection are added in one of two ways: to the weight, or to the output.
+COMPILED = [*((method, False) for method in PATHS), (LoRA(), True), (HiRA(), True)]
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["whole", "rows"])
-@pytest.mark.parametrize("method", COMPILED, ids=case_id)
+@pytest.mark.parametrize(("method", "rows"), COMPILED, ids=[f"{case_id(m)}-{rows}" for m, rows in COMPILED])
 def test_compiles_to_one_graph(method: LinearMethod, rows: bool) -> None:
     torch._dynamo.reset()
     model = network(out=3 * OUT if rows else OUT)

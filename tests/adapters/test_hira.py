@@ -170,3 +170,16 @@ def test_equals_peft(bias: bool) -> None:
     z.square().sum().backward()
     torch.testing.assert_close(adapter.A.grad, A.grad)
     torch.testing.assert_close(adapter.B.grad, B.grad)
+
+
+def test_under_autocast_a_small_update_is_not_rounded_into_the_weight() -> None:
+    """The base makes nothing of this input, so the update is all there is; next to a 1 in bfloat16 it would be lost."""
+    model, x = network(bias=False), torch.zeros(1, IN)
+    torch.nn.init.ones_(model.proj.weight)
+    x[0, 0], x[0, 1] = 1.0, -1.0
+    inject(model, HiRA(rank=3), targets=["proj"], seed=0)
+    randomise(model, 0.02)
+    wanted = model(x)
+    assert 1e-4 < wanted.abs().max() < 2e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), wanted, rtol=0.05, atol=1e-5)

@@ -18,8 +18,9 @@ METHODS = [LoRA, PERA, HiRA, HiLoRA, AuroRA]
 RANKS = [(cls, name.name) for cls in METHODS for name in dataclasses.fields(cls) if name.name.endswith("rank")]
 
 
+# What else is refused as a number: tests/test_validation.py.
 @pytest.mark.parametrize(("cls", "name"), RANKS)
-@pytest.mark.parametrize("value", [0, -1, 2.5, True, "8"])
+@pytest.mark.parametrize("value", [0])
 def test_ranks_are_positive_integers(cls: type[Method], name: str, value: Any) -> None:
     company = {"reference": "svd"} if name == "reference_rank" else {}
     with pytest.raises(ConfigurationError, match=f"{name}={value!r}: a positive integer"):
@@ -37,7 +38,7 @@ def test_ranks_fit_the_layer(cls: type[Method], name: str) -> None:
 
 
 @pytest.mark.parametrize("cls", METHODS)
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", True])
+@pytest.mark.parametrize("value", [0])
 def test_scales_are_positive(cls: type[Method], value: Any) -> None:
     name = "scale" if cls is HiRA else "alpha"
     with pytest.raises(ConfigurationError, match=f"{name}={value!r}: a number above 0"):
@@ -45,7 +46,7 @@ def test_scales_are_positive(cls: type[Method], value: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", METHODS)
-@pytest.mark.parametrize("value", [1.0, -0.1, 1.5, float("nan"), "0.1", True])
+@pytest.mark.parametrize("value", [1.0, -0.1])
 def test_dropout_is_a_probability_below_one(cls: type[Method], value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"dropout=.*: a number in \[0, 1\)"):
         cls(dropout=value)

@@ -6,6 +6,7 @@ import pytest
 
 from pera_lightning.cli.messages import explain
 
+# What jsonargparse (4.53) and the classes that it builds really say; long lists are cut.
 CASES = {
     "a literal": (
         """
@@ -111,6 +112,132 @@ CASES = {
     "an option that is not known": (
         "unrecognized arguments: --trainer.max_epoch 3",
         "unknown option --trainer.max_epoch; closest: --trainer.max_epochs",
+    ),
+    "an option that a model does not take": (
+        """
+        Parser key "model":
+          Does not validate against any of the Union subtypes
+          Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+          Errors:
+            - Problem with given class_path 'pera_lightning.ImageClassificationModule':
+                Option 'lrr' is not accepted
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'jsonargparse._util.NestedArg'>
+          Given value: NestedArg(key='lrr', val='1')
+        """,
+        "model: ImageClassificationModule has no option 'lrr'; closest: lr, head_lr; it has model_name, ",
+    ),
+    "an option that another method takes": (
+        """
+        Parser key "adapter.method":
+          Problem with given class_path 'pera_lightning.adapters.HiRA':
+            Option 'alpha' is not accepted
+        """,
+        "adapter.method: HiRA has no option 'alpha'; closest: scale; it has rank, scale, ",
+    ),
+    "a class of a key that may be left out": (
+        """
+        Parser key "model":
+
+          - Expected a path but ImageClassifier either not accessible or invalid
+          - Does not validate against any of the Union subtypes
+          Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+          Errors:
+            - Expected a dot import path string: ImageClassifier
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'str'>
+          Given value: ImageClassifier
+        """,
+        "model: class 'ImageClassifier' is not known; there are ImageClassificationModule, or give a dotted path; "
+        "closest: ImageClassificationModule",
+    ),
+    "a class of another kind for a key that may be left out": (
+        """
+        Parser key "model":
+
+          - Expected a path but torch.nn.Linear either not accessible or invalid
+          - Does not validate against any of the Union subtypes
+          Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+          Errors:
+            - Import path does not correspond to a subclass of LightningModule
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'str'>
+          Given value: torch.nn.Linear
+        """,
+        "model: Import path does not correspond to a subclass of LightningModule",
+    ),
+    "a literal of a model": (
+        """
+        Parser key "model":
+          Does not validate against any of the Union subtypes
+          Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+          Errors:
+            - Problem with given class_path 'pera_lightning.ImageClassificationModule':
+                Parser key "lr_schedule":
+                  Expected a typing.Literal['linear', 'cosine', 'constant']. Got value: linea
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'jsonargparse._util.NestedArg'>
+          Given value: NestedArg(key='lr_schedule', val='linea')
+        """,
+        "model.lr_schedule: one of 'linear', 'cosine', 'constant' is needed; given linea; closest: linear",
+    ),
+    "several literals": (
+        """
+        Parser key "trainer.precision":
+          Does not validate against any of the Union subtypes
+          Subtypes: [typing.Literal[64, 32, 16], typing.Literal['16-true', 'bf16-true'], <class 'NoneType'>]
+          Errors:
+            - Expected a <class 'int'>
+            - Expected a typing.Literal['16-true', '16-mixed', 'bf16-true', 'bf16-mixed', '32-true', '64-true']
+            - Expected a typing.Literal['64', '32', '16', 'bf16']
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'str'>
+          Given value: bf17
+        """,
+        "trainer.precision: int or one of '16-true', '16-mixed', 'bf16-true', 'bf16-mixed', '32-true', '64-true' or "
+        "one of '64', '32', '16', 'bf16' is needed; given bf17; closest: bf16, bf16-true, bf16-mixed",
+    ),
+    "a data module that raised": (
+        """
+        Does not validate against any of the Union subtypes
+        Subtypes: [<class 'lightning.pytorch.core.datamodule.LightningDataModule'>, <class 'NoneType'>]
+        Errors:
+          - unknown transform 'fourier'; there are fourierft, center, timm, none; closest: fourierft
+          - Expected a <class 'NoneType'>
+        Given value type: <class 'jsonargparse._namespace.Namespace'>
+        Given value: Namespace(class_path='pera_lightning.ImageDataModule', init_args=Namespace(dataset='digits'))
+        """,
+        "unknown transform 'fourier'; there are fourierft, center, timm, none; closest: fourierft",
+    ),
+    "a class in a list": (
+        """
+        Parser key "trainer.callbacks":
+
+          - Expected a path but [{"class_path": "EarlyStoping"}] either not accessible or invalid
+          - Does not validate against any of the Union subtypes
+          Subtypes: [list[lightning.pytorch.callbacks.callback.Callback], <class 'NoneType'>]
+          Errors:
+            - Expected a dot import path string: EarlyStoping
+            - Not a valid subclass of Callback
+              Subclass types expect one of:
+              - a class path (str)
+              - a dict with class_path entry
+              - a dict without class_path but with init_args entry (class path given previously)
+              - a dict with parameters accepted by the base class (implicit class_path)
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'list'>
+          Given value: [{'class_path': 'EarlyStoping'}]
+        """,
+        "trainer.callbacks: class 'EarlyStoping' is not known; give a dotted path",
+    ),
+    "no value": (
+        "argument --adapter.method: expected one argument",
+        "argument --adapter.method: expected one argument",
+    ),
+    "a word too many": ("unrecognized arguments: extra", "unknown option extra"),
+    "what a class says about its values": (
+        "rank=0: a positive integer is needed",
+        "rank=0: a positive integer is needed",
     ),
     "anything else": ("first line\n   second line", "first line second line"),
 }

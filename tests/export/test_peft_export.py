@@ -51,8 +51,11 @@ def config(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("method", EXACT, ids=str)
+# Every method on one base, and every base with a method whose factors grow.
+PAIRS = [*(("gpt2", method) for method in EXACT), *((name, EXACT[4]) for name in BASES if name != "gpt2")]
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS, ids=[f"{method}-{name}" for name, method in PAIRS])
 def test_peft_gives_the_same_outputs(tmp_path, name, method):
     model, x = adapted(name, method), inputs(name)
     report = export_peft(model, tmp_path / "out", base_name="some/base")

@@ -15,7 +15,7 @@ from pera_lightning import adapter_state_dict, inject, load_adapter, merge, merg
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method, MoSLoRA
 from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import forgive_missing_base, remember_unfrozen
+from pera_lightning.injection.state import check_state, forgive_missing_base, frozen_names, remember_unfrozen
 
 METHODS = [
     LoRA(rank=2),
@@ -223,6 +223,19 @@ def test_trained_on_a_low_precision_base(tmp_path: Path, dtype: torch.dtype) -> 
     inject(model, LoRA(rank=2), ["0"])
     save_adapter(model, tmp_path)
     load_adapter(base(), tmp_path)
+
+
+def test_a_tensor_too_many() -> None:
+    model = adapted(LoRA(rank=2))
+    with pytest.raises(CheckpointError, match="x does not fit this model: 1 unexpected: more"):
+        check_state(model, {**adapter_state_dict(model), "more": torch.ones(1)}, "x")
+
+
+def test_what_other_code_trains_is_not_frozen() -> None:
+    model = adapted(LoRA(rank=2))
+    model[0].bias.requires_grad_(True)
+    assert frozen_names(model) == {"0.weight", "2.weight", "2.bias"}
+    assert "0.bias" in adapter_state_dict(model)
 
 
 def test_a_base_tensor_tied_to_the_head_is_the_heads() -> None:

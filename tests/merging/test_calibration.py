@@ -162,7 +162,7 @@ def without_adapters(model: nn.Module, x: Tensor) -> float:
     return ((model(x) - before).norm() / before.norm()).item()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_many_equal_tokens(seed: int) -> None:
     """As a layer of a time embedding gets: their centred moments are rounding, of either sign."""
     model, x = one_layer(), 10 * tokens(1, seed).expand(3001, WIDTH)

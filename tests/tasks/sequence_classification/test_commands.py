@@ -168,13 +168,10 @@ def test_the_config_is_the_small_one():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--data.task", "rtf"], "unknown task 'rtf'"),
         (["--data.protocol", "half"], "unknown split protocol 'half'"),
         (["--data.protocol", "own_test"], "has rows without label"),
         (["--data.task", "cola"], "has no column 'sentence'"),
         (["--model.num_labels", "3"], "num_labels=3, but the data has num_labels=2"),
-        (["--adapter.trainable", "[pooler]"], "are new and random and would stay so"),
-        (["--model.head_dropout", "1.5"], "head_dropout"),
     ],
 )
 def test_wrong_input_is_one_line(pera, base, rows, tmp_path, options, expected):

@@ -83,6 +83,18 @@ def row_of(path):
     return {"pera": "PERA", "aurora": "AuroRA"}[paper], size, task
 
 
+# One with a label and one with two of each method; the others have the same keys.
+BUILT = [path for path in GLUE if path.stem in FLAGSHIPS or path.stem.endswith("_stsb")]
+
+
+def keys_of(values, above=""):
+    """Every key of a config, with those above it, and the classes."""
+    if not isinstance(values, dict):
+        return {above}
+    classes = {f"{above}={values['class_path']}"} if "class_path" in values else set()
+    return classes.union(*(keys_of(value, f"{above}.{key}") for key, value in values.items()))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Size to a folder with a config.json and nothing else."""
@@ -100,7 +112,7 @@ def test_every_row_is_there():
     assert FLAGSHIPS.keys() <= {path.stem for path in GLUE}
 
 
-@by_name
+@pytest.mark.parametrize("path", BUILT, ids=[f"{path.parent.name}-{path.stem}" for path in BUILT])
 def test_built_and_injected(path, folders, monkeypatch):
     method, size, task = row_of(path)
     monkeypatch.setattr("sys.argv", ["pera"])  # Lightning warns where words are given twice
@@ -115,7 +127,6 @@ def test_built_and_injected(path, folders, monkeypatch):
     assert report.adapter_parameters == ADAPTERS[method, size]
     assert report.trainable_parameters == report.adapter_parameters + (width + 1) * width + (width + 1) * labels
     assert len(report.matched) == 2 * {"base": 12, "large": 24}[size]
-    assert f"{report.adapter_parameters:,} adapter parameters" in re.sub(r"\s*\n#\s*", " ", path.read_text())
 
 
 @by_name
@@ -139,6 +150,9 @@ def test_the_values_of_the_papers(path):
     assert trainer["max_epochs"] == epochs
     assert (data["task"], data["protocol"]) == (task, protocol)
     assert (data["batch_size"], data["max_length"]) == (batch, length)
+    assert f"{ADAPTERS[method, size]:,} adapter parameters" in re.sub(r"\s*\n#\s*", " ", path.read_text())
+    built = next(other for other in BUILT if row_of(other)[0] == method)
+    assert keys_of(config) == keys_of(yaml.safe_load(built.read_text()))
 
 
 def test_flagships_are_rows_of_the_papers():

@@ -57,9 +57,8 @@ def evaluated(folder, path, data, world):
     return SimpleNamespace(measured=measured, results=results, rows=rows)
 
 
-@pytest.mark.parametrize(("counts", "world"), [((11, 7), 2), ((10, 1), 3)])
-@pytest.mark.parametrize("classes", [1, 2])
-def test_every_example_counts_once(still, tmp_path, classes, counts, world):
+@pytest.mark.parametrize(("counts", "world", "classes"), [((11, 7), 2, 1), ((10, 1), 3, 2)])
+def test_every_example_counts_once(still, tmp_path, counts, world, classes):
     """Eleven rows and seven on two processes; ten and a single one on three, two of which have padding only."""
     sets = [sentences(count, classes, seed=count) for count in counts]
 

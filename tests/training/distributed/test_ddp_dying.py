@@ -27,7 +27,7 @@ def test_none_outlives_one_that_dies(tmp_path, launcher, rank, how):
     words = pera_words(tmp_path / "runs", "fit", *options, f"--trainer.callbacks.how={how}")
     if launcher == "torchrun":
         words = torchrun_words(words, nodes=1, node=0, port=free_port(), processes=2)
-    variables = environment(PYTHONPATH=ROOT / "tests" / "distributed")
+    variables = environment(PYTHONPATH=ROOT / "tests" / "training" / "distributed")
     (end,) = run_together([(words, variables)], tmp_path, LIMIT)
     assert end.code not in (None, 0), end.text[-3000:]
     assert not end.outlived, end.text[-3000:]

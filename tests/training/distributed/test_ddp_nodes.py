@@ -60,7 +60,10 @@ def slurm(folder, command, variables):
     """docs/slurm.sbatch as it is, with an srun of our own; the port is the job's last four digits and 15000."""
     bin_folder = folder.parent / "bin"
     bin_folder.mkdir(exist_ok=True)
-    for name, run in (("srun", f'"{sys.executable}" "{ROOT}/tests/distributed/loopback_srun.py"'), ("python", "")):
+    for name, run in (
+        ("srun", f'"{sys.executable}" "{ROOT}/tests/training/distributed/loopback_srun.py"'),
+        ("python", ""),
+    ):
         path = bin_folder / name
         path.write_text(f'#!/bin/sh\nexec {run or chr(34) + sys.executable + chr(34)} "$@"\n')
         path.chmod(0o755)

@@ -209,36 +209,47 @@ def test_the_first_of_several_draws_what_a_single_one_draws(vit, tmp_path):
     assert not torch.equal(one.draws[0], second.draws[0])
 
 
-@pytest.mark.parametrize("sampler", [None, subset], ids=["shuffled", "sampler"])
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_two_processes_resume_to_the_bit(vit, tmp_path, stop, sampler):
+STEPS = 9  # three an epoch
+
+
+def nine_steps(folder, vit, sampler, *callbacks, **options):
+    """A fit of three epochs on two processes, or what is left of it; what each of them had, and the end."""
+    folder.mkdir()
+    seeded()
+    data, method = Data(sampler=sampler), PERA(rank=2, dropout=0.3)
+    watched = [Seen(folder), Ends(folder / "end"), *callbacks]
+    fit(folder, vit, 2, data, method, callbacks=watched, max_epochs=3, **options)
+    return kept(folder, 2), torch.load(folder / "end")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(vit, tmp_path_factory):
+    """Fits that nothing stops, each run once."""
+    found = {}
+
+    def of(sampler):
+        if sampler not in found:
+            found[sampler] = nine_steps(tmp_path_factory.mktemp("undisturbed") / "run", vit, sampler)
+        return found[sampler]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("stop", "sampler"), [(2, None), (3, None), (4, None), (4, subset)], ids=["2", "3", "4", "4-sampler"]
+)
+def test_two_processes_resume_to_the_bit(vit, undisturbed, tmp_path, stop, sampler):
     """Three steps an epoch: stopped in the middle of one, at its end, and in the second."""
-    for name in ("whole", "stopped", "resumed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        seeded()
-        keep = ModelCheckpoint(tmp_path / name, filename="at", every_n_train_steps=stop, save_top_k=-1)
-        more = {"max_steps": stop} if name == "stopped" else {}
-        ckpt = str(next((tmp_path / "stopped").glob("*.ckpt"))) if name == "resumed" else None
-        method = PERA(rank=2, dropout=0.3)
-        fit(
-            folder,
-            vit,
-            2,
-            Data(sampler=sampler),
-            method,
-            callbacks=[Seen(folder), Ends(folder / "end"), keep],
-            ckpt=ckpt,
-            enable_checkpointing=True,
-            max_epochs=3,
-            **more,
-        )
-    for rank in (0, 1):
-        whole, resumed = (kept(tmp_path / name, 2)[rank] for name in ("whole", "resumed"))
+    keep = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=stop, save_top_k=-1)
+    nine_steps(tmp_path / "stopped", vit, sampler, keep, enable_checkpointing=True, max_steps=stop)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    ranks, ended = nine_steps(tmp_path / "resumed", vit, sampler, ckpt=str(checkpoint))
+    whole_ranks, whole_end = undisturbed(sampler)
+    for whole, resumed in zip(whole_ranks, ranks, strict=True):
+        assert len(whole.rows) == STEPS
         assert resumed.rows == whole.rows[stop:]
         assert all(torch.equal(a, b) for a, b in zip(resumed.draws, whole.draws[stop:], strict=True))
-    whole, resumed = (torch.load(tmp_path / name / "end") for name in ("whole", "resumed"))
-    assert_equal(whole, resumed)
+    assert_equal(whole_end, ended)
 
 
 class Ends(Callback):
