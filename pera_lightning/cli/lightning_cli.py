@@ -93,6 +93,12 @@ class PeraCLI(LightningCLI):
         }
         super().__init__(**{**defaults, **kwargs})
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is given alone: a parser of each takes a second to build, and one is used."""
+        every = LightningCLI.subcommands()
+        given = self._words[0] if self._words else None
+        return {given: every[given]} if given in every else every
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AdapterInjection, "adapter")
 
