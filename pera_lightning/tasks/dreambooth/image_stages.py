@@ -238,9 +238,9 @@ class ImageStagesModule(StepMeanModule):
         """Measures how like the subject's photographs, and its prompt, each image is."""
         if not images or self._similarity is None:
             return [{} for _ in images]
-        pictures = [read_image(folder / image.file) for image in images]
+        made = [read_image(folder / image.file) for image in images]
         references = self._about_data["reference_images"]()
-        return self._similarity.scores(pictures, [image.prompt for image in images], references)["images"]
+        return self._similarity.scores(made, [image.prompt for image in images], references)["images"]
 
     def _write_results(self, metrics: Mapping[str, float], **facts: Any) -> None:
         folder = self.trainer.log_dir

@@ -80,7 +80,7 @@ def _metadata(root: Path, files: Sequence[str]) -> dict[str, str]:
         values = [line.get(key) if isinstance(line, Mapping) else None for key in ("file_name", "text")]
         if not all(isinstance(value, str) and value.strip() for value in values):
             has = listed(map(str, line)) if isinstance(line, Mapping) else type(line).__name__
-            raise DataError(f"row {number} of {path} needs a file_name and a text, neither of them empty; it has {has}")
+            raise DataError(f"entry {number} of {path} needs a file_name and a text, neither empty; it has {has}")
         name, text = Path(values[0]).as_posix(), shorten(values[1])
         if name not in known:
             absent.append(name)
@@ -88,7 +88,7 @@ def _metadata(root: Path, files: Sequence[str]) -> dict[str, str]:
             raise DataError(f"{name} has two captions in {path}; keep one, or copy the image to train with both")
     if absent:
         raise DataError(
-            f"{path} has {len(absent)} row(s) for images that are not there: {listed(absent, 3)}; correct file_name "
+            f"{path} names {len(absent)} image(s) that are not there: {listed(absent, 3)}; correct file_name "
             "or remove them"
         )
     return found
@@ -105,7 +105,7 @@ def warn_of_unusual(photographs: Sequence[Photograph], folder: str, size: tuple[
             height, width = size_of(image)
             if height < size[0] or width < size[1]:  # scaled up, so blurred
                 small.append((height, width))
-            # Phones write JPEGs with a second picture in them (MPO), and they are no animations.
+            # Phones write JPEGs with a second image in them (MPO), which are not animations.
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 animated.append(photograph.path.name)
     of = f"of {len(photographs)} images in {folder}"

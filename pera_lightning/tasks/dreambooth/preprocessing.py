@@ -1,6 +1,6 @@
 """What the network sees of a photograph: upright, scaled, cropped and maybe flipped, as pixels in [-1, 1].
 
-SDXL is told of each picture the size it had, where it was cropped and the size it has now (its micro-conditioning,
+SDXL is told of each image the size it had, where it was cropped and the size it has now (its micro-conditioning,
 arXiv 2307.01952, section 2.2). A flip comes before the crop, so that the crop's place is one in what is seen.
 """
 

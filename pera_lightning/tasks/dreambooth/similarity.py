@@ -93,10 +93,10 @@ def _check(images: Sequence[Image.Image], prompts: Sequence[str], references: Se
     if isinstance(prompts, str) or len(prompts) != len(images):
         number = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise DataError(f"{len(images)} images and {number}; give a list with the prompt of each image")
-    for what, pictures in (("images", images), ("references", references)):
-        if not len(pictures):
+    for what, given in (("images", images), ("references", references)):
+        if not len(given):
             raise DataError(f"no {what} to compare; give at least one")
-        kinds = {type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)}
+        kinds = {type(one).__name__ for one in given if not isinstance(one, Image.Image)}
         if kinds:  # a tensor in [0, 1] would be scaled down by 255 once more, without a word
             raise DataError(f"{what} has {listed(sorted(kinds))}; give PIL images")
 

@@ -87,12 +87,12 @@ def test_no_note_where_all_or_none_have_captions(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "beside", "message"),
     [
-        ([row("05.png", "a"), row("00.png", "b")], None, r"1 row\(s\) for images that are not there: 05.png"),
+        ([row("05.png", "a"), row("00.png", "b")], None, r"names 1 image\(s\) that are not there: 05.png"),
         ([row("00.png", "a"), row("00.png", "b")], None, "00.png has two captions in .*metadata.jsonl; keep one"),
         ([row("00.png", "a")], "b", "00.png has two captions, in .*metadata.jsonl and in .*00.txt"),
-        ([row("00.png", " ")], None, "row 0 of .* neither of them empty; it has file_name, text, other"),
+        ([row("00.png", " ")], None, "entry 0 of .* neither empty; it has file_name, text, other"),
         ([{"file_name": "00.png", "caption": "a"}], None, "needs a file_name and a text.* has file_name, caption"),
-        (["00.png"], None, "row 0 of .* has str"),
+        (["00.png"], None, "entry 0 of .* has str"),
         ([], None, "has no rows"),
         ([row("00.png", "a")], " \n", "caption .*00.txt is empty"),
     ],
