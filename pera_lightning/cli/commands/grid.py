@@ -1,6 +1,6 @@
 """`grid`: the images of several runs side by side, at the same prompts and seeds: the figures of papers.
 
-Read with the standard library's parser, and without torch: the answer is there in less time than Lightning's import.
+Read with the standard library's parser, and without torch until the grid is drawn: wrong input is refused at once.
 """
 
 from __future__ import annotations
@@ -12,34 +12,26 @@ from pathlib import Path
 from typing import NoReturn
 
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed, megabytes, shorten
-from pera_lightning.tasks.dreambooth.image_grid import (
+from pera_lightning.tasks.dreambooth.image_folder import (
     FILE,
     FOLDER,
-    MOST_PIXELS,
     GeneratedImages,
-    check_shape,
-    labelled_grid,
+    read_image,
     read_images,
-    read_picture,
-    save_picture,
+    save_image,
 )
+from pera_lightning.tasks.dreambooth.image_grid import check_shape, labelled_grid, useful_side
 
 Pair = tuple[str, int]  # a prompt and a seed
 
 
 @dataclass(frozen=True)
 class Column:
-    """A run and its images.
+    """A run and its images."""
 
-    Attributes:
-        run: its folder, as given.
-        folder: of its images.
-        generated: what `images.json` says.
-    """
-
-    run: str
-    folder: Path
-    generated: GeneratedImages
+    run: str  # its folder, as given
+    folder: Path  # of its images
+    generated: GeneratedImages  # what `images.json` says
 
     @property
     def pairs(self) -> dict[Pair, Path]:
@@ -61,6 +53,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
         PeraError: for wrong input; nothing is written then.
     """
+    # All that can be wrong is found before images are read, which takes long.
     options = read_options(args)
     check_output(options.output, overwrite=options.overwrite)
     columns = [read_column(name) for name in options.runs]
@@ -70,32 +63,30 @@ def run(args: Sequence[str]) -> None:
             raise ConfigurationError(f"--runs {name}: given twice")
     if Path(options.output).resolve().parent in folders:
         raise ConfigurationError(f"--output {options.output} lies among a run's images: give another place")
+    # Columns are runs, rows what all of them have.
     labels = options.labels or column_labels(columns)
     if len(labels) != len(columns):
         raise ConfigurationError(f"--labels has {len(labels)} and --runs {len(columns)}: give a label for each run")
     rows = chosen(common(columns), columns, options.prompts, options.seeds)
     check_shape(len(rows), len(columns))
+    # Drawn at the size that a page shows.
+    side = useful_side(len(rows) * len(columns))
     files = [column.pairs for column in columns]
-    share = 2 * MOST_PIXELS / (len(rows) * len(columns))  # twice a cell's, so that scaling again loses nothing
-    images = [[read_picture(pairs[row], share) for pairs in files] for row in rows]
+    images = [[read_image(pairs[row], side) for pairs in files] for row in rows]
     grid = labelled_grid(images, [f"{shorten(prompt)}\nseed {seed}" for prompt, seed in rows], labels)
-    output = Path(options.output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        size = save_picture(grid, output)
+        size = save_image(grid, Path(options.output))
     except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written ({error.strerror}): give another --output") from None
+        raise ConfigurationError(
+            f"{options.output} cannot be written ({error.strerror}): give another --output"
+        ) from None
     names = ", ".join(shorten(label) for label in labels)
-    print(f"Wrote {output} ({megabytes(size)}): {len(rows)} prompts and seeds x {len(columns)} runs ({names})")
+    print(f"Wrote {options.output} ({megabytes(size)}): {len(rows)} prompts and seeds x {len(columns)} runs ({names})")
     print(*(f"  note: {note}\n" for note in notes(columns)), sep="", end="", flush=True)
 
 
 def read_options(args: Sequence[str]) -> Namespace:
-    """The options of `grid`.
-
-    Raises:
-        ConfigurationError: for an unknown one, or a value that is missing or none.
-    """
+    """Reads the options of `grid`; `ConfigurationError` names an unknown one, or one without a value."""
     parser = _Parser(prog="python cli.py grid", description=(run.__doc__ or "").splitlines()[0], allow_abbrev=False)
     many = {"nargs": "+", "action": "extend"}
     parser.add_argument("--runs", **many, metavar="RUN", help="folders of runs, each with the images of predict")
@@ -130,14 +121,7 @@ def check_output(path: str, *, overwrite: bool) -> None:
 
 
 def read_column(name: str) -> Column:
-    """A run's images.
-
-    Args:
-        name: folder of the run, or of its images.
-
-    Raises:
-        DataError: where there are none, or their list is damaged.
-    """
+    """Reads what images a run has; `name` is the folder of the run, or of its images."""
     path = Path(name)
     folder = path if path.name == FOLDER and (path / FILE).is_file() else path / FOLDER
     if not path.is_dir():
@@ -156,7 +140,7 @@ def read_column(name: str) -> Column:
 
 
 def column_labels(columns: Sequence[Column]) -> list[str]:
-    """The methods' names; where two are alike, with as much of the runs' folders as tells all runs apart."""
+    """Names the methods; if two are alike, with as much of the runs' folders as tells all runs apart."""
     methods = []
     for column in columns:
         adapter = column.generated.adapter
@@ -171,31 +155,21 @@ def column_labels(columns: Sequence[Column]) -> list[str]:
 
 
 def common(columns: Sequence[Column]) -> list[Pair]:
-    """The prompts and seeds that all runs have, in the first one's order.
-
-    Raises:
-        DataError: where there are none.
-    """
+    """Gives the prompts and seeds that all runs have, in the first one's order; `DataError` if there are none."""
     everywhere = set.intersection(*(set(column.pairs) for column in columns))
     if not everywhere:
-        held = "; ".join(f"{column.run} has {_held(column.pairs)}" for column in columns)
-        raise DataError(f"no prompt and seed in common: {held}; run predict with the same prompts and seeds")
+        held = []
+        for column in columns:
+            prompts, seeds = (dict.fromkeys(map(str, part)) for part in zip(*column.pairs, strict=True))
+            held.append(f"{column.run} has {listed(map(repr, prompts), 2)} with seeds {listed(seeds)}")
+        raise DataError(f"no prompt and seed in common: {'; '.join(held)}; run predict with the same prompts and seeds")
     return [pair for pair in columns[0].pairs if pair in everywhere]
-
-
-def _held(pairs: dict[Pair, Path]) -> str:
-    prompts, seeds = dict.fromkeys(prompt for prompt, _ in pairs), dict.fromkeys(str(seed) for _, seed in pairs)
-    return f"{listed(map(repr, prompts), 2)} with seeds {listed(seeds)}"
 
 
 def chosen(
     pairs: Sequence[Pair], columns: Sequence[Column], prompts: Sequence[str] | None, seeds: Sequence[str] | None
 ) -> list[Pair]:
-    """Those of `pairs` with the given prompts and seeds, in the order in which these were given.
-
-    Raises:
-        ConfigurationError: for a prompt or seed that not all runs have, and where nothing is left.
-    """
+    """Chooses those of `pairs` with the given prompts and seeds, in the order in which these were given."""
     wanted = [list(dict.fromkeys(words or ())) for words in (prompts, seeds)]
     for k, option in enumerate(("--prompts", "--seeds")):
         there = list(dict.fromkeys(str(pair[k]) for pair in pairs))
@@ -213,7 +187,7 @@ def chosen(
 
 
 def notes(columns: Sequence[Column]) -> list[str]:
-    """What makes the columns differ besides their adapters, and which images are left out."""
+    """Says what makes the columns differ besides their adapters, and which images are left out."""
     found = []
     made = [one.generated for one in columns]
     settings = [{"model_name": one.model_name, "optimizer steps": one.step, **one.sampling} for one in made]

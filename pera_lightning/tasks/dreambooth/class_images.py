@@ -1,6 +1,6 @@
-"""The folder of class images for prior preservation: which are there, which are missing, and whose they are.
+"""The folder of class images for prior preservation: which are there, which are missing, and how those are generated.
 
-Images that the base model made lie there under their numbers, and ``class_images.json`` beside them says of which
+Images that the base model generated lie there under their numbers, and ``class_images.json`` beside them says of which
 prompt and how. A folder with images and without that file holds the user's own photographs, and nothing is added.
 """
 
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pera_lightning.data.image_files import image_files
 from pera_lightning.errors import DataError, listed
 from pera_lightning.files import png
-from pera_lightning.tasks.dreambooth.latent_cache import write_in_one_step
+from pera_lightning.tasks.dreambooth.generate import ImageGenerator
+from pera_lightning.tasks.dreambooth.latent_cache import together, write_in_one_step
 from pera_lightning.tasks.dreambooth.photographs import Photograph, read_photographs
+from pera_lightning.training.distributed import all_gather_object
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +28,7 @@ _WHAT = (_PROMPT, "model_name")  # what images are of and by; how they were samp
 
 
 def class_image_name(number: int) -> str:
-    """The file of a class image that was made, by its number from 0."""
+    """Names the file of a generated class image, by its number from 0."""
     return f"{number:05d}.png"
 
 
@@ -34,17 +36,17 @@ class ClassImages:
     """A folder of class images.
 
     Args:
-        folder: made by `claim`.
-        prompt: of the class.
+        folder: the folder; made by `claim`.
+        prompt: the prompt of the class.
         count: images wanted; 0 takes those that are there.
 
     Attributes:
         own: whether the images are the user's own.
-        made: whether they are, or are to be, made by the base model up to `count`.
+        generated: whether the base model generates them, up to `count`.
 
     Raises:
-        DataError: where the folder is a file, its images are of another prompt, its record is damaged, or the user's
-            own are fewer than `count`; where `count` is 0 and there are none.
+        DataError: a folder that is a file, or whose images are of another prompt, or whose record is damaged; fewer
+            images of the user's own than `count`; none at all where `count` is 0.
     """
 
     def __init__(self, folder: str | Path, prompt: str, count: int) -> None:
@@ -53,11 +55,11 @@ class ClassImages:
             raise DataError(f"class_folder {folder} is a file; give a folder of class images, or one to be made")
         there = image_files(self.folder) if self.folder.is_dir() else []
         record = self._record()
-        self.own = record is None and bool(there)
-        self.made = not self.own and count > 0
+        self.own = record is None and bool(there)  # images that nobody said were generated
+        self.generated = not self.own and count > 0
         if record is not None:
             self._check({_PROMPT: prompt}, record)
-            there = [name for name in there if _is_number(name)]
+            there = [name for name in there if _is_number(name)]  # a grid laid beside them is not one
         if not count and not there:
             raise DataError(
                 f"class_folder {folder} has no images: put some there, or give num_class_images to have them made"
@@ -67,68 +69,53 @@ class ClassImages:
                 f"class_folder {folder} has {len(there)} images of your own, fewer than num_class_images={count}: add "
                 f"{count - len(there)}, lower it, or give an empty folder to have all of them made"
             )
-        made = list(map(class_image_name, range(count)))
-        self._files = there if not count else there[:count] if self.own else made
+        generated = list(map(class_image_name, range(count)))
+        self._files = there if not count else there[:count] if self.own else generated
 
     def photographs(self) -> list[Photograph]:
-        """The images to train with, in their order; those still `missing` among them.
-
-        Raises:
-            DataError: as `read_photographs`, where they are the user's own.
-        """
+        """Lists the images to train with, in their order, with those still `missing`."""
         if self.own:
             return read_photographs(str(self.folder), self.prompt, "class_folder")[: len(self._files)]
         return [Photograph(self.folder / name, self.prompt) for name in self._files]
 
     def missing(self) -> list[int]:
-        """Numbers of the images that are still to be made."""
-        wanted = range(self.count if self.made else 0)
+        """Gives the numbers of the images that are still to be generated."""
+        wanted = range(self.count if self.generated else 0)
         return [number for number in wanted if not (self.folder / class_image_name(number)).is_file()]
 
     def claim(self, made_by: Mapping[str, Any]) -> None:
-        """Writes down, before the first image, what they are made of; on one process only.
+        """Writes down, before the first image, what they are generated with; on one process only.
 
-        Args:
-            made_by: ``model_name`` and settings of the sampling, as primitives.
-
-        Raises:
-            DataError: where those in the folder are of another prompt or model, or some are missing and the others were
-                sampled otherwise; where it cannot be written.
+        Refuses a folder with images of another prompt or model, or with images that were sampled otherwise while some
+        are missing.
         """
         claimed = {_PROMPT: self.prompt, **json.loads(json.dumps(dict(made_by)))}
         record = self._record()
         if record is not None:
+            # Sampling settings matter only while some are missing: all are to be alike.
             compared = claimed if self.missing() else {name: claimed[name] for name in _WHAT if name in claimed}
             return self._check(compared, record)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
-                f"class_folder {self.folder} cannot be made: {error.strerror or error}; give another"
-            ) from error
+            reason = error.strerror or error
+            raise DataError(f"class_folder {self.folder} cannot be made: {reason}; give another") from error
         write_in_one_step(self.folder / RECORD, (json.dumps(claimed, indent=1) + "\n").encode())
         return None
 
     def add(self, number: int, image: Image.Image) -> Path:
-        """Writes a class image as PNG, in one step.
-
-        Raises:
-            DataError: where it cannot be written.
-        """
+        """Writes a class image as PNG atomically, so that a fit that is killed goes on from there."""
         path = self.folder / class_image_name(number)
         write_in_one_step(path, png(image))
         return path
 
     def require_all(self) -> None:
-        """Refuses to train while images are missing.
-
-        Raises:
-            DataError: naming how many.
-        """
+        """Raises `DataError` while images are missing."""
         if missing := self.missing():
             raise DataError(
                 f"{len(missing)} of {self.count} class images are missing in {self.folder}, from "
-                f"{class_image_name(missing[0])} on: the fit makes them at its start, where all processes must see them"
+                f"{class_image_name(missing[0])} on: the fit generates them at its start, where all processes must see "
+                "them"
             )
 
     def _record(self) -> dict[str, Any] | None:
@@ -138,15 +125,13 @@ class ClassImages:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path} cannot be read ({error}); give another class_folder, or delete this one"
-            ) from error
+            raise DataError(f"{path} cannot be read ({error}); give another class_folder, or delete it") from error
         if not isinstance(record, dict) or _PROMPT not in record:
-            raise DataError(f"{path} has no {_PROMPT}; give another class_folder, or delete this one")
+            raise DataError(f"{path} has no {_PROMPT}; give another class_folder, or delete it")
         return record
 
     def _check(self, wanted: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        """Refuses images that were made of something else."""
+        """Refuses images that were generated otherwise."""
         wrong = [name for name in wanted if record.get(name) != wanted[name]]
         if wrong:
             were = listed([f"{name} {record.get(name)!r}, not {wanted[name]!r}" for name in wrong], 3)
@@ -158,3 +143,49 @@ class ClassImages:
 def _is_number(name: str) -> bool:
     stem = name.removesuffix(".png")
     return stem.isdecimal() and name == class_image_name(int(stem))
+
+
+def generate_missing(
+    classes: ClassImages, generator: ImageGenerator, *, is_trained: bool, rank: int = 0, world: int = 1
+) -> None:
+    """Generates the images that a folder lacks, number n with seed n, by the network as it is; called by all processes.
+
+    Args:
+        classes: the folder.
+        generator: the generator with the base network.
+        is_trained: whether the network was trained already, so that it is not the base any more.
+        rank: rank of this process.
+        world: number of processes.
+
+    Raises:
+        DataError: images are missing and the network is trained; images in the folder that were generated otherwise.
+    """
+
+    def look() -> list[int]:
+        # Only the first process: others may look when the first has generated some already.
+        missing = classes.missing() if rank == 0 else []
+        if missing and is_trained:
+            raise DataError(
+                f"{len(missing)} of {classes.count} class images are missing in {classes.folder}, and a trained "
+                "network cannot generate them: start the fit without --ckpt_path, or give another class_folder with "
+                "images of your own"
+            )
+        if rank == 0 and classes.generated:
+            classes.claim(generator.made_by())
+        return missing
+
+    missing = all_gather_object(together(look))[0]
+    if missing and rank == 0:
+        print(f"Class images: {len(missing)} of {classes.count} are generated by the base", flush=True)
+    if missing:
+        generator.embed_beforehand([classes.prompt])  # UNet and VAE need the text encoders' memory
+
+    def generate() -> None:
+        # Each process a share of them; under FSDP2 all together each one, which the first writes.
+        for number in missing if generator.is_sharded else missing[rank::world]:
+            image = generator.generate([classes.prompt], [number])[0]
+            if rank == 0 or not generator.is_sharded:
+                classes.add(number, image)
+
+    together(generate)
+    together(classes.require_all)

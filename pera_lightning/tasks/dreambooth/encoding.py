@@ -1,90 +1,105 @@
-"""Images and prompts of training rows as what SDXL's encoders make of them: through the cache, each once."""
+"""Images and prompts as what SDXL's encoders make of them: in a training step, or beforehand through the cache.
+
+`latents` and `embeddings` are the one way to either; both the step and the cache go through them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
-from pera_lightning.errors import megabytes
+from pera_lightning.errors import DataError, listed, megabytes
 from pera_lightning.tasks.dreambooth import latent_cache as cache
-from pera_lightning.tasks.dreambooth.photographs import Photograph, file_sha256, open_image, seen, to_pixels
-from pera_lightning.tasks.dreambooth.training_examples import TrainingRows
+from pera_lightning.tasks.dreambooth.encoders import Encoders
+from pera_lightning.tasks.dreambooth.photographs import Photograph, file_sha256
+from pera_lightning.tasks.dreambooth.preprocessing import crop_to, open_image, to_pixels
 
-VAE_ADVICE = (
+_VAE_ADVICE = (
     "SDXL's VAE overflows in float16: leave vae out to run it in float32, or take madebyollin/sdxl-vae-fp16-fix; if it "
     "ran so, replace the image"
 )
 _TEXT_ADVICE = "let the text encoders run in float32"
 
 
-def encode(
-    rows: TrainingRows,
-    encoders: Any,
+def latents(encoders: Encoders, pixels: Tensor, ids: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """Encodes images (B, 3, H, W) in [-1, 1] into ``latent_mean`` and ``latent_std``, (B, 4, H/8, W/8) in float32."""
+    mean, std = encoders.latents(pixels, device)
+    _require_finite("latents of image", ids, (mean, std), _VAE_ADVICE)
+    return {"latent_mean": mean, "latent_std": std}
+
+
+def embeddings(encoders: Encoders, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """Embeds prompts by frozen text encoders: ``prompt_embeds`` (B, 77, D) and ``pooled_prompt_embeds`` (B, P)."""
+    embeds, pooled = encoders.prompts(list(prompts), device)
+    _require_finite("embeddings of prompt", [repr(prompt) for prompt in prompts], (embeds, pooled), _TEXT_ADVICE)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _require_finite(what: str, names: Sequence[str], tensors: Sequence[Tensor], advice: str) -> None:
+    finite = torch.stack([value.isfinite().flatten(1).all(1) for value in tensors]).all(0)  # (B,)
+    if not finite.all():
+        broken = dict.fromkeys(name for name, good in zip(names, finite.tolist(), strict=True) if not good)
+        raise DataError(f"{what} {listed(broken, 3)}: NaN or infinite; {advice}")
+
+
+def encode_photographs(
+    photographs: Sequence[Photograph],
+    encoders: Encoders,
     device: torch.device,
     *,
+    size: tuple[int, int],
     folder: Path,
     digests: Mapping[str, str],
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, cache.Tensors]:
-    """What the encoders make of the images and captions of rows, from the cache where it is there.
+    """Encodes images, cropped from the middle, and their captions, or reads them from the cache.
 
     Every process must call it, and has all of it afterwards. Equal images, and equal captions, share their tensors.
 
     Args:
-        rows: cut from the middle, not mirrored; all files are there.
-        encoders: with `latents`, `prompts` and `settings`.
+        photographs: the images; all files are there.
+        encoders: the VAE and the frozen text encoders.
         device: where they compute.
-        folder: of the cache.
+        size: height and width in pixels.
+        folder: the folder of the cache.
         digests: sha256 of files by id, as far as they are known.
-        rank: of this process.
-        world: processes.
+        rank: rank of this process.
+        world: number of processes.
 
     Returns:
         For each photograph's id: ``latent_mean``, ``latent_std`` (4, H/8, W/8), ``time_ids`` (6,), ``prompt_embeds``
         (77, D) and ``pooled_prompt_embeds`` (P,), float32 on the CPU.
-
-    Raises:
-        DataError: for a broken image, latents or embeddings that are not finite, and a cache that cannot be used.
     """
+    # Keys hold the content and the encoders' identity: equal content shares one file, another encoder takes others.
     settings = encoders.settings()
-    examples = [*rows.photographs, *rows.class_images]
     image_keys = {
-        one.id: cache.image_key(digests.get(one.id) or file_sha256(one.path), rows.size, rows.crop, settings["images"])
-        for one in examples
+        one.id: cache.image_key(digests.get(one.id) or file_sha256(one.path), size, "center", settings["images"])
+        for one in photographs
     }
-    prompt_keys = {one.caption: cache.prompt_key(one.caption, settings["prompts"]) for one in examples}
-    images = {image_keys[one.id]: one for one in reversed(examples)}
+    prompt_keys = {one.caption: cache.prompt_key(one.caption, settings["prompts"]) for one in photographs}
+    images = {image_keys[one.id]: one for one in reversed(photographs)}
     captions = {key: caption for caption, key in prompt_keys.items()}
 
-    def make(key: str) -> cache.Tensors:
+    def encode(key: str) -> cache.Tensors:
+        # One by one, so that a result does not depend on the images beside it.
         if key in captions:
-            return _prompt(encoders, captions[key], device)
-        return _image(encoders, images[key], rows.size, device)
+            made = embeddings(encoders, [captions[key]], device)
+        else:
+            image, time_ids = crop_to(open_image(images[key].path), size)
+            made = latents(encoders, to_pixels(image)[None], [images[key].id], device)
+            made["time_ids"] = time_ids[None]
+        return {name: value[0].detach().to("cpu", torch.float32).contiguous() for name, value in made.items()}
 
     keys = [*dict.fromkeys(image_keys.values()), *captions]
-    found, computed = cache.cached(folder, keys, make, rank=rank, world=world)
+    found, computed = cache.cached(folder, keys, encode, rank=rank, world=world)
     held = sum(value.nbytes for tensors in found.values() for value in tensors.values())
     rank_zero_info(
         f"Cached: {len(images)} images and {len(captions)} prompts, {megabytes(held)}; {computed} computed now, the "
         f"rest from {folder} or by other processes"
     )
-    return {one.id: {**found[image_keys[one.id]], **found[prompt_keys[one.caption]]} for one in examples}
-
-
-def _image(encoders: Any, photograph: Photograph, size: tuple[int, int], device: torch.device) -> cache.Tensors:
-    image, time_ids = seen(open_image(photograph.path), size)
-    # One by one, so that a result does not depend on the images beside it.
-    mean, std = encoders.latents(to_pixels(image)[None], device)
-    made = {"latent_mean": mean[0], "latent_std": std[0], "time_ids": time_ids}
-    return cache.require_finite(made, f"latents of image {photograph.path}", VAE_ADVICE)
-
-
-def _prompt(encoders: Any, prompt: str, device: torch.device) -> cache.Tensors:
-    embeds, pooled = encoders.prompts([prompt], device)
-    made = {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}
-    return cache.require_finite(made, f"embeddings of prompt {prompt!r}", _TEXT_ADVICE)
+    return {one.id: {**found[image_keys[one.id]], **found[prompt_keys[one.caption]]} for one in photographs}

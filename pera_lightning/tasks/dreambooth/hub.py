@@ -14,15 +14,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def local_folder(name: str, argument: str) -> str:
-    """The folder of that name; where there is none, that of the data set ``org/name`` of the hub.
-
-    Args:
-        name: a path, or ``org/name``. A path is returned as it is, whether it exists or not.
-        argument: that gave it, for messages.
-
-    Raises:
-        DataError: where it is no folder here, and the hub or its data set cannot be had.
-    """
+    """Returns a path as it is if it exists or is not ``org/name``; else fetches that data set of the hub."""
     if Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
         return name
     from huggingface_hub import snapshot_download
@@ -34,17 +26,11 @@ def local_folder(name: str, argument: str) -> str:
     try:
         return snapshot_download(name, repo_type="dataset", allow_patterns=[*patterns, "*.txt", METADATA])
     except GatedRepoError as error:  # also a RepositoryNotFoundError
-        raise DataError(
-            f"{here} the data set on {hub} is gated: ask for access on its page, then `hf auth login`, or give a folder"
-        ) from error
+        reason = f"the data set on {hub} is gated: ask for access on its page, then `hf auth login`", error
     except RepositoryNotFoundError as error:
-        raise DataError(
-            f"{here} there is no such data set on {hub} (or it is private); check the name, or give a folder"
-        ) from error
+        reason = f"there is no such data set on {hub} (or it is private): check the name", error
     except LocalEntryNotFoundError as error:
-        raise DataError(
-            f"{here} as a data set it is not in the cache and {hub} cannot be reached; set HF_ENDPOINT to a hub that "
-            "can, or give a folder"
-        ) from error
+        reason = f"as a data set it is not in the cache and {hub} cannot be reached: set HF_ENDPOINT to another", error
     except Exception as error:  # of the hub's client and the HTTP library of that: no common base
-        raise DataError(f"{here} as a data set of {hub} it cannot be had ({shorten(str(error))})") from error
+        reason = f"as a data set of {hub} it cannot be had ({shorten(str(error))}): try again", error
+    raise DataError(f"{here} {reason[0]}, or give a folder") from reason[1]

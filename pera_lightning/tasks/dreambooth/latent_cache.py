@@ -1,7 +1,7 @@
-"""What SDXL's encoders made of images and prompts, in files: computed once, and read ever after.
+"""The cache of latents and embeddings: a file each, computed once and read ever after.
 
 A file's name is a hash of all that decides its content, and of nothing else: the image's bytes or the prompt's text,
-how it is cut, and the encoders. Each process computes its share of them, so that no two write the same.
+how it is cropped, and the encoders. Each process computes its share of them, so that no two write the same.
 """
 
 from __future__ import annotations
@@ -27,21 +27,14 @@ _SUFFIX = ".safetensors"
 
 
 def default_folder() -> Path:
-    """Beside the tokenised rows."""
+    """Returns the cache's default place, beside the tokenised examples."""
     from pera_lightning.data.cached_tables import cache_folder
 
     return cache_folder() / "dreambooth"
 
 
 def image_key(sha256: str, size: tuple[int, int], crop: str, settings: Mapping[str, Any]) -> str:
-    """Names the latents of an image.
-
-    Args:
-        sha256: of its file.
-        size: height and width in pixels.
-        crop: how it is cut.
-        settings: of the encoder, primitives.
-    """
+    """Names the latents of an image."""
     return _key("image", {"sha256": sha256, "size": list(size), "crop": crop}, settings)
 
 
@@ -51,19 +44,13 @@ def prompt_key(prompt: str, settings: Mapping[str, Any]) -> str:
 
 
 def _key(kind: str, what: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    # Sorted, so that the order of the settings does not matter; with a format number, so that a later one can differ.
     facts = [_FORMAT, kind, what, dict(settings)]
     return f"{kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]}"
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a cache.
-
-    Raises:
-        DataError: where it, or one above it, is a file, or it cannot be written.
-    """
+    """Makes the folder of a cache."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,21 +60,16 @@ def make_folder(folder: Path) -> None:
 
 
 def write_in_one_step(path: Path, data: bytes) -> None:
-    """Writes a file of which no reader ever sees a part; its folder exists.
-
-    Raises:
-        DataError: where it cannot be written.
-    """
+    """Writes a file atomically; its folder exists."""
     try:
         atomic_write(path, data)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written: {error.strerror or error}; make room, or choose another folder"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"{path} cannot be written: {reason}; make room, or choose another folder") from error
 
 
 def read(folder: Path, key: str) -> Tensors | None:
-    """What the cache has under a key, or None; a damaged file is noted and counts as none."""
+    """Reads what the cache has under a key; None if that is nothing, or a damaged file, which is warned of."""
     from safetensors.torch import load
 
     path = folder / f"{key}{_SUFFIX}"
@@ -96,16 +78,14 @@ def read(folder: Path, key: str) -> Tensors | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # of safetensors, or of a disk
-        _note(f"cached {path} is damaged ({shorten(str(error))}) and is made anew")
-        return None
-    if not tensors or not all(torch.isfinite(value).all() for value in tensors.values()):
-        _note(f"cached {path} is damaged (no finite values) and is made anew")
-        return None
-    return tensors
-
-
-def _note(message: str) -> None:
-    warnings.warn(message, stacklevel=3)  # by whichever process has this file in its share
+        damage = shorten(str(error))
+    else:
+        if tensors and all(torch.isfinite(value).all() for value in tensors.values()):
+            return tensors
+        damage = "no finite values"
+    # On whichever rank has this file in its share.
+    warnings.warn(f"cached {path} is damaged ({damage}) and is made anew", stacklevel=2)
+    return None
 
 
 def write(folder: Path, key: str, tensors: Tensors) -> None:
@@ -116,15 +96,8 @@ def write(folder: Path, key: str, tensors: Tensors) -> None:
     write_in_one_step(folder / f"{key}{_SUFFIX}", save({name: value.clone() for name, value in tensors.items()}))
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
-
-
 def together(work: Callable[[], Any]) -> Any:
-    """Does a process's share of some work and waits for the others'; where one fails, all stop with its reason.
-
-    Raises:
-        DataError: where another process failed.
-    """
+    """Does a process's share of some work and waits for the others; if one fails, all stop with its reason."""
     result, failure = None, None
     try:
         result = work()
@@ -141,20 +114,17 @@ def together(work: Callable[[], Any]) -> Any:
 def cached(
     folder: Path, keys: Sequence[str], make: Callable[[str], Tensors], *, rank: int = 0, world: int = 1
 ) -> tuple[dict[str, Tensors], int]:
-    """What belongs to keys, from the cache where it is there; what is not is computed and kept.
+    """Reads what belongs to keys from the cache; computes and keeps what is missing.
 
     Args:
-        folder: of the cache; made.
-        keys: of `image_key` and `prompt_key`, each once, in the same order in every process.
+        folder: the folder of the cache; made.
+        keys: keys of `image_key` and `prompt_key`, each once, in the same order in every process.
         make: computes what belongs to a key: float32 tensors on the CPU.
-        rank: of this process, which computes every `world`-th.
-        world: processes.
+        rank: rank of this process, which computes every `world`-th.
+        world: number of processes.
 
     Returns:
         Tensors by key, and how many this process computed.
-
-    Raises:
-        DataError: where the folder cannot be used, or another process failed; and whatever `make` raises.
     """
     found: dict[str, Tensors] = {}
     computed = 0
@@ -174,24 +144,8 @@ def cached(
             get(key)
 
     together(share)
-    for key in keys:  # of the other processes; on a machine that does not see their files they are computed here too
+    # What other processes computed; on a machine that does not see their files it is computed here too.
+    for key in keys:
         if key not in found:
             get(key)
     return found, computed
-
-
-def require_finite(tensors: Tensors, what: str, advice: str) -> Tensors:
-    """The tensors in float32 on the CPU.
-
-    Args:
-        tensors: of one image or prompt.
-        what: names it.
-        advice: what to do; ends the message.
-
-    Raises:
-        DataError: where one holds NaN or infinity.
-    """
-    plain = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
-    if wrong := [name for name, value in plain.items() if not torch.isfinite(value).all()]:
-        raise DataError(f"{what}: NaN or infinite {listed(wrong)}; {advice}")
-    return plain

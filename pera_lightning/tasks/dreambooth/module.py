@@ -1,4 +1,4 @@
-"""DreamBooth on SDXL: a subject is taught to the UNet, and where wanted to both text encoders, from a few photographs.
+"""DreamBooth on SDXL: a subject is taught to the UNet, and if wanted to both text encoders, from a few photographs.
 
 Papers: DreamBooth (arXiv 2208.12242), SDXL (arXiv 2307.01952), min-SNR weights (arXiv 2303.09556); AuroRA (arXiv
 2505.18738) adapts SDXL's UNet here.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +16,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
-from pera_lightning.errors import ConfigurationError, DataError, listed, megabytes
+from pera_lightning.errors import ConfigurationError, listed, megabytes
+from pera_lightning.tasks.dreambooth import encoding
 from pera_lightning.tasks.dreambooth import loss as diffusion_loss
 from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
 from pera_lightning.tasks.dreambooth.encoders import Encoders
-from pera_lightning.tasks.dreambooth.encoding import VAE_ADVICE
-from pera_lightning.tasks.dreambooth.generate import Pictures
-from pera_lightning.tasks.dreambooth.networks import (
-    SDXLNetwork,
-    load_text_encoders,
-    load_unet,
-    noise_alphas,
-)
+from pera_lightning.tasks.dreambooth.generate import ImageGenerator
+from pera_lightning.tasks.dreambooth.image_stages import ImageStagesModule
+from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_text_encoders, load_unet
 from pera_lightning.training.fsdp2 import data_parallel_mesh
-from pera_lightning.training.normalised_loss import NormalisedLossModule
 from pera_lightning.training.optimizers import with_own_rate
 from pera_lightning.training.precision import DTYPES
 from pera_lightning.validation import check_choice, check_in_range, check_positive, check_positive_int
@@ -42,41 +36,43 @@ _TEXT = ("prompt_embeds", "pooled_prompt_embeds", "input_ids", "input_ids_2")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-class DreamBoothModule(NormalisedLossModule):
+class DreamBoothModule(ImageStagesModule):
     """Trains adapters of SDXL on photographs of a subject.
 
-    Training batches are dicts: ``pixel_values`` (B, 3, H, W) in [-1, 1] and ``prompts``, a list of text, or what the
-    encoders made of them, ``latent_mean`` and ``latent_std`` (B, 4, H/8, W/8), ``prompt_embeds`` (B, 77, D) and
-    ``pooled_prompt_embeds`` (B, P); with either, ``time_ids`` (B, 6), ``is_prior`` (B,) bool and ``ids``. The loss is
-    the squared error of what the UNet predicts: the mean over the subject's images, plus `prior_weight` times that
-    over the class images, each image by its own min-SNR weight. That of an optimizer step is one mean over all ranks
-    and accumulated batches. Logged: `train/loss`.
+    Training batches are dicts: ``latent_mean`` and ``latent_std`` (B, 4, H/8, W/8), ``prompt_embeds`` (B, 77, D) and
+    ``pooled_prompt_embeds`` (B, P), or what the step encodes, ``pixel_values`` (B, 3, H, W) in [-1, 1] and
+    ``prompts``, a list of text; with either, ``time_ids`` (B, 6), ``is_prior`` (B,) bool and ``ids``. The loss is the
+    squared error of what the UNet predicts: the mean over the subject's images, plus `prior_weight` times that over the
+    class images, each image by its own min-SNR weight. That of an optimizer step is one mean over all ranks and
+    accumulated batches. Logged: `train/loss`.
 
-    Validation, test and prediction make images of the data module's prompts and seeds, see `Pictures`; test measures
-    them (`test/dino`, `test/clip_i`, `test/clip_t`).
+    Validation, test and prediction generate images of the data module's prompts and seeds, see `ImageStagesModule`;
+    test measures them (`test/dino`, `test/clip_i`, `test/clip_t`).
 
     Attributes:
         trained_steps: optimizer steps that the network was trained for, those before this fit included.
+        encoders: the VAE and the frozen text encoders.
+        generator: generates images with the network as it is.
 
     Args:
         model_name: hub id or folder of a pipeline of SDXL.
         vae: another VAE, by hub id or folder, such as ``madebyollin/sdxl-vae-fp16-fix``, which runs in `base_dtype`;
             SDXL's own overflows there, and runs in float32.
-        adapt_text_encoders: makes both text encoders part of the network, where targets find their layers.
-        text_encoder_lr: learning rate of what is trained there, by default as elsewhere.
-        snr_gamma: of the min-SNR weights; 5 in their paper. By default all timesteps count alike.
-        noise_offset: standard deviation of what is added to the noise of a whole channel of an image.
-        prior_weight: of the loss of class images.
+        adapt_text_encoders: whether both text encoders are part of the network, so that targets find their layers.
+        text_encoder_lr: learning rate of adapters in the text encoders; by default as elsewhere.
+        snr_gamma: γ of the min-SNR weights; 5 in their paper. By default all timesteps count alike.
+        noise_offset: standard deviation of the noise that all pixels of a channel share.
+        prior_weight: weight of the loss of class images.
         prediction_type: what the UNet predicts; by default as its noise schedule says.
         optimizer: "adamw", or "adamw8bit", with moments in 8 bits (needs bitsandbytes).
-        activation_checkpointing: computes the activations of each block again in the backward instead of keeping them.
-        compile: compiles the UNet, after the injection.
+        activation_checkpointing: whether the activations of each block are computed again in the backward.
+        compile: whether the UNet is compiled, after the injection.
         revision: branch, tag or commit of the hub's repository.
-        variant: of the files of the weights, such as "fp16".
-        sampling_steps: of the images that are made.
-        guidance_scale: classifier-free guidance of the same; 1 is none.
+        variant: variant of the weights' files, such as "fp16".
+        sampling_steps: steps of the sampler for the images that are generated.
+        guidance_scale: scale of classifier-free guidance for them; 1 is none.
         dino: hub id or folder of the network that `test/dino` compares by; null leaves it out.
-        clip: of the network that `test/clip_i` and `test/clip_t` compare by; null leaves them out.
+        clip: hub id or folder of the network that `test/clip_i` and `test/clip_t` compare by; null leaves them out.
     """
 
     counted = "step_images"
@@ -121,10 +117,9 @@ class DreamBoothModule(NormalisedLossModule):
         check_choice(optimizer, "optimizer", ("adamw", "adamw8bit"))
         check_positive_int(sampling_steps, "sampling_steps")
         check_in_range(guidance_scale, "guidance_scale", ge=0)
-        self._schedule: tuple[Tensor, str] | None = None
         self.trained_steps = 0
         self.encoders = Encoders(model_name, vae=vae, dtype=DTYPES[base_dtype], revision=revision, variant=variant)
-        self._pictures = Pictures(self)
+        self.generator = ImageGenerator(self.encoders, self.hparams)
 
     # --- the network ---
 
@@ -135,11 +130,6 @@ class DreamBoothModule(NormalisedLossModule):
         if not h["adapt_text_encoders"]:
             return SDXLNetwork(unet)
         return SDXLNetwork(unet, *load_text_encoders(h["model_name"], **how))
-
-    def configure_model(self) -> None:
-        if hasattr(self.data, "check_cacheable") and self.trainer.state.fn == "fit":  # before anything is loaded
-            self.data.check_cacheable(self.hparams["adapt_text_encoders"])
-        super().configure_model()
 
     def finish_network(self) -> None:
         network = self.model
@@ -154,6 +144,8 @@ class DreamBoothModule(NormalisedLossModule):
             network.recompute_activations()
         if self.hparams["compile"]:
             network.unet.compile()
+        self.generator.network = network
+        self.generator.is_sharded = data_parallel_mesh(self) is not None
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if (rate := self.hparams["text_encoder_lr"]) is not None:
@@ -174,92 +166,53 @@ class DreamBoothModule(NormalisedLossModule):
     @property
     def schedule(self) -> tuple[Tensor, str]:
         """The noise schedule: ᾱ (T,) in float32, and what the UNet predicts."""
-        if self._schedule is None:
-            alphas, predicts = noise_alphas(self.hparams["model_name"], self.hparams["revision"])
-            predicts = self.hparams["prediction_type"] or predicts
-            diffusion_loss.check_prediction_type(predicts)
-            self._schedule = alphas, predicts
-        return self._schedule
-
-    def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, 77) of prompts for either text encoder, on the module's device."""
-        one, two = self.encoders.token_ids(prompts)
-        return one.to(self.device), two.to(self.device)
-
-    @property
-    def data(self) -> Any:
-        """The trainer's data module, or None."""
-        return getattr(self._trainer, "datamodule", None)
-
-    def embeddings(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, 77, D) and pooled (B, P) of prompts, by the text encoders as they are now."""
-        if self.hparams["adapt_text_encoders"]:
-            return self.model.embeddings(*self.token_ids(prompts))  # type: ignore[union-attr,operator]
-        return self.encoders.prompts(list(prompts), self.device)
+        return self.generator.schedule
 
     # --- training ---
 
+    def data_requirements(self) -> dict[str, Any]:
+        """States what the training images are encoded with, and what missing class images are generated with."""
+        return {
+            "encoders": self.encoders,
+            "generator": self.generator,
+            "adapts_text_encoders": self.hparams["adapt_text_encoders"],
+            "is_trained": self.trained_steps > 0,
+        }
+
     def on_fit_start(self) -> None:
+        """Frees the encoders' memory: class images are generated, and what is cached is encoded."""
         super().on_fit_start()
-        data = self.data
-        self._pictures.check()
-        self.trained_with = data.protocol() if hasattr(data, "protocol") else None
-        if hasattr(data, "class_images_missing"):
-            self._pictures.make_class_images(data)
-        if getattr(data, "cache", False):
-            share = {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
-            data.encode_with(self.encoders, self.device, **share)
-        freed = self.know_prompts("validation", *(() if getattr(data, "cache", False) else ("train",)))
-        if freed := freed + self.release_encoders():
+        self.trained_with = self._about_data.get("protocol")
+        prompts = self._about_data.get("prompts", {})
+        asked = [*prompts.get("validation", ())]
+        if not self._about_data.get("cached", False):
+            asked += prompts.get("train", ())
+        if freed := self.generator.embed_beforehand(asked) + self.release_vae():
             rank_zero_info(f"Of VAE and text encoders, what is not needed any more left memory: {megabytes(freed)}")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.trained_steps += 1
 
-    def know_prompts(self, *kinds: str) -> int:
-        """Embeds the prompts that the data module will ask for, so that frozen text encoders leave memory.
+    def encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Encodes what is not encoded in a batch: pixels into latents, prompts into embeddings.
 
-        Args:
-            kinds: "train", "class", "validation" or "test".
-
-        Returns:
-            Bytes that they leave.
+        Prompts for text encoders with adapters, which the network runs itself, become token ids.
         """
-        if self.hparams["adapt_text_encoders"] or not hasattr(self.data, "texts_of"):
-            return 0
-        if texts := [text for kind in kinds for text in self.data.texts_of(kind)]:
-            self.encoders.prompts([*dict.fromkeys([*texts, ""])], self.device)  # "": what guidance leads away from
-        return self.encoders.release(vae=False)
-
-    def release_encoders(self) -> int:
-        """Frees the VAE where the next batches do not need it; gives the bytes that it leaves."""
-        vae = getattr(self.data, "cache", False) or self.trainer.state.fn != "fit"
-        return self.encoders.release(vae=vae, text=False)
-
-    def _distribution(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, (B, 4, h, w) in float32."""
-        if "latent_mean" in batch:
-            return batch["latent_mean"].float(), batch["latent_std"].float()
-        mean, std = self.encoders.latents(batch["pixel_values"], self.device)
-        broken = ~(mean.isfinite() & std.isfinite()).flatten(1).all(1)
-        if broken.any():
-            names = [name for name, wrong in zip(batch["ids"], broken.tolist(), strict=True) if wrong]
-            raise DataError(f"latents of image {listed(names, 3)}: NaN or infinite; {VAE_ADVICE}")
-        return mean, std
-
-    def _text(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        given = {name: batch[name] for name in _TEXT if name in batch}
-        if given:
-            return given
+        batch = dict(batch)
+        if "latent_mean" not in batch:
+            batch |= encoding.latents(self.encoders, batch.pop("pixel_values"), batch["ids"], self.device)
+        if any(name in batch for name in _TEXT):
+            return batch
+        prompts = batch.pop("prompts")
         if self.hparams["adapt_text_encoders"]:
-            one, two = self.token_ids(batch["prompts"])
-            return {"input_ids": one, "input_ids_2": two}
-        embeds, pooled = self.encoders.prompts(batch["prompts"], self.device)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            one, two = self.encoders.token_ids(prompts)
+            return {**batch, "input_ids": one.to(self.device), "input_ids_2": two.to(self.device)}
+        batch |= encoding.embeddings(self.encoders, prompts, self.device)
+        return batch
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a batch says of each prompt: names and shapes."""
+        """Gives names and shapes of what an encoded batch says of each prompt."""
         if self.hparams["adapt_text_encoders"]:
             return {"input_ids": (TOKENS,), "input_ids_2": (TOKENS,)}
         config = self.model.unet.config  # type: ignore[union-attr]
@@ -269,23 +222,28 @@ class DreamBoothModule(NormalisedLossModule):
     def _shared_step(
         self, batch: Mapping[str, Any], t: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss, what it is summed over, and predictions (B, 4, h, w).
+        """Gives the summed loss, what it is summed over, and predictions (B, 4, h, w).
 
         Args:
-            batch: as the class says.
-            t: timesteps (B,), by default drawn.
-            generator: of the CPU, for noise that is the same each time; by default the device's own.
+            batch: a training batch.
+            t: timesteps (B,); drawn by default.
+            generator: a generator on the CPU, for noise that is the same each time; by default the device's own.
         """
         alphas, predicts = self.schedule
-        mean, std = self._distribution(batch)
+        batch = self.encoded(batch)
+        mean, std = batch["latent_mean"].float(), batch["latent_std"].float()
         how: dict[str, Any] = {"device": mean.device if generator is None else "cpu", "generator": generator}
+        # A sample of the VAE's distribution, anew in each step.
         latents = mean + std * torch.randn(mean.shape, **how).to(mean.device)
+        # Diffusion: the UNet sees latents with noise of a timestep each, and predicts the noise (or v).
         noise = diffusion_loss.offset_noise(mean.shape, self.hparams["noise_offset"], **how).to(mean.device)
         if t is None:
             t = torch.randint(len(alphas), mean.shape[:1], device=mean.device)
         noisy = diffusion_loss.add_noise(latents, noise, alphas, t)
-        prediction = self.model(noisy, t, batch["time_ids"], **self._text(batch))  # type: ignore[misc]
+        text = {name: batch[name] for name in _TEXT if name in batch}
+        prediction = self.model(noisy, t, batch["time_ids"], **text)  # type: ignore[misc]
         target = diffusion_loss.target(predicts, latents, noise, alphas, t)
+        # Each image by its own min-SNR weight; then class images by the prior's.
         gamma, weights = self.hparams["snr_gamma"], None
         if gamma is not None:
             weights = diffusion_loss.min_snr_weights(alphas, t, gamma, predicts)
@@ -304,47 +262,17 @@ class DreamBoothModule(NormalisedLossModule):
         super().on_load_checkpoint(checkpoint)
         self.trained_steps = int(checkpoint.get(_STEPS, checkpoint.get("global_step", 0)))
 
-    # --- images ---
-
-    def on_validation_epoch_start(self) -> None:
-        self._pictures.start("validate")
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._pictures.step(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._pictures.finish_validation()
-
-    def on_test_start(self) -> None:
-        self._pictures.start("test")
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._pictures.step(batch)
-
-    def on_test_epoch_end(self) -> None:
-        self._pictures.finish_test()
-
-    def on_predict_start(self) -> None:
-        self._pictures.start("predict")
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Of each image made: ``{"file", "prompt", "seed"}``."""
-        return [asdict(made) for made in self._pictures.step(batch)]  # which Lightning walks through
-
-    def on_predict_end(self) -> None:
-        self._pictures.finish_predict()
-
     # --- merging and export ---
 
     def outputs_and_loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Predictions (N, 4) for a batch, and their mean loss.
+        """Gives predictions (N, 4) for a batch, and their mean loss.
 
-        Each image is seen at several timesteps, spread over the schedule, which with the noise are drawn by the images'
-        ids: other for other images, and the same each time.
+        Each image is seen at several timesteps, spread over the schedule. They and the noise are drawn by a seed made
+        of the images' ids: other ones for other images, and the same each time.
         """
         seed = hashlib.sha256(repr(batch["ids"]).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little"))
-        spread = {name: repeated(value, _LEVELS) for name, value in batch.items()}
+        spread = {name: repeated(value, _LEVELS) for name, value in self.encoded(batch).items()}
         t = diffusion_loss.spread_timesteps(len(batch["ids"]), _LEVELS, len(self.schedule[0]), generator)
         summed, count, prediction = self._shared_step(spread, t.to(self.device), generator)
         return prediction.movedim(1, -1).flatten(0, -2), summed / count
@@ -386,10 +314,10 @@ class DreamBoothModule(NormalisedLossModule):
 
 
 def repeated(value: Any, times: int) -> Any:
-    """Every row of a tensor or list several times, next to one another."""
+    """Repeats every example of a tensor or list, copies next to one another."""
     if isinstance(value, Tensor):
         return value.repeat_interleave(times, 0)
-    return [row for row in value for _ in range(times)]
+    return [one for one in value for _ in range(times)]
 
 
 def _trains(module: nn.Module) -> bool:

@@ -1,4 +1,8 @@
-"""A Stable Diffusion XL pipeline as diffusers saves it, in a folder or on the hub: its files, and whether it is one."""
+"""A Stable Diffusion XL pipeline as diffusers saves it, in a folder or on the hub: its files, and whether it is one.
+
+Everywhere `name` is a hub id or folder, `revision` a branch, tag or commit of the hub's repository, `part` a network's
+folder there ("" for `name` itself), `variant` that of the weights' files, such as "fp16".
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,7 @@ _BLOCK, _BLOCKS = 1 << 16, 64  # bytes
 
 
 def find(name: str, file: str, revision: str | None = None) -> Path:
-    """A file of a folder or of a repository of the hub, fetched where it is not in the cache.
-
-    Args:
-        name: hub id, or folder.
-        file: its path there.
-        revision: branch, tag or commit of the hub's repository.
-
-    Raises:
-        ConfigurationError: where the folder, the repository or the file does not exist, or cannot be had.
-    """
+    """Finds a file of a folder or of a repository of the hub, fetched if it is not in the cache."""
     from transformers.utils import cached_file
 
     if Path(name).is_dir():
@@ -58,7 +53,7 @@ def _needed(file: str) -> str:
 
 
 def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
-    """What a JSON file of a folder or repository says; see `find`."""
+    """Reads a JSON file of a folder or repository; see `find`."""
     path = find(name, file, revision)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -70,14 +65,11 @@ def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Refuses what is no Stable Diffusion XL (arXiv 2307.01952) with both text encoders; gives its model_index.json.
-
-    Raises:
-        ConfigurationError: where it is another pipeline, a refiner, one for inpainting, or its parts do not fit.
-    """
+    """Refuses all but Stable Diffusion XL (arXiv 2307.01952) with both text encoders; returns its model_index.json."""
     if find_spec("diffusers") is None:
         raise ConfigurationError("Stable Diffusion XL needs diffusers: pip install 'pera-lightning[diffusion]'")
     index = read(name, INDEX, revision)
+    # The pipeline's class; a refiner has the same kind of UNet, and one text encoder.
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise ConfigurationError(f"model {name} is a {kind}, and Stable Diffusion XL ({PIPELINES[0]}) is needed")
@@ -86,6 +78,7 @@ def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
         raise ConfigurationError(
             f"model {name} has no {' and no '.join(lacking)}, as a refiner of Stable Diffusion XL: give the base model"
         )
+    # The UNet's inputs are as wide as the text encoders and the six sizes make them; inpainting has more channels.
     unet = read(name, "unet/config.json", revision)
     one, two = (read(name, f"{part}/config.json", revision) for part in ("text_encoder", "text_encoder_2"))
     width = one.get("hidden_size", 0) + two.get("hidden_size", 0)
@@ -117,14 +110,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def failed(error: Exception, name: str, part: str, variant: str | None) -> ConfigurationError:
-    """What kept a part's weights from loading, in one line.
-
-    Args:
-        error: raised by diffusers or transformers.
-        name: hub id or folder, as given.
-        part: folder of the part, such as "unet".
-        variant: of the weights, as given.
-    """
+    """Explains in one line why a network's weights could not be loaded."""
     what = f"{part} of model {name}" if part else f"model {name}"
     text = str(error)
     if "deserializing" in text or "Unable to load weights" in text or "git-lfs" in text:
@@ -138,7 +124,7 @@ def failed(error: Exception, name: str, part: str, variant: str | None) -> Confi
 
 
 def _variants(name: str, part: str) -> str:
-    """Which variants of weights a folder has, as the end of a sentence; the empty string where that is not known."""
+    """Says which variants of weights a folder has, as the end of a sentence; "" if that is not known."""
     files = sorted(file.name for file in (Path(name) / part).glob("*.safetensors*"))
     found = {match[1] for file in files if (match := re.search(r"\.([^.]+)\.(?:safetensors|index)", file))}
     found = {word for word in found if not re.search(r"-of-\d+$", word)}
@@ -148,21 +134,16 @@ def _variants(name: str, part: str) -> str:
 
 
 def identity(name: str, file: str, parts: Iterable[str], revision: str | None = None) -> str:
-    """What tells the parts from those of another revision or of a changed folder: the hub's commit, or a sha256.
+    """Identifies networks, to tell them from another revision's or a changed folder's: the hub's commit, or a sha256.
 
     The hash is of the JSON and text files, and of the size of every other file with 4 MB of it, evenly spaced: weights
-    of a network that was trained on differ everywhere.
-
-    Args:
-        name: hub id, or folder.
-        file: one that is there.
-        parts: folders that are looked at; "" is the folder itself.
-        revision: branch, tag or commit of the hub's repository.
+    of a network that was trained on differ everywhere. `file` is one that is there.
     """
     path = find(name, file, revision)
     if not Path(name).is_dir():
         commit = re.search(r"snapshots/([^/]+)/", path.as_posix())
         return commit[1] if commit else revision or "main"
+    # A folder has no commit: its files are hashed.
     digest = hashlib.sha256()
     for part in parts:
         for found in sorted(p for p in (Path(name) / part).iterdir() if p.is_file() and not p.name.startswith(".")):

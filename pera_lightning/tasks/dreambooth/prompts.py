@@ -1,4 +1,4 @@
-"""Prompts of a subject: what it is called, lists with ``{}`` for it, and the rows that images are made of."""
+"""Prompts of a subject: what it is called, lists with ``{}`` for it, and the examples that images are generated of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth.subject_prompts import SUBJECT, has_other_braces
 
-FILLER = -1  # the seed of a row that fills up
+FILLER = -1  # the seed of an example that fills up
 _PICTURE = "photo|photograph|picture|image|painting|drawing|rendering|portrait|close-?up|selfie|depiction"
 _OPENING = re.compile(rf"^(?:(?:\S+\s+){{0,3}}(?:{_PICTURE})\s+of\s+)?(?:(?:an?|the|my|one)\s+)?", re.IGNORECASE)
 _ENDING = re.compile(r"(?:[,.;:]|\s(?:in|on|at|with|under|by|near|against|standing|sitting)\b).*$", re.IGNORECASE)
@@ -34,7 +34,7 @@ class Subject:
 
 
 def names(prompt: str, identifier: str) -> bool:
-    """Whether a prompt has the identifier as words of their own, in whatever case (CLIP lowers it)."""
+    """Tells whether a prompt has the identifier as words of their own, in any case (CLIP lowers it)."""
     return re.search(_words_of_their_own(identifier), prompt, re.IGNORECASE) is not None
 
 
@@ -43,19 +43,22 @@ def _words_of_their_own(words: str) -> str:
 
 
 def subject_of(prompt: str, identifier: str | None = None, class_prompt: str | None = None) -> Subject:
-    """The subject of a prompt: "sks dog" of "a photo of sks dog in the park".
+    """Finds the subject of a prompt: "sks dog" in "a photo of sks dog in the park".
 
     Args:
         prompt: the instance prompt.
-        identifier: of the subject; otherwise what the prompt has before the words that it shares with `class_prompt`
+        identifier: the subject's word; by default what the prompt has before the words shared with `class_prompt`
             ("a photo of dog"), else the first word after "a photo of a".
         class_prompt: the same prompt without the identifier.
     """
+    # 1. What the prompt has after "a photo of a" and before a comma, "in", "on" and the like.
     noun = _noun(prompt)
+    # 2. The identifier: what the class prompt lacks, else the first word.
     if identifier is None:
         identifier = _beyond(noun.split(), _noun(class_prompt or "").split()) or noun.partition(" ")[0] or prompt
     if not names(prompt, identifier):
         return Subject(identifier, noun)
+    # 3. The class: what comes after it.
     after = re.split(_words_of_their_own(identifier), prompt, maxsplit=1, flags=re.IGNORECASE)[1]
     return Subject(identifier, _ENDING.sub("", after).strip())
 
@@ -65,7 +68,7 @@ def _noun(prompt: str) -> str:
 
 
 def _beyond(words: Sequence[str], of_class: Sequence[str]) -> str:
-    """The words before the end that two prompts share; none where they share none."""
+    """Gives the words before the end that two prompts share; none if they share none."""
     shared = 0
     while shared < min(len(words), len(of_class)) and words[-1 - shared].lower() == of_class[-1 - shared].lower():
         shared += 1
@@ -73,21 +76,17 @@ def _beyond(words: Sequence[str], of_class: Sequence[str]) -> str:
 
 
 def without(prompts: Iterable[str], identifier: str) -> list[str]:
-    """The prompts that do not have the identifier."""
+    """Gives the prompts that do not have the identifier."""
     return [prompt for prompt in prompts if not names(prompt, identifier)]
 
 
 def fill(prompts: Iterable[str], subject: Subject) -> list[str]:
-    """Prompts with the subject in place of ``{}``."""
+    """Puts the subject in place of ``{}``."""
     return [prompt.replace("{}", str(subject)) for prompt in prompts]
 
 
 def check_prompts(prompts: Sequence[str], argument: str) -> None:
-    """Refuses prompts that are empty or have braces other than ``{}``, and a text in place of a list.
-
-    Raises:
-        ConfigurationError: naming the argument.
-    """
+    """Refuses prompts that are empty or have braces other than ``{}``, and a text in place of a list."""
     if isinstance(prompts, str):
         raise ConfigurationError(f"{argument} takes a list of prompts; given {prompts!r}")
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -98,24 +97,15 @@ def check_prompts(prompts: Sequence[str], argument: str) -> None:
 
 
 def check_seeds(seeds: Sequence[int], argument: str) -> None:
-    """Refuses seeds that are out of range or come twice.
-
-    Raises:
-        ConfigurationError: naming the argument.
-    """
+    """Refuses seeds that are out of range or come twice."""
     if not seeds or not all(0 <= seed <= _LONGEST for seed in seeds):
         raise ConfigurationError(f"{argument} takes at least one number of 0 to 2^63 - 1; given {list(seeds)}")
     if len(set(seeds)) < len(seeds):
         raise ConfigurationError(f"{argument} has a seed twice, which would make the same image: {list(seeds)}")
 
 
-def generation_rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One image each: ``prompt``, ``seed``, and ``name``, a file stem that no other has; all seeds of a prompt first.
-
-    Args:
-        prompts: without ``{}``.
-        seeds: for each prompt.
-    """
+def generation_examples(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Lists an image each: ``prompt``, ``seed``, ``name``, a file stem of its own; all seeds of a prompt first."""
     digits = max(2, len(str(len(prompts) - 1)))
     return [
         {"prompt": prompt, "seed": seed, "name": f"{number:0{digits}d}-{_stem(prompt)}-seed{seed}"}
@@ -124,9 +114,9 @@ def generation_rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[s
     ]
 
 
-def blank(row: dict[str, Any]) -> dict[str, Any]:
-    """The same row as one that fills up."""
-    return {**row, "seed": FILLER}
+def blank(example: dict[str, Any]) -> dict[str, Any]:
+    """Gives the same example as one that fills up."""
+    return {**example, "seed": FILLER}
 
 
 def _stem(prompt: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_scheduler
+from pera_lightning.tasks.dreambooth.networks import SDXLNetwork
+from pera_lightning.tasks.dreambooth.noise_schedule import load_scheduler
 from pera_lightning.tasks.dreambooth.pipeline_files import check_size
 
 if TYPE_CHECKING:
@@ -65,29 +66,26 @@ def sample(
     prediction_type: str | None = None,
     embeddings: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """Images by diffusers' StableDiffusionXLPipeline, with the repository's scheduler.
+    """Samples images by diffusers' StableDiffusionXLPipeline, with the repository's scheduler.
 
     An image depends on its prompt, its seed (noise is drawn on the CPU) and the network, on nothing else. The network's
     modes and the state of random numbers are left as they were; the network acts in eval mode.
 
     Args:
         unet: the network, or its UNet.
-        encoders: give the VAE, and embeddings of prompts.
+        encoders: the VAE, and frozen text encoders.
         prompts: B texts.
-        seeds: as many.
-        height: of the images in pixels, a multiple of 8.
-        width: likewise.
-        steps: of the sampler.
-        guidance_scale: of classifier-free guidance; up to 1 there is none.
-        device: the network's.
+        seeds: B seeds.
+        height: pixels, a multiple of 8.
+        width: pixels, a multiple of 8.
+        steps: steps of the sampler.
+        guidance_scale: scale of classifier-free guidance; up to 1 there is none.
+        device: the network's device.
         prediction_type: what the UNet predicts; by default as the repository's scheduler says.
-        embeddings: makes embeddings of prompts, (B, 77, D) and pooled (B, P); by default the encoders do.
+        embeddings: embeds prompts, (B, 77, D) and pooled (B, P); by default the encoders do.
 
     Returns:
         (B, 3, height, width) in [0, 1], float32, on the device.
-
-    Raises:
-        ConfigurationError: for other sizes or numbers of steps, or where a part cannot be had.
     """
     check_size(height, width)
     scheduler = sampler(encoders, steps, prediction_type)
@@ -97,31 +95,30 @@ def sample(
     with _evaluating(network):
         pipeline = _pipeline(_Denoiser(network, device), scheduler)
         how = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+        # Guidance leads away from the empty prompt: two predictions a step.
         if guidance_scale > 1:
             embeds, pooled = encoders.unconditional(device, embed)
             how |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
         known: dict[str, tuple[Tensor, Tensor]] = {}
         images = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for prompt, seed in zip(prompts, seeds, strict=True):  # one by one, so that the batch decides nothing
             if prompt not in known:
                 known[prompt] = embed([prompt])
+            embeds, pooled = known[prompt]
             with _seeded(int(seed), device) as generator:
-                latents = _latents(pipeline, known[prompt], generator, how)
+                latents = pipeline(
+                    prompt_embeds=embeds,
+                    pooled_prompt_embeds=pooled,
+                    generator=generator,
+                    output_type="latent",
+                    **how,
+                ).images  # (1, 4, h, w)
             images.append(encoders.decode(latents, device))
         return torch.cat(images)
 
 
 def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) -> Any:
-    """The repository's scheduler.
-
-    Args:
-        encoders: of the repository.
-        steps: of the sampler.
-        prediction_type: what the UNet predicts; by default as the scheduler says.
-
-    Raises:
-        ConfigurationError: where it cannot be had, or takes no such number of steps.
-    """
+    """Makes the repository's scheduler, once it is known to take that many steps."""
     scheduler = load_scheduler(encoders.name, encoders.revision, prediction_type)
     most = scheduler.config.get("num_train_timesteps", steps)
     if not 1 <= steps <= most:
@@ -138,20 +135,9 @@ def _pipeline(denoiser: _Denoiser, scheduler: Any) -> Any:
     return pipeline
 
 
-def _latents(pipeline: Any, embeds: tuple[Tensor, Tensor], generator: torch.Generator, how: dict[str, Any]) -> Tensor:
-    """Latents of one image, (1, 4, h, w)."""
-    return pipeline(
-        prompt_embeds=embeds[0],
-        pooled_prompt_embeds=embeds[1],
-        generator=generator,
-        output_type="latent",
-        **how,
-    ).images
-
-
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """In eval mode, each module's own mode back afterwards."""
+    """Puts a network in eval mode, and each module's own mode back afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -163,7 +149,8 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """A generator on the CPU; torch's own are seeded too, for samplers that draw from these, and restored."""
+    """Gives a generator on the CPU; torch's own are seeded too, for samplers that draw from these, and restored."""
+    # Noise from the CPU is the same whatever device computes the image.
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.random.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How like a subject generated images are, and how like their prompts: DINO, CLIP-I and CLIP-T of DreamBooth.
+"""Similarity of generated images to a subject and to their prompts: DINO, CLIP-I and CLIP-T of DreamBooth.
 
 DreamBooth (arXiv 2208.12242, section 4): DINO and CLIP-I are mean cosines between the embeddings of generated and real
 images, CLIP-T is the cosine between an image's embedding and its prompt's.
@@ -6,7 +6,6 @@ images, CLIP-T is the cosine between an image's embedding and its prompt's.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +28,17 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # files that
 
 
 class Similarity:
-    """DINO and CLIP networks, and what they say of images. They are in float32 whatever the precision of the training.
+    """Measures images by DINO and CLIP networks, in float32 whatever the precision of the training.
 
-    No `nn.Module`, so that a Lightning module that holds one neither counts, saves nor shards it.
+    Not an `nn.Module`, so that a Lightning module that holds one neither counts, saves nor shards it.
 
     Args:
-        dino: hub id or folder of a vision transformer, by default the paper's ViT-S/16; None for no `dino`.
-        clip: hub id or folder of a CLIP model; None for neither `clip_i` nor `clip_t`.
+        dino: hub id or folder of a vision transformer, by default the paper's ViT-S/16; None leaves out `dino`.
+        clip: hub id or folder of a CLIP model; None leaves out `clip_i` and `clip_t`.
         device: where they are held.
 
     Raises:
-        ConfigurationError: where a model cannot be had or is of another kind, or there is none.
+        ConfigurationError: a model that cannot be had or is of another kind, or none at all.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Similarity:
             raise ConfigurationError("neither a DINO nor a CLIP model is given; name one, or leave the metrics out")
         self._images: dict[str, Callable[[Sequence[Image.Image]], Tensor]] = {}
         self._texts = None
-        self._known: dict[tuple[str, bytes], Tensor] = {}  # embeddings of references
         if dino is not None:
             self._images["dino"] = _Dino(dino, device).images
         if clip is not None:
@@ -62,12 +60,12 @@ class Similarity:
     def scores(
         self, images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[Image.Image]
     ) -> dict[str, Any]:
-        """Cosines of generated images, from -1 to 1.
+        """Computes cosines of generated images, from -1 to 1.
 
         Args:
             images: n generated images, of any sizes.
-            prompts: the prompt of each; CLIP reads no more than its 77 tokens of one.
-            references: photographs of the subject; each is embedded at its first call only.
+            prompts: the prompt of each, of which CLIP reads 77 tokens.
+            references: photographs of the subject.
 
         Returns:
             The means `dino`, `clip_i` (to all references) and `clip_t` (to the own prompt), without those whose model
@@ -80,21 +78,13 @@ class Similarity:
         columns = {}
         for key, embed in self._images.items():
             generated = embed(images)  # (n, D)
-            columns[key] = (generated @ self._once(key, embed, references).T).mean(1)
+            # Rows have length 1, so products are cosines: the mean over all photographs.
+            columns[key] = (generated @ embed(references).T).mean(1)
             if key == "clip_i" and self._texts is not None:
+                # And with each image's own prompt.
                 columns["clip_t"] = (generated * self._texts(prompts)).sum(1)
         rows = [dict(zip(columns, row, strict=True)) for row in torch.stack([*columns.values()], 1).tolist()]
         return {**{key: column.mean().item() for key, column in columns.items()}, "images": rows}
-
-    def _once(
-        self, key: str, embed: Callable[[Sequence[Image.Image]], Tensor], images: Sequence[Image.Image]
-    ) -> Tensor:
-        """Embeddings (m, D) of references, kept by their pixels."""
-        names = [(key, _digest(image)) for image in images]
-        new = {name: image for name, image in zip(names, images, strict=True) if name not in self._known}
-        if new:
-            self._known.update(zip(new, embed([*new.values()]), strict=True))
-        return torch.stack([self._known[name] for name in names])
 
 
 def _check(images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[Image.Image]) -> None:
@@ -103,30 +93,16 @@ def _check(images: Sequence[Image.Image], prompts: Sequence[str], references: Se
     if isinstance(prompts, str) or len(prompts) != len(images):
         number = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise DataError(f"{len(images)} images and {number}; give a list with the prompt of each image")
-    for what, pictures in (("images", images), ("references", references)):
-        if not len(pictures):
+    for what, given in (("images", images), ("references", references)):
+        if not len(given):
             raise DataError(f"no {what} to compare; give at least one")
-        kinds = {type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)}
+        kinds = {type(one).__name__ for one in given if not isinstance(one, Image.Image)}
         if kinds:  # a tensor in [0, 1] would be scaled down by 255 once more, without a word
             raise DataError(f"{what} has {listed(sorted(kinds))}; give PIL images")
 
 
-def _digest(image: Image.Image) -> bytes:
-    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.convert("RGB").tobytes()).digest()
-
-
-# ---- the networks ---------------------------------------------------------------------------------------------------
-
-
 class _Network:
-    """A frozen network of transformers and the image processor saved with it.
-
-    Args:
-        name: hub id or folder.
-        what: it is called in messages.
-        types: transformers' names of the kinds that fit.
-        device: where it is held.
-    """
+    """A frozen network of transformers and the image processor saved with it."""
 
     def __init__(self, name: str, what: str, types: Sequence[str], device: torch.device | str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -141,7 +117,7 @@ class _Network:
         if missing := sorted(found["missing_keys"]):
             raise ConfigurationError(
                 f"{what} model {name} has no weights for {len(missing)} of its tensors, which would be random: "
-                f"{listed(missing, 2)}; give one that was saved whole"
+                f"{listed(missing, 2)}; give one with all weights"
             )
         self.network = network.eval().requires_grad_(False).to(device)
         folder = Path(name)
@@ -152,24 +128,24 @@ class _Network:
         self.processor = _had(AutoImageProcessor.from_pretrained, name, f"{what} image processor")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of length 1, (n, D) float64 on the CPU."""
+        """Embeds images: (n, D) of length 1, float64 on the CPU."""
 
-        def embed(part: Sequence[Image.Image]) -> Tensor:
-            pixels = self.processor([image.convert("RGB") for image in part], return_tensors="pt")["pixel_values"]
+        def embed(batch: Sequence[Image.Image]) -> Tensor:
+            pixels = self.processor([image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
             return self.of_pixels(pixels.to(self.network.device, torch.float32))
 
         return self.normalised(embed, images)
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, D) of processed images (B, 3, H, W)."""
+        """Embeds processed images (B, 3, H, W): (B, D)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def normalised(self, embed: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
-        """What `embed` gives for parts of the items, as rows of length 1; outside of any autocast."""
+        """Embeds items batch by batch, outside of any autocast, and scales embeddings to length 1."""
         with torch.autocast(self.network.device.type, enabled=False):
-            parts = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-        return F.normalize(torch.cat(parts).cpu().double(), dim=-1)
+            batches = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+        return F.normalize(torch.cat(batches).cpu().double(), dim=-1)
 
 
 class _Dino(_Network):
@@ -198,11 +174,11 @@ class _Clip(_Network):
         return _tensor(self.network.get_image_features(pixel_values=pixels))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of length 1, (n, D) float64 on the CPU; equal texts are computed once."""
+        """Embeds texts: (n, D) of length 1, float64 on the CPU; equal texts are computed once."""
         longest = self.network.config.text_config.max_position_embeddings
 
-        def embed(part: Sequence[str]) -> Tensor:
-            ids = self.tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        def embed(batch: Sequence[str]) -> Tensor:
+            ids = self.tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             ids = ids.to(self.network.device)
             features = self.network.get_text_features(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
             return _tensor(features)
@@ -212,17 +188,15 @@ class _Clip(_Network):
 
 
 def _tensor(features: Any) -> Tensor:
-    """Features as transformers before 5 gives them; since then they are in the pooled output of another class."""
+    """Gives features as transformers before 5 does; since then they are the pooled output of another class."""
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def _had(load: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
-    """What a loader of transformers gives, or what kept it, in one line."""
+    """Calls a loader of transformers, whose errors become one line."""
     try:
         return load(name, **options)
     except SafetensorError as error:
-        raise ConfigurationError(
-            f"{what} {name}: a file of its weights is damaged ({error}); fetch it again"
-        ) from error
+        raise ConfigurationError(f"{what} {name}: a file of its weights is damaged; fetch it again") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise explained(error, name, what) from error

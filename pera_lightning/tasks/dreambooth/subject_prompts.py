@@ -39,10 +39,10 @@ _SECTIONS = {"object prompts": "object", "live subject prompts": "live"}
 
 
 def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
-    """The prompts of a file, as templates with `{}`.
+    """Reads the prompts of a file, as templates with `{}`.
 
     Args:
-        path: of a file with one prompt a line, where lines that begin with `#` count for nothing; or of the data set's
+        path: a file with one prompt a line, where lines that begin with `#` count for nothing; or the data set's
             prompts_and_classes.txt.
         subject: what the prompts are for, which decides between the lists of the data set's file: the name of a
             subject ("dog6") or words that end with a class ("sks dog"). Other files have one list for all.
@@ -58,6 +58,7 @@ def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path} is no file: give prompts as a list, or a file with one prompt a line")
     lines = [line.strip() for line in read_text(path).splitlines()]
+    # Python code of the data set's repository, or plain text.
     if any(_CALL in line or line.casefold() == _TABLE for line in lines):
         return _of_data_set(path, lines, subject)
     found = [
@@ -69,26 +70,22 @@ def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
 
 
 def has_other_braces(template: str) -> bool:
-    """Whether a template has braces other than ``{}``, which would stand in the prompt as they are."""
+    """Tells whether a template has braces other than ``{}``, which would stand in the prompt as they are."""
     return re.search(r"[{}]", template.replace(SUBJECT, "")) is not None
 
 
 def _checked(path: Path, number: int, template: str) -> str:
-    """The template of a line.
-
-    Raises:
-        DataError: it has braces other than `{}`, which would stand in the prompt as they are.
-    """
+    """Returns the template of a line, once it is checked."""
     if has_other_braces(template):
         raise DataError(f"{path}, line {number}: {template!r} has braces that are not {SUBJECT}; write {SUBJECT} alone")
     return template
 
 
 def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]:
-    """The list of the data set's file that fits a subject."""
+    """Reads the list of the data set's file that fits a subject."""
     classes: dict[str, str] = {}  # subject -> class
     prompts: dict[str, list[str]] = {kind: [] for kind in _SECTIONS.values()}
-    section = None
+    section = None  # the table of subjects, or one of the lists
     for number, line in enumerate(lines, start=1):
         if line.casefold() == _TABLE:
             section = "table"
@@ -104,6 +101,7 @@ def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]
                     f"{path}, line {number}: {line!r} is no prompt of the data set under the head of a list; take "
                     "its prompts_and_classes.txt as it is, or write one prompt a line with {}"
                 )
+            # "{0} {1}" are the identifier and the class, which {} stands for together.
             prompts[section].append(_checked(path, number, found["text"].replace("{0} {1}", SUBJECT)))
     kind = "live" if _class_of(path, subject, classes) in LIVE_CLASSES else "object"
     if not prompts[kind]:
@@ -112,7 +110,7 @@ def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]
 
 
 def _class_of(path: Path, subject: str | None, classes: dict[str, str]) -> str:
-    """The class of a subject: of the longest name or class that its words end with ("sks backpack dog" is no dog)."""
+    """Finds the class of a subject: that of the longest name that its words end with ("sks backpack dog" is no dog)."""
     known = {**{kind: kind for kind in classes.values()}, **classes}
     if subject is None:
         raise ConfigurationError(
@@ -130,5 +128,5 @@ def _class_of(path: Path, subject: str | None, classes: dict[str, str]) -> str:
 
 
 def _words(name: str) -> str:
-    """A name in small letters with single spaces: "bear_plushie" is "bear plushie"."""
+    """Writes a name in small letters with single spaces: "bear_plushie" is "bear plushie"."""
     return " ".join(name.casefold().replace("_", " ").split())

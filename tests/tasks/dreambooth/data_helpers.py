@@ -1,5 +1,7 @@
 """What the DreamBooth data tests share: pictures, a small data module, and a stand-in for SDXL's encoders."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from PIL import Image
@@ -49,10 +51,38 @@ class StandIn:
         return values[:, :, None].expand(-1, 77, 6).bfloat16(), values.expand(-1, 5).bfloat16()
 
 
-def data_module(folder, stage="fit", **arguments):
+class Generator:
+    """Stands in for an `ImageGenerator`: pictures by seed, of a model called "tiny"."""
+
+    is_sharded = False
+
+    def __init__(self, model="tiny"):
+        self.model, self.seeds = model, []
+
+    def made_by(self):
+        return {"model_name": self.model}
+
+    def embed_beforehand(self, prompts):
+        pass
+
+    def generate(self, prompts, seeds):
+        self.seeds += seeds
+        return [picture(16, 16, seed) for seed in seeds]
+
+
+def attach(data, encoders=None, generator=None, *, adapts_text_encoders=False, is_trained=False, **trainer):
+    """Gives a data module a trainer whose module has these encoders and this generator."""
+    required = {"encoders": encoders or StandIn(), "generator": generator or Generator()}
+    required |= {"adapts_text_encoders": adapts_text_encoders, "is_trained": is_trained}
+    module = SimpleNamespace(data_requirements=lambda: required)
+    data.trainer = SimpleNamespace(lightning_module=module, **trainer)
+    return data
+
+
+def data_module(folder, stage="fit", encoders=None, generator=None, **arguments):
     """A data module over `fill`'s folder, set up, at 16 pixels and uncached where not said otherwise."""
     usual = {"instance_prompt": PROMPT, "resolution": 16, "cache": False}
-    data = DreamBoothDataModule(str(folder), **{**usual, **arguments})
+    data = attach(DreamBoothDataModule(str(folder), **{**usual, **arguments}), encoders, generator)
     data.setup(stage)
     return data
 

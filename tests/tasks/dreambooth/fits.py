@@ -187,9 +187,9 @@ def assert_same(one, other):
 
 def picture_pixels(path, side=SIDE):
     """What the network sees of a photograph."""
-    from pera_lightning.tasks.dreambooth.photographs import open_image, seen, to_pixels
+    from pera_lightning.tasks.dreambooth.preprocessing import crop_to, open_image, to_pixels
 
-    return to_pixels(seen(open_image(path), (side, side))[0])
+    return to_pixels(crop_to(open_image(path), (side, side))[0])
 
 
 # --- beside fits ---

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from pera_lightning.adapters import PERA, LoRA
-from pera_lightning.tasks.dreambooth.image_grid import read_images
+from pera_lightning.tasks.dreambooth.image_folder import read_images
 from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 from tests.cli.trained_runs import refused
 from tests.run_helpers import run_pera
@@ -85,8 +85,8 @@ def test_predict_and_a_grid_of_two_methods(pera, runs, base, photos, tmp_path, o
     # What was made is of the trained network.
     one = read_images(runs.run / "images").images[3]
     assert one.seed == 1
-    ours._pictures.size = lambda: (SIDE, SIDE)
-    expected = np.asarray(ours._pictures.make([one.prompt], [one.seed])[0]).astype(int)
+    ours.generator.size = (SIDE, SIDE)
+    expected = np.asarray(ours.generator.generate([one.prompt], [one.seed])[0]).astype(int)
     assert abs(pixels(runs.run / "images" / one.file) - expected).max() <= 1
     file = tmp_path / "grid.png"
     result = pera("grid", "--runs", runs.folder / "pera", runs.folder / "aurora", "--output", file)
@@ -141,8 +141,8 @@ def test_a_merged_pipeline_makes_the_same_image(pera, runs, ours, tmp_path):
     assert (noise_of(pipe.unet) - noise_of(ours.model.unet)).abs().max() <= 1e-4
     how = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "guidance_scale": 5.0}
     image = pipe("a sks dog", generator=torch.Generator().manual_seed(4), **how).images[0]
-    ours._pictures.size = lambda: (SIDE, SIDE)
-    expected = ours._pictures.make(["a sks dog"], [4])[0]
+    ours.generator.size = (SIDE, SIDE)
+    expected = ours.generator.generate(["a sks dog"], [4])[0]
     assert abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 2
 
 

@@ -2,7 +2,6 @@
 
 import pickle
 from collections import Counter
-from types import SimpleNamespace
 
 import lightning.pytorch as L
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 import torch
 
 from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
-from pera_lightning.tasks.dreambooth import data as dreambooth
+from pera_lightning.tasks.dreambooth import class_images as dreambooth_classes
 from pera_lightning.tasks.dreambooth import latent_cache as dreambooth_cache
 from pera_lightning.tasks.dreambooth import subject_prompts
 from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
-from pera_lightning.tasks.dreambooth.photographs import seen, to_pixels
+from pera_lightning.tasks.dreambooth.preprocessing import crop_to, to_pixels
 from pera_lightning.training.data_order import Progress, make_resumable
-from tests.tasks.dreambooth.data_helpers import CPU, PROMPT, StandIn, data_module, drawn, fill, picture
+from tests.tasks.dreambooth.data_helpers import PROMPT, Generator, StandIn, attach, data_module, drawn, fill, picture
 
 CLASS = {"class_prompt": "a photo of dog"}
 
@@ -52,7 +51,7 @@ def test_a_training_batch(photos):
         assert not batch["is_prior"].any()
         captions |= dict(zip(batch["ids"], batch["prompts"], strict=True))
         for pixels, name in zip(batch["pixel_values"], batch["ids"], strict=True):
-            expected, _ = seen(picture(32, 48, seed=int(name[-6:-4])), (16, 32))
+            expected, _ = crop_to(picture(32, 48, seed=int(name[-6:-4])), (16, 32))
             assert torch.equal(pixels, to_pixels(expected))
     assert captions == {str(photos / f"0{n}.png"): text for n, text in enumerate((PROMPT, "sks dog asleep", PROMPT))}
 
@@ -123,7 +122,6 @@ def test_a_loader_resumes_in_the_middle_of_an_epoch(photos, tmp_path, cache):
         return make_resumable(data.train_dataloader(), lambda: Progress(epoch=0, batches=done, complete=False))
 
     kept = "time_ids" if cache else "pixel_values"
-    data.encode_with(StandIn(), CPU)
     torch.manual_seed(3)
     whole = loader()
     rest = []
@@ -141,33 +139,45 @@ def test_a_loader_resumes_in_the_middle_of_an_epoch(photos, tmp_path, cache):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, rest, strict=True))
 
 
-def test_a_loader_made_before_the_cache_was_filled_gives_cached_batches(photos, tmp_path):
-    """Lightning makes it when a module asks how many steps there are, before the fit starts."""
-    folder = tmp_path / "new"
-    data = data_module(
-        photos, cache=True, cache_dir=str(tmp_path / "cache"), class_folder=str(folder), num_class_images=5, **CLASS
-    )
+def test_class_images_are_generated_and_all_is_encoded_when_the_loader_is_asked_for(photos, tmp_path):
+    encoders, generator = StandIn(), Generator()
+    cache = {"cache": True, "cache_dir": str(tmp_path / "cache")}
+    options = {**cache, "class_folder": str(tmp_path / "new"), "num_class_images": 5, **CLASS}
+    data = data_module(photos, encoders=encoders, generator=generator, **options)
+    assert encoders.images == 0
+    assert generator.seeds == []
     loader = data.train_dataloader()
     assert len(loader) == 5
-    with pytest.raises(DataError, match="5 of 5 class images are missing"):
-        data.encode_with(StandIn(), CPU)
-    for number in data.class_images_missing({"model_name": "tiny"}):
-        data.add_class_image(number, picture(16, 16, number))
-    encoders = StandIn()
-    data.encode_with(encoders, CPU)
+    assert generator.seeds == [0, 1, 2, 3, 4]
     assert encoders.images == 8
     assert sorted(encoders.texts) == ["a photo of dog", PROMPT]
     batches = list(loader)
     assert all("latent_mean" in batch and "pixel_values" not in batch for batch in batches)
     assert [batch["is_prior"].tolist() for batch in batches] == [[False, True]] * 5
     assert len({batch["ids"][1] for batch in batches}) == 5
+    assert data.train_dataloader().dataset is loader.dataset  # which Lightning may ask for again
 
 
-def test_without_a_cache_encoding_does_nothing(photos):
-    data, encoders = data_module(photos), StandIn()
-    data.encode_with(encoders, CPU)
+def test_another_fit_encodes_by_its_own_encoders(photos, tmp_path):
+    data = data_module(photos, cache=True, cache_dir=str(tmp_path / "cache"))
+    before = data.train_dataloader().dataset
+    other = StandIn(vae="two")
+    attach(data, other).setup("fit")
+    assert data.train_dataloader().dataset is not before
+    assert other.images == 3
+
+
+def test_without_a_cache_nothing_is_encoded(photos):
+    encoders = StandIn()
+    assert "pixel_values" in drawn(data_module(photos, encoders=encoders))[0]
     assert encoders.images == 0
-    assert "pixel_values" in drawn(data)[0]
+
+
+def test_a_cache_needs_a_module_with_encoders(photos):
+    data = DreamBoothDataModule(str(photos), PROMPT)
+    data.setup("fit")
+    with pytest.raises(ConfigurationError, match="to have encoders: set cache=false"):
+        data.train_dataloader()
 
 
 @pytest.mark.parametrize(
@@ -179,47 +189,70 @@ def test_without_a_cache_encoding_does_nothing(photos):
     ],
 )
 def test_what_changes_is_not_cached(photos, arguments, adapted, reason):
+    def set_up(cache):
+        data = DreamBoothDataModule(str(photos), PROMPT, resolution=16, cache=cache, **arguments)
+        attach(data, adapts_text_encoders=adapted).setup("fit")
+
     with pytest.raises(ConfigurationError, match=f"{reason}.*: set cache=false"):
-        data_module(photos, cache=True, **arguments).check_cacheable(adapted)
-    data_module(photos, cache=False, **arguments).check_cacheable(adapted)
+        set_up(True)
+    set_up(False)
 
 
 # ---- class images ---------------------------------------------------------------------------------------------------
 
 
-def test_class_images_are_made_once_and_another_run_goes_on(photos, tmp_path):
-    arguments = {"class_folder": str(tmp_path / "new"), "num_class_images": 3, **CLASS}
-    data = data_module(photos, **arguments)
-    assert data.uses_prior
-    assert data.class_images_missing({"model_name": "tiny"}) == [0, 1, 2]
-    data.add_class_image(1, picture(16, 16))
-    again = data_module(photos, **arguments)
-    assert again.class_images_missing({"model_name": "tiny"}) == [0, 2]
+def test_class_images_are_generated_once_and_another_run_goes_on(photos, tmp_path):
+    folder = tmp_path / "new"
+    arguments = {"class_folder": str(folder), "num_class_images": 3, **CLASS}
+
+    def fit(model="tiny"):
+        generator = Generator(model)
+        data = data_module(photos, generator=generator, **arguments)
+        assert data.uses_prior
+        assert len(drawn(data)) == 3
+        return generator.seeds
+
+    assert fit() == [0, 1, 2]
+    assert fit() == []
+    (folder / "00001.png").unlink()
     with pytest.raises(DataError, match="made with model_name 'tiny', not 'other'"):
-        again.class_images_missing({"model_name": "other"})
-    for number in (0, 2):
-        again.add_class_image(number, picture(16, 16))
-    assert again.class_images_missing({"model_name": "tiny"}) == []
+        fit("other")
+    assert fit() == [1]
     with pytest.raises(DataError, match="made with model_name 'tiny', not 'other'"):
-        again.class_images_missing({"model_name": "other"})
-    assert len(drawn(again)) == 3
+        fit("other")
     assert not data_module(photos).uses_prior
-    assert data_module(photos).class_images_missing() == []
+
+
+@pytest.mark.parametrize("trained", [{"is_trained": True}, {"ckpt_path": "last.ckpt"}])
+def test_a_trained_network_generates_none(photos, tmp_path, trained):
+    options = {"class_folder": str(tmp_path / "new"), "num_class_images": 3, **CLASS}
+    data = attach(DreamBoothDataModule(str(photos), PROMPT, resolution=16, cache=False, **options), **trained)
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"3 of 3 class images are missing in .* without --ckpt_path"):
+        data.train_dataloader()
+    assert not (tmp_path / "new").exists()
 
 
 def test_every_process_has_the_list_of_the_first(photos, tmp_path, monkeypatch):
-    """The others may look only when the first makes images already."""
-    data = data_module(photos, class_folder=str(tmp_path / "new"), num_class_images=3, **CLASS)
-    data.trainer = SimpleNamespace(is_global_zero=False)
-    for part in (dreambooth, dreambooth_cache):
-        monkeypatch.setattr(part, "all_gather_object", lambda own: [None if own is None else [0, 2], own])
-    assert data.class_images_missing({"model_name": "tiny"}) == [0, 2]
-    assert not (tmp_path / "new").exists()
+    """The others may look only when the first generates images already."""
+    generator = Generator()
+    options = {"class_folder": str(tmp_path / "new"), "num_class_images": 3, **CLASS}
+    data = DreamBoothDataModule(str(photos), PROMPT, resolution=16, cache=False, **options)
+    attach(data, generator=generator, global_rank=1, world_size=2).setup("fit")
+    (tmp_path / "new").mkdir()
+
+    def gather(own):
+        return [[0, 2] if isinstance(own, list) else None, own]
+
+    for part in (dreambooth_classes, dreambooth_cache):
+        monkeypatch.setattr(part, "all_gather_object", gather)
+    with pytest.raises(DataError, match=r"2 of 3 class images are missing in .* where all processes must see them"):
+        data.train_dataloader()
+    assert generator.seeds == [2]
 
 
 def test_photographs_of_ones_own_are_never_added_to(photos):
     data = with_prior(photos, 4, num_class_images=2)
-    assert data.class_images_missing({"model_name": "tiny"}) == []
     assert {name for b in drawn(data) for name in b["ids"] if "class" in name} == {
         str(photos.parent / "class" / f"{n}.png") for n in (50, 51)
     }
@@ -268,7 +301,7 @@ def test_references_are_what_the_network_sees_each_content_once(photos):
     images = data.reference_images()
     assert [image.size for image in images] == [(32, 16)] * 3
     for number, image in enumerate(images):
-        assert np.array_equal(np.asarray(image), np.asarray(seen(picture(32, 48, number), (16, 32))[0]))
+        assert np.array_equal(np.asarray(image), np.asarray(crop_to(picture(32, 48, number), (16, 32))[0]))
 
 
 def test_the_protocol_says_what_was_trained_on(photos):
@@ -293,11 +326,11 @@ class Probe(L.LightningModule):
         self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), {"train": [], "val": [], "test": []}
 
     def configure_optimizers(self):
-        assert self.trainer.estimated_stepping_batches == 2  # makes the loader, before the cache is filled
+        assert self.trainer.estimated_stepping_batches == 2
         return torch.optim.SGD([self.weight], 0.1)
 
-    def on_fit_start(self):
-        self.trainer.datamodule.encode_with(StandIn(), self.device)
+    def data_requirements(self):
+        return {"encoders": StandIn()}
 
     def training_step(self, batch, batch_idx):
         self.seen["train"].append(batch)
@@ -332,11 +365,11 @@ def test_lightning_trains_on_cached_batches_and_validates_where_there_are_prompt
     ("arguments", "error", "message"),
     [
         ({"resolution": 100}, ConfigurationError, "given 100: take 96 or 104"),
-        ({"crop": "centre"}, UnknownNameError, "unknown crop 'centre'; there are center, random; closest: center"),
-        ({"batch_size": 0}, ConfigurationError, "batch_size must be at least 1; given 0"),
-        ({"repeats": 0}, ConfigurationError, "repeats must be at least 1; given 0"),
-        ({"num_workers": -1}, ConfigurationError, "num_workers must be at least 0"),
-        ({"num_class_images": -1}, ConfigurationError, "num_class_images must be at least 0"),
+        ({"crop": "centre"}, UnknownNameError, "crop='centre' does not exist; one of center, random; closest: center"),
+        ({"batch_size": 0}, ConfigurationError, "batch_size=0: an integer of at least 1"),
+        ({"repeats": 0}, ConfigurationError, "repeats=0: an integer of at least 1"),
+        ({"num_workers": -1}, ConfigurationError, "num_workers=-1: an integer of at least 0"),
+        ({"num_class_images": -1}, ConfigurationError, "num_class_images=-1: an integer of at least 0"),
         ({"instance_prompt": " "}, ConfigurationError, "instance_prompt is empty"),
         ({"identifier": ""}, ConfigurationError, "identifier is empty"),
         ({"class_folder": "c"}, ConfigurationError, "class_folder without class_prompt"),

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pera_lightning.adapters import PERA, AuroRA
-from pera_lightning.tasks.dreambooth.generate import grid_of
-from pera_lightning.tasks.dreambooth.image_grid import GeneratedImage, read_images
+from pera_lightning.tasks.dreambooth.image_folder import GeneratedImage, GeneratedImages, read_images
+from pera_lightning.tasks.dreambooth.image_stages import StageImages
 from pera_lightning.tasks.dreambooth.similarity import Similarity
 from tests.tasks.dreambooth import fits as fits
 from tests.tasks.dreambooth.fits import base_fixture, data, fit, make_trainer, module, photos_fixture
@@ -104,11 +104,11 @@ def test_validation_writes_each_image_and_their_grid(validated):
 
 
 def test_the_grid_is_labelled_by_step_prompts_and_seeds(base, photos, tmp_path, monkeypatch):
-    from pera_lightning.tasks.dreambooth import generate as dreambooth_pictures
+    from pera_lightning.tasks.dreambooth import image_stages
 
     drawn = []
-    original = dreambooth_pictures.labelled_grid
-    monkeypatch.setattr(dreambooth_pictures, "labelled_grid", lambda *given: drawn.append(given) or original(*given))
+    original = image_stages.labelled_grid
+    monkeypatch.setattr(image_stages, "labelled_grid", lambda *given: drawn.append(given) or original(*given))
     rows = data(photos, validation_prompts=PROMPTS, validation_seeds=[3, 0])
     fit(tmp_path, module(base), rows)
     ((images, prompts, seeds, title),) = drawn
@@ -300,11 +300,14 @@ def test_an_image_is_that_of_validation_test_and_predict(base, photos, tmp_path)
     assert all((one == found[0]).all() for one in found)
 
 
-def test_more_images_than_a_grid_holds_have_none():
-    image = Image.new("RGB", (8, 8))
-    many = [(GeneratedImage(f"{k}.png", "a dog", k), image) for k in range(501)]
-    assert grid_of(many) is None
-    assert grid_of(many[:3]) is not None
+def test_more_images_than_a_grid_holds_have_none(tmp_path):
+    for count in (3, 41):
+        stage = StageImages(tmp_path / str(count), writes=True)
+        made = [stage.add(f"{seed}", "a dog", seed, Image.new("RGB", (8, 8))) for seed in range(count)]
+        stage.finish(GeneratedImages("m", None, 0, {}, tuple(made)))
+        assert (stage.grid is None) is (count == 41)
+        assert (tmp_path / str(count) / "grid.png").is_file() is (count == 3)
+        assert read_images(tmp_path / str(count)).images[0] == GeneratedImage("0.png", "a dog", 0)
 
 
 def test_a_fast_dev_run_writes_nothing(base, photos, tmp_path):

@@ -236,7 +236,7 @@ def test_the_global_generator_is_the_default():
     [
         ("sample", ConfigurationError, "no loss here; give a model that predicts epsilon or v_prediction"),
         ("v_predicton", UnknownNameError, "closest: v_prediction"),
-        (None, UnknownNameError, "there are epsilon, v_prediction"),
+        (None, UnknownNameError, "one of epsilon, v_prediction"),
     ],
 )
 def test_prediction_types_that_there_are_not(kind, error, words):
@@ -249,5 +249,5 @@ def test_prediction_types_that_there_are_not(kind, error, words):
 
 @pytest.mark.parametrize("gamma", [0, -1.0, math.inf, math.nan])
 def test_gamma_is_a_positive_number(gamma):
-    with pytest.raises(ConfigurationError, match=r"gamma is .*; a positive number"):
+    with pytest.raises(ConfigurationError, match=r"snr_gamma=.*: a number above 0 is needed"):
         min_snr_weights(schedule(), torch.tensor([1]), gamma, "epsilon")

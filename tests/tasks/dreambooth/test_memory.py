@@ -9,6 +9,7 @@ from pera_lightning.errors import DataError
 from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
 from pera_lightning.tasks.dreambooth.encoders import Encoders
 from tests.tasks.dreambooth import fits as fits
+from tests.tasks.dreambooth.data_helpers import attach
 from tests.tasks.dreambooth.fits import (
     base_fixture,
     cache_fixture,
@@ -38,8 +39,7 @@ def test_cached_batches_are_the_uncached_ones_computed_before(base, photos, cach
     network = injected(base)
     for folder in (None, cache):
         rows = data(photos, folder, batch_size=3, **own_class)
-        rows.setup("fit")
-        rows.encode_with(network.encoders, torch.device("cpu"))
+        attach(rows, network.encoders).setup("fit")
         torch.manual_seed(0)
         batches.append(next(iter(rows.train_dataloader())))
     plain, kept = batches
@@ -164,7 +164,7 @@ def test_a_prompt_that_was_not_known_loads_the_text_encoders_again(base, photos,
     network = module(base)
     fit(tmp_path, network, data(photos), max_steps=1)
     assert network.encoders._text is None
-    embedded = network.embeddings(["a photo of sks dog", "another one"])
+    embedded = network.generator.embeddings(["a photo of sks dog", "another one"])
     assert len(loads) == 2
     expected = fits.encoders(base).prompts(["a photo of sks dog", "another one"], "cpu")
     assert all(torch.equal(one, other) for one, other in zip(embedded, expected, strict=True))

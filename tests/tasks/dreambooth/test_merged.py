@@ -23,8 +23,8 @@ def vae(tmp_path_factory):
 
 
 def pixels(network):
-    network._pictures.size = lambda: (32, 32)
-    return np.asarray(network._pictures.make([PROMPT], [SEED])[0]).astype(int)
+    network.generator.size = (32, 32)
+    return np.asarray(network.generator.generate([PROMPT], [SEED])[0]).astype(int)
 
 
 def theirs(folder):

@@ -11,16 +11,10 @@ from safetensors.torch import load_file, save_file
 from pera_lightning import inject
 from pera_lightning.adapters import PERA
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.dreambooth import networks as dreambooth_networks
-from pera_lightning.tasks.dreambooth.networks import (
-    SDXLNetwork,
-    load_text_encoders,
-    load_tokenizers,
-    load_unet,
-    noise_alphas,
-    prompt_embeddings,
-    tokenise,
-)
+from pera_lightning.tasks.dreambooth import tokenization
+from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_text_encoders, load_unet
+from pera_lightning.tasks.dreambooth.noise_schedule import noise_alphas
+from pera_lightning.tasks.dreambooth.tokenization import load_tokenizers, prompt_embeddings, tokenise
 from tests.tasks.dreambooth.sdxl import LENGTH, PROJECTION, WIDTHS, save_tiny
 
 PROMPTS = ["a photo of sks dog", "a cat", ""]
@@ -86,8 +80,8 @@ def test_each_tokenizer_pads_in_its_own_way(folder, pipeline):
     assert not torch.equal(*ids)
 
 
-def test_words_that_are_cut_are_named_once(folder, pipeline, monkeypatch):
-    monkeypatch.setattr(dreambooth_networks, "_WARNED", set())
+def test_words_that_are_cut_are_named_once(folder, pipeline):
+    tokenization._warn_of_cut.cache_clear()
     tokenizers, long = load_tokenizers(folder), "dog " * 75 + "cat photo"
     with pytest.warns(UserWarning, match="do not see 'cat photo'") as caught:
         ids = tokenise(tokenizers, [long, "a cat", long])

@@ -9,16 +9,8 @@ import torch
 from PIL import Image, ImageOps
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.tasks.dreambooth.photographs import (
-    Photograph,
-    cover,
-    note_unusual,
-    open_image,
-    read_photographs,
-    seen,
-    sides,
-    to_pixels,
-)
+from pera_lightning.tasks.dreambooth.photographs import Photograph, read_photographs, warn_of_unusual
+from pera_lightning.tasks.dreambooth.preprocessing import cover, crop_to, open_image, sides, to_pixels
 from tests.tasks.dreambooth.data_helpers import fill, picture
 
 
@@ -95,12 +87,12 @@ def test_no_note_where_all_or_none_have_captions(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "beside", "message"),
     [
-        ([row("05.png", "a"), row("00.png", "b")], None, r"1 row\(s\) for images that are not there: 05.png"),
+        ([row("05.png", "a"), row("00.png", "b")], None, r"names 1 image\(s\) that are not there: 05.png"),
         ([row("00.png", "a"), row("00.png", "b")], None, "00.png has two captions in .*metadata.jsonl; keep one"),
         ([row("00.png", "a")], "b", "00.png has two captions, in .*metadata.jsonl and in .*00.txt"),
-        ([row("00.png", " ")], None, "row 0 of .* neither of them empty; it has file_name, text, other"),
+        ([row("00.png", " ")], None, "entry 0 of .* neither empty; it has file_name, text, other"),
         ([{"file_name": "00.png", "caption": "a"}], None, "needs a file_name and a text.* has file_name, caption"),
-        (["00.png"], None, "row 0 of .* has str"),
+        (["00.png"], None, "entry 0 of .* has str"),
         ([], None, "has no rows"),
         ([row("00.png", "a")], " \n", "caption .*00.txt is empty"),
     ],
@@ -121,7 +113,7 @@ def test_unusual_pictures_are_noted_once_and_counted(tmp_path):
     picture(60, 20).save(tmp_path / "turned.jpg", exif=sideways)  # 20 by 60 once it is upright
     picture(64, 64).save(tmp_path / "a.gif", save_all=True, append_images=[picture(64, 64, 1)])
     with pytest.warns(UserWarning, match="of 4 images") as notes:
-        note_unusual(read(tmp_path), "photos", (32, 40))
+        warn_of_unusual(read(tmp_path), "photos", (32, 40))
     assert [str(note.message) for note in notes] == [
         "1 of 4 images in photos are smaller than 32x40 and are enlarged, the smallest from 20x60 (height x width); a "
         "lower resolution loses nothing of them",
@@ -135,7 +127,7 @@ def test_a_phone_picture_with_a_second_one_inside_is_no_animation(tmp_path):
         assert image.is_animated
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        note_unusual([Photograph(tmp_path / "phone.jpg", "")], "photos", (32, 32))
+        warn_of_unusual([Photograph(tmp_path / "phone.jpg", "")], "photos", (32, 32))
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -195,7 +187,7 @@ def test_the_smallest_size_that_covers(given, size, expected):
 
 def test_the_middle_and_its_time_ids():
     image = picture(40, 100)
-    cut, time_ids = seen(image, (40, 32))
+    cut, time_ids = crop_to(image, (40, 32))
     assert time_ids.dtype == torch.float32
     assert time_ids.tolist() == [40, 100, 0, 34, 40, 32]
     assert np.array_equal(np.asarray(cut), np.asarray(image)[:, 34:66])
@@ -208,7 +200,7 @@ def test_the_middle_and_its_time_ids():
 
 def test_a_smaller_scale_keeps_the_size_before_and_crops_in_the_scaled_picture():
     image = picture(120, 80)
-    cut, time_ids = seen(image, (40, 40))
+    cut, time_ids = crop_to(image, (40, 40))
     assert time_ids.tolist() == [120, 80, 10, 0, 40, 40]
     expected = image.resize((40, 60), Image.Resampling.LANCZOS).crop((0, 10, 40, 50))
     assert np.array_equal(np.asarray(cut), np.asarray(expected))
@@ -219,7 +211,7 @@ def test_random_crops_reach_both_ends_and_their_time_ids_say_where():
     places = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        cut, time_ids = seen(image, (16, 16), crop="random")
+        cut, time_ids = crop_to(image, (16, 16), crop="random")
         top, left = time_ids[2:4].int().tolist()
         places.add((top, left))
         assert np.array_equal(np.asarray(cut), np.asarray(image)[:, left : left + 16])
@@ -231,7 +223,7 @@ def test_a_flip_comes_before_the_crop():
     flipped = 0
     for seed in range(30):
         torch.manual_seed(seed)
-        cut, time_ids = seen(image, (16, 16), crop="random", flip=True)
+        cut, time_ids = crop_to(image, (16, 16), crop="random", flip=True)
         left = int(time_ids[3])
         plain, mirrored = (np.asarray(one)[:, left : left + 16] for one in (image, ImageOps.mirror(image)))
         assert np.array_equal(np.asarray(cut), plain) or np.array_equal(np.asarray(cut), mirrored)
@@ -239,7 +231,7 @@ def test_a_flip_comes_before_the_crop():
     assert 5 < flipped < 25
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    seen(image, (16, 16))
+    crop_to(image, (16, 16))
     assert torch.equal(torch.get_rng_state(), state)  # what is not random draws nothing
 
 

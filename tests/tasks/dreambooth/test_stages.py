@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pera_lightning.adapters import PERA, AuroRA
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
-from pera_lightning.tasks.dreambooth.image_grid import read_images
+from pera_lightning.tasks.dreambooth.image_folder import read_images
 from tests.tasks.dreambooth.fits import CLASS, TEXT, UNET, base_fixture, data, fit, make_trainer, module, photos_fixture
 from tests.tasks.dreambooth.sdxl import SHALLOW, save_tiny
 

@@ -16,9 +16,9 @@ base = base_fixture(unet=SHALLOW)
 class Still(DreamBoothModule):
     """Noise by an example's name and one timestep, so that an example's loss does not depend on its batch."""
 
-    def _distribution(self, batch):
+    def encoded(self, batch):
         self.names = batch["ids"]
-        return batch["latent_mean"].float(), torch.zeros_like(batch["latent_mean"])
+        return {**batch, "latent_std": torch.zeros_like(batch["latent_mean"])}
 
     def _shared_step(self, batch):
         plain = diffusion_loss.offset_noise

@@ -47,12 +47,12 @@ def test_adapters_in_both_text_encoders_are_trained(base, photos, tmp_path):
 def test_images_and_losses_are_of_the_adapted_text_encoders(base, photos):
     network = injected(base, targets=[*UNET, *TEXT], adapt_text_encoders=True)
     plain = network.encoders.prompts(["a dog"], "cpu")
-    adapted = network.embeddings(["a dog"])
+    adapted = network.generator.embeddings(["a dog"])
     assert all((one - other).abs().max() > 1e-3 for one, other in zip(plain, adapted, strict=True))
     with torch.no_grad():
-        image = network._pictures.make(["a dog"], [0])[0]
-        network.embeddings = lambda prompts: network.encoders.prompts(prompts, "cpu")
-        other = network._pictures.make(["a dog"], [0])[0]
+        image = network.generator.generate(["a dog"], [0])[0]
+        network.generator.embeddings = lambda prompts: network.encoders.prompts(prompts, "cpu")
+        other = network.generator.generate(["a dog"], [0])[0]
     assert (np.asarray(image) != np.asarray(other)).any()
 
 
