@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters",),
     ("injection",),
     ("merging",),
-    ("export", "analysis"),
+    ("export",),
     ("training", "data"),
     ("tasks",),
     ("cli",),
@@ -31,12 +31,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LEVEL = {part: level for level, row in enumerate(LAYERS) for part in row}
 TORCH_ONLY = {"errors", "validation", "adapters", "injection", "merging"}
 ALLOWED_THERE = {"torch", "safetensors", "numpy"}
-# Heavy libraries, and the only places that may import them (inside functions too). `adapters/peft` is the one method
-# that stands for a library of its own.
+# Heavy libraries, and the only places that may import them (inside functions too).
 OWNERS: dict[str, tuple[str, ...]] = {
     "timm": ("tasks/image_classification/", "export/timm"),
     "diffusers": ("tasks/dreambooth/", "export/diffusers"),
-    "peft": ("adapters/peft", "export/peft"),
+    "peft": ("export/peft",),
 }
 
 FILES = sorted(ROOT.rglob("*.py"))
@@ -75,9 +74,12 @@ def forbidden(name: str, file: Path) -> list[str]:
     for other in imported(file):
         if not other.startswith(f"{OURS}."):
             continue
-        part = part_of(other)
-        if part not in LEVEL or own == "":  # a public name of the package's own __init__
+        if own == "" or other == f"{OURS}.__version__":
             continue
+        # A public name of the package means the module that defines it.
+        other = pera_lightning._NAMES.get(other.removeprefix(f"{OURS}."), other)
+        part = part_of(other)
+        assert part in LEVEL, f"{name} imports {other}, which has no layer"
         across_tasks = (
             own == part == "tasks" and len(other.split(".")) > 2 and other.split(".")[2] != name.split(".")[2]
         )
@@ -129,6 +131,8 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     file.write_text("from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule\n", encoding="utf-8")
     assert forbidden("pera_lightning.tasks.causal_lm.data", file) == ["pera_lightning.tasks.dreambooth.data"]
     assert not forbidden("pera_lightning.tasks.dreambooth.module", file)
+    file.write_text("from pera_lightning import DreamBoothModule, inject\n", encoding="utf-8")
+    assert forbidden("pera_lightning.data.splits", file) == ["pera_lightning.tasks.dreambooth.module"]
     assert {"pera_lightning.errors", "pera_lightning.adapters.base"} <= set(MODULES)
 
 

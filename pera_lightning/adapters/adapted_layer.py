@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pera_lightning.adapters.base import ALL, LinearAdapter
 from pera_lightning.errors import ConfigurationError, UnsupportedTarget
 
-UNUSED = "output_unused"  # attribute of a part of a network that runs, and whose output the network does not use
+UNUSED = "output_unused"  # attribute that marks a submodule which runs, but whose output nothing uses
 _EXACT = (torch.float32, torch.float64)  # types in which W + ΔW keeps a small ΔW
 
 

@@ -195,7 +195,7 @@ class LowRankAdapter(LinearAdapter):
         context.check_rank(method.rank)
         size = {"in_features": context.in_features, "out_features": context.out_features}
         super().__init__(**size, scale=method.scale, dropout=method.dropout)
-        self.method = method  # holds what only the initial values or one formula need
+        self.method = method  # its other hyperparameters are read where they act
         self.A = new_parameter(method.rank, context.in_features, device=context.weight.device)  # (r, in)
         self.B = new_parameter(context.out_features, method.rank, device=context.weight.device)  # (out, r)
 

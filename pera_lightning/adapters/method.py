@@ -1,4 +1,4 @@
-"""Methods: frozen dataclasses of hyperparameters, and the two doors by which they reach a model.
+"""Methods: frozen dataclasses of hyperparameters, and how they adapt a model.
 
 A method holds no tensors, validates itself and round-trips through YAML and JSON. `LinearMethod.build` makes one
 layer's adapter; `Method.apply` adapts a whole model, which by default means: build the adapters of every target.

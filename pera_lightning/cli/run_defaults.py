@@ -6,9 +6,9 @@ the `selection_metric` of its module and ``last.ckpt``, and notes the learning r
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -62,9 +62,13 @@ def complete(config: Any, folder: Path) -> None:
         folder: the run's, where the logger has none.
     """
     trainer = config["trainer"]
+    if (
+        trainer is None or trainer["barebones"]
+    ):  # the second refuses loggers and checkpoints
+        return
     given = trainer["callbacks"] or []
     given = given if isinstance(given, list) else [given]
-    classes = [class_of(callback) for callback in given]
+    classes = [cls for callback in given if isinstance(cls := class_of(callback), type)]
     # The module's class says which metric selects; it is not built yet.
     added: list[dict[str, Any]] = []
     if trainer["enable_checkpointing"] is not False and not any(issubclass(cls, Checkpoint) for cls in classes):
@@ -72,7 +76,7 @@ def complete(config: Any, folder: Path) -> None:
         selection = getattr(class_of(model), "selection_metric", None) if model.get("class_path") else None
         added += checkpoints(selection)
     # The monitor of learning rates refuses a trainer without a logger.
-    if trainer["logger"] is not False and not any(issubclass(cls, LearningRateMonitor) for cls in classes):
+    if trainer["logger"] not in (False, []) and not any(issubclass(cls, LearningRateMonitor) for cls in classes):
         added.append({"class_path": f"{_CALLBACKS}LearningRateMonitor", "init_args": {"logging_interval": "step"}})
     if added:
         parser = ArgumentParser(exit_on_error=False)  # fills in what each class has by default
@@ -100,10 +104,9 @@ def checkpoints(selection: tuple[str, str] | None) -> list[dict[str, Any]]:
     return [{"class_path": f"{_CALLBACKS}ModelCheckpoint", "init_args": {**one, **common}} for one in kept]
 
 
-def class_of(config: Any) -> type:
-    """The class that a parsed config's ``class_path`` names."""
-    module, _, name = config["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def class_of(config: Any) -> Any:
+    """The class, or the function that makes one, that a parsed config's ``class_path`` names."""
+    return resolve_name(config["class_path"])
 
 
 def _root(logger: Any, folder: Path) -> str | None:
@@ -114,4 +117,7 @@ def _root(logger: Any, folder: Path) -> str | None:
     init = first.get("init_args") or {} if hasattr(first, "get") else {}
     if not init.get("save_dir") or not init.get("name"):
         return None
-    return str(Path(init["save_dir"], init["name"], init.get("version") or ""))
+    version = init.get("version")
+    if version is None:  # the logger counts its versions itself, and only once it is built
+        return None
+    return str(Path(init["save_dir"], init["name"], f"version_{version}" if isinstance(version, int) else version))

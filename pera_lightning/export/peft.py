@@ -83,7 +83,7 @@ def export_peft(
     # The updates as LoRAs, by layer.
     options = {"batches": batches, "measure_on": measure_on, "forward": forward}
     linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
-    updates, notes = linear.updates, linear.notes
+    updates, notes = linear.updates, [*linear.notes]
     max_lora_rank = None
     if target == "vllm":
         updates, max_lora_rank, more = vllm.served_updates(updates, mark)

@@ -63,7 +63,7 @@ def nonlinear_adapters(
         check_choice(mode, "mode", MODES)
     found = [layer for layer in acting_layers(model) if layer.inference_mode == "dynamic"]
     if found and mode is None:
-        found[0].low_rank_update()  # raises
+        found[0].low_rank_update()  # raises NotMergeableError, which says what modes there are
     if mode is not None and not found:
         raise ConfigurationError(f"mode={mode!r} acts on AuroRA with dynamic inference only: leave it out")
     if mode != "calibrated" and ridge is not None:

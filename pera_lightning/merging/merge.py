@@ -64,7 +64,7 @@ def merge(
     keep_base: bool = True,
     ridge: float | None = None,
 ) -> MergeReport:
-    """Adds every adapter's update to its frozen weight, in place; adapters stay and rest. Twice is once.
+    """Adds every adapter's update to its frozen weight, in place; the adapters stay, inactive. Twice is as once.
 
     Args:
         model: injected, or a model that contains an injected one.

@@ -35,8 +35,8 @@ class AdapterModule(LightningModule):
     """Base of this package's modules; `self.model` is the network, None until `configure_model`.
 
     A subclass declares its own arguments, takes those below as ``**shared``, hands them on and reads all of them from
-    `hparams`, which this `__init__` saves. A name has one value: a subclass that hands on another one than it was given
-    is refused.
+    `hparams`, which this `__init__` saves. An argument has one value: a subclass that was given ``lr=1`` and hands on
+    ``lr=2`` is refused, since a checkpoint could keep only one of them.
 
     Args:
         lr: learning rate of the adapters.
@@ -78,7 +78,7 @@ class AdapterModule(LightningModule):
             raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")
         acting = one_value_each(self)
         self.save_hyperparameters()
-        # Under a LightningCLI these are the config's, without what a subclass gives to its base by itself.
+        # A LightningCLI saves the config's values only: what a subclass sets for its base by itself is added here.
         self._set_by_subclass = [name for name in acting if name not in self.hparams]
         self.hparams.update(acting)
         self.model: nn.Module | None = None
@@ -229,7 +229,7 @@ class AdapterModule(LightningModule):
 
     def how_to_load(self, folder: Path) -> str:
         """The line of Python that loads what `write_network` wrote."""
-        raise NotImplementedError
+        return f"the folder {folder}"
 
     def export_merged(
         self, folder: str | Path, *, data: Any = None, class_names: Sequence[str] | None = None, **options: Any

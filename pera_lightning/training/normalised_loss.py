@@ -66,10 +66,10 @@ class NormalisedLoss:
 
 
 class NormalisedLossModule(AdapterModule):
-    """Base of the modules whose batches count by what is in them.
+    """Base of the modules whose batches weigh by their number of labelled tokens, examples or images.
 
     Attributes:
-        trained_with: what the data of the training said of themselves; kept in checkpoints.
+        trained_with: description of the training data (protocol, sizes); kept in checkpoints.
         counted: key of the counts of an unfinished step in checkpoints.
         trained: key of `trained_with` there.
     """

@@ -62,8 +62,8 @@ class Preemption:
     def after_train_batch(self, trainer: Trainer) -> None:
         """Lets Lightning stop once the other callbacks have had this batch.
 
-        Not after an epoch's last batch, where it would stop with a state that resumes with an empty epoch: a validation
-        that follows is not begun, else the next epoch's first batch is trained, or the run ends as it would have.
+        After the last batch of an epoch it does not: a run resumed from there would begin with an empty epoch. If a
+        validation follows, `before_validation` stops instead; otherwise the run stops after the next batch, or ends.
         """
         if self._agree(trainer) and not internals.is_training_done(trainer):
             internals.stop_after_batch(trainer)
@@ -72,8 +72,8 @@ class Preemption:
         """Stops instead of validating."""
         if self._agree(trainer):
             raise SIGTERMException
-        # Drop what `_not_begun` counts as started: a checkpoint after this validation would look like one from its
-        # middle.
+        # An earlier validation that never began left its counts one ahead (`_not_begun`). Without this a checkpoint
+        # written after this validation would look as if it were written in the middle of it.
         total = _validation(trainer).total
         total.ready = total.started = total.completed
 

@@ -40,7 +40,8 @@ def seed_ranks_apart(trainer: Trainer) -> None:
         nonlocal seeded
         if trainer.state.stage == RunningStage.TRAINING and not seeded:  # a sanity check takes back what it draws
             seeded = True
-            # That of the data: processes with shards of the same layers have the same data and need the same dropout.
+            # The rank among processes that see different data: those that share a layer's input (tensor parallelism)
+            # see the same data and need the same dropout.
             rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
             if rank:
                 seed_all(torch.get_rng_state().numpy().tobytes(), rank)

@@ -8,7 +8,6 @@ from statistics import NormalDist
 from typing import Any
 
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.training.tables import format_table
 from pera_lightning.validation import check_in_range
 
 
@@ -99,6 +98,8 @@ def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     Returns:
         Lines without a newline at the end; metrics in the units of the rows, with four decimals.
     """
+    from pera_lightning.training.tables import format_table  # protocols import this file, and load no library
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
     first = [key for key in ("set", "n", main_metric) if key in columns]
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]

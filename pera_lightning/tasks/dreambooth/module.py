@@ -180,9 +180,12 @@ class DreamBoothModule(ImageStagesModule):
         }
 
     def on_fit_start(self) -> None:
-        """Frees the encoders' memory: class images are generated, and what is cached is encoded."""
         super().on_fit_start()
         self.trained_with = self._about_data.get("protocol")
+
+    def on_train_start(self) -> None:
+        """Frees the encoders' memory: class images are generated, and what is cached is encoded."""
+        # Not in on_fit_start: with max_epochs=-1 Lightning makes the train loader, which encodes, only after that.
         prompts = self._about_data.get("prompts", {})
         asked = [*prompts.get("validation", ())]
         if not self._about_data.get("cached", False):

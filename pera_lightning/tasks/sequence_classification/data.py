@@ -78,7 +78,7 @@ class GLUEDataModule(TaskDataModule):
             a larger one.
         num_workers: processes that make batches; 0 makes them in the main one.
         cache_dir: folder of tokenised examples; by default in the cache of the library datasets.
-        protocol: former name of `split_protocol`; acts in its place if given.
+        protocol: former name of `split_protocol`.
 
     Raises:
         ConfigurationError, UnknownNameError: for values out of range, unknown or without effect on this task.
@@ -96,7 +96,7 @@ class GLUEDataModule(TaskDataModule):
         text_columns: list[str] | None = None,
         label_column: str = "label",
         regression: bool = False,
-        split_protocol: str = "full_validation",
+        split_protocol: str | None = None,
         split_seed: int = 42,
         tokenizer: str | None = None,
         max_length: int = 512,
@@ -110,8 +110,14 @@ class GLUEDataModule(TaskDataModule):
     ) -> None:
         super().__init__()
         if protocol is not None:
+            # Which of two was meant cannot be told: one may be a config's, and either the newer.
+            if split_protocol not in (None, protocol):
+                raise ConfigurationError(
+                    f"split_protocol={split_protocol} and protocol={protocol}, its former name: give split_protocol "
+                    "alone, with protocol=null over a config that has it"
+                )
             rank_zero_warn(f"protocol={protocol} acts as split_protocol, as it is called now: give that in its place")
-            split_protocol = protocol
+        split_protocol = split_protocol or protocol or "full_validation"
         files = {"train": train_file, "validation": validation_file, "test": test_file}
         self.source = GLUESource(
             name=CUSTOM if task is None else task,

@@ -181,7 +181,7 @@ class SequenceClassificationModule(TransformersModule):
 
     # --- validation and test ---
 
-    def _set_names(self, count: int) -> list[str]:
+    def _names_of_sets(self, count: int) -> list[str]:
         """What is put behind a stage's name, for so many sets: nothing for the first."""
         names = list(self._data.get("test_sets", ()))
         names += [str(k) for k in range(len(names), count)]
@@ -194,12 +194,12 @@ class SequenceClassificationModule(TransformersModule):
         selection = self._data.get("selection") or names[0]
         check_metrics(names, selection, labels)
         # Anew for each run: which metrics there are is known from the data, and nothing of an earlier run is left.
-        sets = [f"{stage}{name}" for stage in stages for name in self._set_names(count)]
+        sets = [f"{stage}{name}" for stage in stages for name in self._names_of_sets(count)]
         self.scores = nn.ModuleDict({name: Scores(names, selection, labels) for name in sets}).to(self.device)
 
     def _update(self, stage: str, batch: Mapping[str, Any], index: int) -> None:
         losses, outputs, labels = self._shared_step(batch)
-        name, known = self._set_names(index + 1)[index], labels != IGNORE
+        name, known = self._names_of_sets(index + 1)[index], labels != IGNORE
         self.scores[f"{stage}{name}"].update(outputs[known], labels[known], losses[known])
 
     def _computed(self) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ class SequenceClassificationModule(TransformersModule):
         task = self._data.get("task")
         written = getattr(task, "written", str)  # as a label, or as the name of a class
         names = [*getattr(task, "submission_files", ())]
-        names += [f"predictions{name}" for name in self._set_names(len(self._predicted))[len(names) :]]
+        names += [f"predictions{name}" for name in self._names_of_sets(len(self._predicted))[len(names) :]]
         files = {f"{name}.tsv": own for name, own in zip(names, self._predicted.values(), strict=False)}
         write_predictions(
             self.trainer, files, lambda of_set: submission((name, written(value)) for name, value in of_set)

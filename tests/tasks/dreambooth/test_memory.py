@@ -70,12 +70,15 @@ class Holds(Callback):
         self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
+@pytest.mark.parametrize("epochs", [{"max_epochs": 1}, {"max_epochs": -1, "max_steps": 3}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("kept", [True, False], ids=["cached", "uncached"])
-def test_with_a_cache_nothing_is_held_while_training_and_without_the_vae_alone(base, photos, cache, tmp_path, kept):
+def test_with_a_cache_nothing_is_held_while_training_and_without_the_vae_alone(
+    base, photos, cache, tmp_path, kept, epochs
+):
     holds, folder = Holds(), cache if kept else None
     # A validation in between has the VAE loaded, and gives it back where it is not needed.
     rows = data(photos, folder, validation_prompts=["a {}"])
-    fit(tmp_path, module(base), rows, callbacks=[holds], val_check_interval=1, random=False)
+    fit(tmp_path, module(base), rows, callbacks=[holds], val_check_interval=1, random=False, **epochs)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
     size = sum(t.numel() * t.element_size() for t in (*vae.parameters(), *vae.buffers()))
     stays = (False, False, 0) if kept else (True, False, size)

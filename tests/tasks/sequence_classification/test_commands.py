@@ -93,7 +93,7 @@ def test_a_submission_of_mnli_is_two_files(pera, base, rows, runs):
 
 
 def test_a_test_set_of_ones_own_is_scored_on(pera, base, rows, tmp_path):
-    own = ["--data.folder", rows / "mnli_own", "--data.protocol", "own_test", "--trainer.max_epochs", 1]
+    own = ["--data.folder", rows / "mnli_own", "--data.split_protocol", "own_test", "--trainer.max_epochs", 1]
     given = [*words(base, rows, tmp_path, "mnli"), *own]
     assert pera("fit", *given).code == 0
     sizes = json.loads((tmp_path / "mnli" / "splits" / "mnli.json").read_text())["sizes"]
@@ -162,14 +162,14 @@ def test_the_config_is_the_small_one():
     assert config["model"]["init_args"]["model_name"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert (config["data"]["init_args"]["train_limit"], config["trainer"]["max_epochs"]) == (1000, 3)
     data = config["data"]["init_args"]
-    assert "red" in (data.get("split_protocol"), data.get("protocol"))
+    assert data["split_protocol"] == "red"
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--data.protocol", "half"], "unknown split protocol 'half'"),
-        (["--data.protocol", "own_test"], "has rows without label"),
+        (["--data.split_protocol", "half"], "unknown split protocol 'half'"),
+        (["--data.split_protocol", "own_test"], "has rows without label"),
         (["--data.task", "cola"], "has no column 'sentence'"),
         (["--model.num_labels", "3"], "num_labels=3, but the data has num_labels=2"),
     ],

@@ -148,7 +148,7 @@ def test_the_values_of_the_papers(path):
         assert arguments == {"rank": 2, "alpha": 4}
     assert model["lr"] == model["head_lr"] == lr
     assert trainer["max_epochs"] == epochs
-    assert (data["task"], data["protocol"]) == (task, protocol)
+    assert (data["task"], data["split_protocol"]) == (task, protocol)
     assert (data["batch_size"], data["max_length"]) == (batch, length)
     assert f"{ADAPTERS[method, size]:,} adapter parameters" in re.sub(r"\s*\n#\s*", " ", path.read_text())
     built = next(other for other in BUILT if row_of(other)[0] == method)

@@ -372,7 +372,9 @@ def test_nothing_is_there_before_setup_and_a_tokenizer_is_needed(folder):
 
 def test_the_former_name_of_the_split_protocol_acts_and_says_so(folder):
     with pytest.warns(UserWarning, match="protocol=red acts as split_protocol, as it is called now: give that"):
-        data = glue(folder, protocol="red", split_protocol="full_validation")  # of a config, say
+        data = glue(folder, protocol="red")
     assert data.split_protocol == "red"
+    with pytest.raises(ConfigurationError, match="split_protocol=full_validation and protocol=red, its former name"):
+        glue(folder, protocol="red", split_protocol="full_validation")  # one of a config, say
     assert data.protocol()["sizes"] == {"train": 41, "validation": 11, "test": 10}
     assert glue(folder).split_protocol == "full_validation"
