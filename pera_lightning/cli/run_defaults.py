@@ -62,9 +62,7 @@ def complete(config: Any, folder: Path) -> None:
         folder: the run's, where the logger has none.
     """
     trainer = config["trainer"]
-    if (
-        trainer is None or trainer["barebones"]
-    ):  # the second refuses loggers and checkpoints
+    if trainer is None or trainer["barebones"]:  # the second refuses loggers and checkpoints
         return
     given = trainer["callbacks"] or []
     given = given if isinstance(given, list) else [given]

@@ -91,6 +91,8 @@ class AdapterModule(LightningModule):
         """Builds, injects and, under FSDP2, shards, once."""
         if self.model is not None:
             return
+        # A callback that copies the model builds it before `setup` is called.
+        self.agree()
         # With FSDP2 one process reads the weights; the others build on the meta device and get their shards from it.
         mesh = data_parallel_mesh(self)
         self.build_injected(weights=reads_weights(mesh))
@@ -175,6 +177,12 @@ class AdapterModule(LightningModule):
         return torch.optim.AdamW(groups)
 
     # --- what is agreed on with the data: see `pera_lightning.data.base` ---
+
+    def setup(self, stage: str) -> None:
+        self.agree()
+
+    def agree(self) -> None:
+        """Takes from `data_description` what the module must know of its data; called before the network is built."""
 
     def data_requirements(self) -> dict[str, Any]:
         """What the network asks of its data: a tokenizer's name, image size and mean, and the like."""

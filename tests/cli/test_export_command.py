@@ -150,13 +150,13 @@ def test_a_calibrated_merge_takes_training_images_without_augmentation(export, v
     data = {"transform": "fourierft", "eval_batch_size": 40}
     run = runs.image_run(tmp_path / "run", vit, data=data)
     asked = []
-    part = ImageDataModule._part
+    images = ImageDataModule._images
 
     def watched(self, split, *, training=False, **options):
         asked.append((split, training))
-        return part(self, split, training=training, **options)
+        return images(self, split, training=training, **options)
 
-    monkeypatch.setattr(ImageDataModule, "_part", watched)
+    monkeypatch.setattr(ImageDataModule, "_images", watched)
     result = export(run.checkpoint, "merged", "--mode", "calibrated", "--batches", "2")
     assert asked == [("train", False), ("validation", False)]
     assert "layers, calibrated" in result.out

@@ -104,7 +104,7 @@ class CausalLMModule(TransformersModule):
 
     # --- the handshake with the data: see `pera_lightning.data.base` ---
 
-    def setup(self, stage: str) -> None:
+    def agree(self) -> None:
         self._data = self.data_description()
 
     # --- training and validation ---

@@ -70,7 +70,7 @@ class ImageClassificationModule(AdapterModule):
 
     # --- the network ---
 
-    def setup(self, stage: str) -> None:
+    def agree(self) -> None:
         """Takes number and names of the classes from the data."""
         data = self.data_description()
         self.agree_on("num_classes", data.get("num_classes"))
@@ -88,6 +88,7 @@ class ImageClassificationModule(AdapterModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        self.agree()
         if self.hparams["num_classes"] is None:
             raise ConfigurationError(
                 "num_classes is not given, and no data module with num_classes is attached: give it"

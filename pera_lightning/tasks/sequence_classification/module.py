@@ -111,7 +111,7 @@ class SequenceClassificationModule(TransformersModule):
         )
         return network
 
-    def setup(self, stage: str) -> None:
+    def agree(self) -> None:
         """Takes the number of labels from the data, and what they are measured and written by."""
         self._data = self.data_description()
         self.agree_on("num_labels", self._data.get("num_labels"))

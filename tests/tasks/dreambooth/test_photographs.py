@@ -93,7 +93,7 @@ def test_no_note_where_all_or_none_have_captions(tmp_path):
         ([row("00.png", " ")], None, "entry 0 of .* neither empty; it has file_name, text, other"),
         ([{"file_name": "00.png", "caption": "a"}], None, "needs a file_name and a text.* has file_name, caption"),
         (["00.png"], None, "entry 0 of .* has str"),
-        ([], None, "has no rows"),
+        ([], None, "has no examples"),
         ([row("00.png", "a")], " \n", "caption .*00.txt is empty"),
     ],
 )

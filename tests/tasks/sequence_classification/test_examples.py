@@ -254,7 +254,7 @@ def test_missing_folders_files_and_odd_kinds(tmp_path):
     with pytest.raises(ConfigurationError, match="give validation_file"):
         source(files={"train": tmp_path / "a.csv"}, text_columns=("t",), regression=True).examples("validation")
     (tmp_path / "validation.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"validation\.jsonl has no rows"):
+    with pytest.raises(DataError, match=r"validation\.jsonl has no examples"):
         source(tmp_path, "rte").examples("validation")
     (tmp_path / "validation.jsonl").write_text("[1, 2]")
     with pytest.raises(DataError, match=r"row 0 .* no object but int"):
