@@ -57,5 +57,5 @@ class InjectionReport:
         kinds: Counter[tuple[str, int, int, str]] = Counter()
         for path, slices in self.matched.items():
             name = ".".join("*" if part.isdigit() else part for part in path.split("."))  # layers.*.q_proj
-            kinds[name, *self.shapes[path], "" if slices == ("all",) else f"rows {', '.join(slices)}"] += 1
+            kinds[name, *self.shapes[path], "" if slices == ("all",) else f"slices {', '.join(slices)}"] += 1
         return kinds

@@ -281,7 +281,10 @@ class AdapterModule(LightningModule):
             The batch, on the meta device but for tensors whose values decide what is computed; and what it holds, in
             words.
         """
-        raise ConfigurationError(f"--memory knows no batch of {type(data).__name__} for {type(self).__name__}")
+        raise ConfigurationError(
+            f"--memory knows no batch of {type(data).__name__} for {type(self).__name__}: give the data module of its "
+            "task, or define example_batch"
+        )
 
     def training_loss(self, batch: Any) -> Tensor:
         """Loss of a training batch, up to a factor, without logging it."""

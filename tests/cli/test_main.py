@@ -358,7 +358,7 @@ def test_params_reads_neither_weights_nor_data(pera, monkeypatch):
     result = pera("params", "--config", str(ROOT / "configs" / "vit_dtd_aurora.yaml"))
     assert result.code == 0, result.err
     assert asked == [False]
-    assert "blocks.*.attn.qkv  12 x  2304 x 768  rows q, v" in result.out
+    assert "blocks.*.attn.qkv  12 x  2304 x 768  slices q, v" in result.out
     # 47 classes, from the catalogue: a head of 47 * 769.
     assert "trainable 110,351 (adapters 74,208, other 36,143) of 85,909,007" in result.out
 

@@ -203,7 +203,7 @@ def test_report_prints_what_was_done() -> None:
     assert report.shapes["3.qkv"] == (24, 8)
     text = str(report)
     assert "Injected LoRA(rank=2, alpha=16.0" in text
-    assert "*.qkv  12 x  24 x 8  rows q, v" in text
+    assert "*.qkv  12 x  24 x 8  slices q, v" in text
     assert f"trainable {report.trainable_parameters:,}" in text
     assert f"{report.percent:.4f} %" in text
     assert "in eval mode" in text
