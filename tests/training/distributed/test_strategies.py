@@ -35,7 +35,7 @@ PRECISIONS = {
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies")]
 
 
-def launch(cases, world, folder, timeout=280):
+def launch(cases, world, folder, timeout=600):
     """Runs cases after each other in one start of `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
