@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.pretrained import load_tokenizer
 
 _DRAW_SEED = 0
 
@@ -27,6 +28,7 @@ class TaskDataModule(LightningDataModule):
     """Base of the data modules of this package; subclasses set `num_workers` in their `__init__`."""
 
     num_workers: int = 0
+    tokenizer_name: str | None = None
 
     def requirements(self) -> Mapping[str, Any]:
         """What the trainer's module asks of its data; empty without a trainer, or for a module that asks nothing."""
@@ -39,6 +41,21 @@ class TaskDataModule(LightningDataModule):
     def description(self) -> dict[str, Any]:
         """What a module must know of these data, after `setup`: ``class_names``, ``num_classes`` and the like."""
         return {}
+
+    def find_tokenizer(self, module: str) -> Any:
+        """The tokenizer that is named, else the one that the trainer's module requires.
+
+        Args:
+            module: class of a module that has one, for the message.
+
+        Raises:
+            ConfigurationError: if there is neither.
+        """
+        named = self.tokenizer_name
+        tokenizer = self.requirements().get("tokenizer") if named is None else load_tokenizer(named)
+        if tokenizer is None:
+            raise ConfigurationError(f"no tokenizer: give the data module tokenizer=, or train a {module}")
+        return tokenizer
 
     def make_loader(self, dataset: Any, **options: Any) -> DataLoader:
         """A loader with this module's workers, whose memory is pinned where the batches go to a CUDA device.

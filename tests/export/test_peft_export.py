@@ -390,18 +390,3 @@ def test_every_method_has_a_test_here():
     """A new method must be exported in a test above, or be refused in one."""
     tried = {type(method).__name__ for method in EXACT} | {"HiRA", "HiLoRA", "LinearProbe", "FullFineTuning"}
     assert tried == set(registered_methods())
-
-
-def test_parts_that_were_injected_apart_are_exported_apart(tmp_path):
-    model = torch.nn.ModuleDict({"one": torch.nn.Sequential(torch.nn.Linear(4, 4)), "two": torch.nn.Linear(4, 4)})
-    inject(model.one, LoRA(rank=2), ["0"])
-    model.two = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    inject(model.two, LoRA(rank=2), ["0"])
-    with pytest.raises(ConfigurationError, match="ModuleDict has several injected parts: export each of them"):
-        export_peft(model, tmp_path / "out", base_name="base")
-
-
-@pytest.mark.parametrize("name", [None, "  "])
-def test_a_base_without_a_name(tmp_path, name):
-    with pytest.raises(ConfigurationError, match="the base's name on a hub, or its folder, is needed"):
-        export_peft(adapted("llama", LoRA(rank=2)), tmp_path / "out", base_name=name)

@@ -18,7 +18,6 @@ from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.causal_lm.examples import Example, digest
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 from pera_lightning.tasks.causal_lm.protocols import protocol as find_protocol  # `protocol` is an argument here
@@ -118,12 +117,7 @@ class TextDataModule(TaskDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer given, else the one that the trainer's module requires; loaded once."""
         if self._tokenizer is None:
-            if self.tokenizer_name is not None:
-                self._tokenizer = load_tokenizer(self.tokenizer_name)
-            else:
-                self._tokenizer = self.requirements().get("tokenizer")
-            if self._tokenizer is None:
-                raise ConfigurationError("no tokenizer: give the data module tokenizer=, or train a CausalLMModule")
+            self._tokenizer = self.find_tokenizer("CausalLMModule")
             if self._tokenizer.pad_token_id is None:
                 rank_zero_info(
                     f"the tokenizer has no padding token: {pad_token_id(self._tokenizer)} fills up, masked throughout"

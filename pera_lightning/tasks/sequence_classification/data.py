@@ -24,7 +24,6 @@ from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError, listed
-from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.tasks.sequence_classification.cache import TokenDataset, tokenised, without_label
 from pera_lightning.tasks.sequence_classification.examples import Examples, digest
 from pera_lightning.tasks.sequence_classification.sources import GLUESource
@@ -299,14 +298,7 @@ class GLUEDataModule(TaskDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer given, else the one that the trainer's module requires; loaded once."""
         if self._tokenizer is None:
-            if self.tokenizer_name is not None:
-                self._tokenizer = load_tokenizer(self.tokenizer_name)
-            else:
-                self._tokenizer = self.requirements().get("tokenizer")
-            if self._tokenizer is None:
-                raise ConfigurationError(
-                    "no tokenizer: give the data module tokenizer=, or train a SequenceClassificationModule"
-                )
+            self._tokenizer = self.find_tokenizer("SequenceClassificationModule")
         return self._tokenizer
 
     def _build(self, name: str) -> TokenDataset:
