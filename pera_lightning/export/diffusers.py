@@ -9,7 +9,7 @@ Shapes: in, out features of a layer; R rank of its update.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from pera_lightning.export.folder import output_folder
 from pera_lightning.export.lora import LoraReport, check_export, exportable, linear_updates
 from pera_lightning.export.low_rank import MAX_ERROR, padded
 from pera_lightning.merging.merge import adapted_layers
-from pera_lightning.merging.merge_error import Forward
 from pera_lightning.validation import renamed
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -38,65 +37,51 @@ def export_diffusers(
     *,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    mode: str | None = None,
-    batches: Iterable[Any] | None = None,
-    measure_on: Iterable[Any] | None = None,
-    forward: Forward | None = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> LoraReport:
     """Writes the adapters of an SDXL network as a LoRA file of diffusers; the network stays as it is.
 
     Args:
         model: injected network with a child `unet` and, where they are adapted, `text_encoder` and `text_encoder_2`;
             or a module that contains it. Not merged.
-        folder: made, whole or not at all, with ``pytorch_lora_weights.safetensors``.
+        folder: made, in full or not at all, with ``pytorch_lora_weights.safetensors``.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
         max_error: largest relative error that is taken of a layer then.
-        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
-        measure_on: other inputs to measure the error on.
-        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         overwrite: replaces an earlier export.
+        options: `mode`, `batches`, `measure_on` and `forward`, for AuroRA, as in `pera_lightning.merge`.
 
     Returns:
         What was written, to print.
 
     Raises:
         NotMergeableError: where an update is no LoRA, or its error is too large.
-        ConfigurationError: where it is no SDXL network, a LoRA file would not hold all that was trained, or `folder`
+        ConfigurationError: for another network, or where a LoRA file would not hold all that was trained, or `folder`
             exists.
         CheckpointError: where the disk has no room.
     """
     # What can be refused is refused before a calibration.
     check_export(folder, rank=rank, max_error=max_error, overwrite=overwrite)
-    root, _ = exportable(model, what="a LoRA file of diffusers", reader="diffusers", heads=False)
+    root, _ = exportable(model, "a LoRA file of diffusers", heads=False)
     check_sdxl(root)
     names = {path: _name(path) for path, _ in adapted_layers(root)}
-    options = {"batches": batches, "measure_on": measure_on, "forward": forward}
-    linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
+    try:
+        from diffusers import StableDiffusionXLPipeline  # need not be installed
+    except ImportError:
+        message = "the export to diffusers needs diffusers: pip install 'pera-lightning[diffusion]'"
+        raise ConfigurationError(message) from None
+    linear, report = linear_updates(model, folder, rank, max_error, **options)
     # One rank and no scale within a component, by diffusers' names.
-    updates = as_diffusers(linear.updates)
-    ranks = {path: update.rank for path, update in linear.updates.items()}
+    updates = as_diffusers(linear)
     tensors = _tensors(updates, names)
-    size = sum(tensor.nbytes for layers in tensors.values() for tensor in layers.values())
-    with output_folder(folder, overwrite=overwrite, needed=size + _ROOM) as made:
-        _pipeline_class().save_lora_weights(
-            made, **{f"{component}_lora_layers": own for component, own in tensors.items()}
-        )
-    return LoraReport(
-        folder=Path(folder),
-        size=size,
-        ranks={path: update.rank for path, update in updates.items()},
-        errors=dict(linear.errors),
-        mode=mode,
-        merge_error=linear.merge_error,
-        notes=[*linear.notes, *_notes(root, updates, ranks)],
-    )
-
-
-def how_to_load(folder: str | Path) -> str:
-    """The line of Python that loads what `export_diffusers` wrote, into a pipeline of the base."""
-    return f"pipe.load_lora_weights({str(folder)!r})"
+    report.ranks = {path: update.rank for path, update in updates.items()}
+    report.size = sum(tensor.nbytes for layers in tensors.values() for tensor in layers.values())
+    grown = [path for path, update in linear.items() if update.rank < report.ranks[path]]
+    report.notes += _notes(root, updates, grown)
+    with output_folder(folder, overwrite=overwrite, needed=report.size + _ROOM) as made:
+        own = {f"{component}_lora_layers": layers for component, layers in tensors.items()}
+        StableDiffusionXLPipeline.save_lora_weights(made, **own)
+    return report
 
 
 def as_diffusers(updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
@@ -140,52 +125,38 @@ def _name(path: str) -> str:
     if component == "unet":
         return inside
     layer = _TEXT_LAYER.fullmatch(inside)
-    if component not in COMPONENTS or layer is None:
-        raise ConfigurationError(
-            f"{path} is adapted, and a LoRA file of diffusers holds layers of the UNet, and attention (q_proj … "
-            "out_proj) and MLP (fc1, fc2) of the text encoders: export merged weights"
-        )
+    if layer is None:
+        held = "layers of the UNet, and attention (q_proj …) and MLP (fc1, fc2) of the text encoders"
+        raise ConfigurationError(f"{path} is adapted, and a LoRA file of diffusers holds {held}: export merged weights")
     return f"text_model.{layer[1]}"
 
 
 def check_sdxl(network: nn.Module) -> None:
     """Raises `ConfigurationError` for a network without a UNet of SDXL, or with more than a pipeline takes."""
-    unet, children = getattr(network, "unet", None), [name for name, _ in network.named_children()]
-    if not isinstance(unet, nn.Module) or set(children) - set(COMPONENTS):
+    children = dict(network.named_children())
+    if "unet" not in children or set(children) - set(COMPONENTS):
         raise ConfigurationError(
             f"{type(network).__name__} has the components {listed(children, 4) or 'none'}, and an SDXL network has "
             f"{', '.join(COMPONENTS)}, the text encoders only where they are adapted: see SDXLNetwork"
         )
-    kind = getattr(getattr(unet, "config", None), "addition_embed_type", None)
+    kind = getattr(getattr(children["unet"], "config", None), "addition_embed_type", None)
     if kind != "text_time":
-        raise ConfigurationError(
-            f"the unet is a {type(unet).__name__} with addition_embed_type={kind!r}, and SDXL's has 'text_time'; other "
-            "networks are exported as peft or merged"
-        )
+        given = f"the unet is a {type(children['unet']).__name__} with addition_embed_type={kind!r}"
+        raise ConfigurationError(f"{given}, and SDXL's has 'text_time': export other networks as peft or merged")
 
 
-def _notes(root: nn.Module, updates: Mapping[str, LowRankUpdate], ranks: Mapping[str, int]) -> list[str]:
+def _notes(root: nn.Module, updates: Mapping[str, LowRankUpdate], grown: Sequence[str]) -> list[str]:
+    """What a reader of the file may stumble on, such as the layers whose rank was `grown` to their component's."""
     notes = []
-    # What a reader of the file may stumble on.
-    if grown := [path for path, update in updates.items() if update.rank > ranks[path]]:
+    if grown:
         notes.append(f"{len(grown)} layers have a smaller rank and are filled up with zeros: readers take one rank")
-    if any(update.bias is not None for update in updates.values()):
+    constant = {_component(path) for path, update in updates.items() if update.bias is not None}
+    if constant:
         notes.append("the constants of the calibration are lora_B.bias, which ComfyUI and others leave out")
-        constant = {_component(path) for path, update in updates.items() if update.bias is not None}
-        bare = [path for path, layer in adapted_layers(root) if _component(path) in constant and layer.bias is None]
-        if bare:
-            notes.append(
-                f"{len(bare)} adapted layers have no bias ({listed(bare, 2)}): diffusers makes images with this file, "
-                "but fuse_lora refuses it; export merged weights for that"
-            )
+    bare = [path for path, layer in adapted_layers(root) if _component(path) in constant and layer.bias is None]
+    if bare:
+        notes.append(
+            f"{len(bare)} adapted layers have no bias ({listed(bare, 2)}): diffusers makes images with this file, but "
+            "fuse_lora refuses it; export merged weights for that"
+        )
     return notes
-
-
-def _pipeline_class() -> Any:
-    try:
-        from diffusers import StableDiffusionXLPipeline
-    except ImportError:
-        raise ConfigurationError(
-            "the export to diffusers needs diffusers: pip install 'pera-lightning[diffusion]'"
-        ) from None
-    return StableDiffusionXLPipeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,15 @@ class LoraReport:
         ranks: path of each layer to the rank of its LoRA.
         errors: path of each layer that was cut by SVD to its relative error; empty where all are exact.
         heads: paths of the modules trained in full that go with it.
-        mode: how AuroRA's nonlinear layers became linear; None where there were none.
+        mode: how AuroRA's nonlinear layers became linear; None without such layers.
         merge_error: how far the linear maps are from them; None where it was not measured.
         max_lora_rank: `--max-lora-rank` of vLLM; None for other readers.
         notes: one line for each thing that a reader should know.
     """
 
     folder: Path
-    size: int
-    ranks: dict[str, int]
+    size: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
     mode: str | None = None
@@ -50,17 +50,18 @@ class LoraReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        ranks = sorted(set(self.ranks.values()))
+        ranks = listed(map(str, sorted(set(self.ranks.values()))))
         how = "exact" if self.mode is None else f"of the {self.mode} linear maps"
         lines = [
-            f"Wrote {self.folder} ({megabytes(self.size)}): LoRA of rank {listed(map(str, ranks))} "
-            f"on {len(self.ranks)} layers" + ("" if self.errors else f", {how}")
+            f"Wrote {self.folder} ({megabytes(self.size)}): LoRA of rank {ranks} on {len(self.ranks)} layers"
+            + ("" if self.errors else f", {how}")
         ]
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
+            mean = sum(self.errors.values()) / len(self.errors)
             lines.append(
-                f"  cut by SVD: relative error {sum(self.errors.values()) / len(self.errors):.3g} on average over "
-                f"{len(self.errors)} layers, at worst {self.errors[worst]:.3g} ({worst})"
+                f"  cut by SVD: relative error {mean:.3g} on average over {len(self.errors)} layers, at worst "
+                f"{self.errors[worst]:.3g} ({worst})"
             )
         if self.heads:
             lines.append(f"  with the heads {', '.join(self.heads)}")
@@ -71,23 +72,6 @@ class LoraReport:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-@dataclass(frozen=True)
-class LinearUpdates:
-    """The updates of a model as LoRAs, and how they came about.
-
-    Attributes:
-        updates: update of each layer, by path.
-        errors: relative error of each layer that was cut by SVD, by path.
-        merge_error: how far linear maps are from AuroRA's layers; None where it was not measured.
-        notes: one line for each thing that a reader should know.
-    """
-
-    updates: Mapping[str, LowRankUpdate]
-    errors: Mapping[str, float]
-    merge_error: MergeError | None
-    notes: list[str]
-
-
 def check_export(folder: str | Path, *, rank: int | None, max_error: float, overwrite: bool) -> None:
     """Raises `ConfigurationError` for values out of range, and for a folder that exists."""
     if rank is not None:
@@ -96,32 +80,29 @@ def check_export(folder: str | Path, *, rank: int | None, max_error: float, over
     check_output_folder(folder, overwrite=overwrite)
 
 
-def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tuple[nn.Module, Injection]:
+def exportable(model: nn.Module, what: str, *, heads: bool) -> tuple[nn.Module, Injection]:
     """The injected part of a model, of which an export as LoRA holds all that was trained.
 
     Args:
         model: injected, or a model that contains an injected one.
         what: the export, in words: "a PEFT folder".
-        reader: who reads it: "peft".
         heads: whether it holds modules trained in full.
 
     Raises:
-        ConfigurationError: where there is nothing to export, or something that it would not hold.
+        ConfigurationError: for a model with nothing to export, or with something that the file would not hold.
     """
     # One injected part, with adapters that are not merged, and values on this process.
-    found = find_injected(model)
-    if found is None:
+    parts = [module for module in model.modules() if injection_of(module) is not None]
+    if not parts:
         raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
-    root = found[1]
-    if len([module for module in model.modules() if injection_of(module) is not None]) > 1:
+    if len(parts) > 1:
         raise ConfigurationError(f"{type(model).__name__} has several injected parts: export each of them")
+    root = parts[0]
     mark: Injection = injection_of(root)  # type: ignore[assignment]
     layers = dict(adapted_layers(root))
     if not layers:
-        raise ConfigurationError(
-            f"{type(mark.method).__name__} adapts no layers, and {what} holds LoRA layers: export merged weights, or "
-            "the adapter folder of this package"
-        )
+        name = type(mark.method).__name__
+        raise ConfigurationError(f"{name} adapts no layers, and {what} holds LoRA layers: export merged weights")
     if merged_layers(root):
         raise ConfigurationError("the adapters are merged: call unmerge first")
     for path, layer in layers.items():
@@ -130,33 +111,30 @@ def exportable(model: nn.Module, *, what: str, reader: str, heads: bool) -> tupl
     # Readers look layers up by name, one place each.
     paths = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     if twice := [path for path, layer in layers.items() if paths[id(layer)] > 1]:
-        raise ConfigurationError(
-            f"{listed(twice, 3)} is used in several places, of which {reader} would adapt one: export merged weights"
-        )
-    # Whatever was trained besides would be lost.
-    ours = adapter_parameter_names(root)
-    kept = {name for name, _ in root.named_parameters(remove_duplicate=False)} - frozen_names(root) - ours
+        places = f"{listed(twice, 3)} is used in several places"
+        raise ConfigurationError(f"{places}, of which {what} adapts one: export merged weights")
+    # Whatever else was trained would be lost.
+    names = {name for name, _ in root.named_parameters(remove_duplicate=False)}  # a tied weight has two names
+    kept = names - frozen_names(root) - adapter_parameter_names(root)
     held = tuple(f"{head}." for head in mark.trained_modules) if heads else ()
     if loose := sorted(name for name in kept if not name.startswith(held)):
-        which = "weights of the base were trained too" if heads else "weights were trained besides the adapters"
-        raise ConfigurationError(
-            f"{len(loose)} {which}, which {what} cannot hold: {listed(loose, 3)}; export merged weights"
-        )
+        trained = f"{len(loose)} weights were trained that {what} cannot hold"
+        raise ConfigurationError(f"{trained}: {listed(loose, 3)}; export merged weights")
     return root, mark
 
 
 def linear_updates(
     model: nn.Module,
-    root: nn.Module,
-    *,
+    folder: str | Path,
     rank: int | None,
     max_error: float,
-    mode: str | None,
-    batches: Iterable[Any] | None,
-    measure_on: Iterable[Any] | None,
-    forward: Forward | None,
-) -> LinearUpdates:
-    """The updates of `root`, the injected part of `model`, as LoRAs; the model is afterwards as it was.
+    *,
+    mode: str | None = None,
+    batches: Iterable[Any] | None = None,
+    measure_on: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+) -> tuple[dict[str, LowRankUpdate], LoraReport]:
+    """The updates of a model as LoRAs, by layer, and a report that the export completes; the model stays as it was.
 
     The options are those of `export_peft`.
 
@@ -165,13 +143,13 @@ def linear_updates(
         ConfigurationError: for batches that would not act.
     """
     fit, held_out = batch_list(batches), batch_list(measure_on)
-    measured = held_out or fit
+    measured = held_out or fit  # better batches that the fit has not seen
     if mode is None and measured:
         raise ConfigurationError("batches act with mode='static' or 'calibrated' only: leave them out")
     before = measure(model, measured, forward)
+    # Only within the context do AuroRA's layers have a matrix.
     with linearised(model, mode, fit, forward) as notes:
         error = merge_error(before, measure(model, measured, forward))
-        found = low_rank_updates(root, rank, max_error)
-    updates = {path: each.update for path, each in found.items()}
-    errors = {path: each.error for path, each in found.items() if each.error is not None}
-    return LinearUpdates(updates, errors, error, [*notes, *measuring_notes(mode, error, held_out)])
+        updates, errors = low_rank_updates(find_injected(model)[1], rank, max_error)  # type: ignore[index]
+    notes = [*notes, *measuring_notes(mode, error, held_out)]
+    return updates, LoraReport(Path(folder), errors=errors, mode=mode, merge_error=error, notes=notes)

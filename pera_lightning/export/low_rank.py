@@ -10,7 +10,6 @@ Shapes: in, out features of a projection; R rank of an update.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +24,11 @@ from pera_lightning.merging.merge import adapted_layers
 MAX_ERROR = 0.1
 
 
-@dataclass(frozen=True)
-class ExportedUpdate:
-    """The update of one projection.
-
-    Attributes:
-        update: update of the full projection, on the CPU.
-        error: relative error of the cut; None where the update is exact.
-    """
-
-    update: LowRankUpdate
-    error: float | None = None
-
-
 @torch.no_grad()
 def low_rank_updates(
     model: nn.Module, rank: int | None = None, max_error: float = MAX_ERROR
-) -> dict[str, ExportedUpdate]:
-    """The update of every adapted layer of a model, by the layer's path.
+) -> tuple[dict[str, LowRankUpdate], dict[str, float]]:
+    """The update of every adapted layer of a model, on the CPU, by the layer's path; and the error of each cut.
 
     Args:
         model: injected, not merged.
@@ -50,45 +36,41 @@ def low_rank_updates(
         max_error: the largest relative error of a layer that is taken.
 
     Raises:
-        NotMergeableError: where an update has no low rank and none is given, where a layer's error is too large, or
-            where an update has NaN or infinite values.
+        NotMergeableError: for an update of full rank without `rank`, too large an error, or NaN or infinite values.
     """
-    found = {}
+    updates, errors = {}, {}
     for path, layer in adapted_layers(model):
         try:
-            found[path] = _exported(layer, rank)
-        except NotMergeableError as error:
-            raise NotMergeableError(f"{path}: {error}") from None
+            update, error = _exported(layer, rank)
+        except NotMergeableError as reason:
+            raise NotMergeableError(f"{path}: {reason}") from None
+        A, B, bias = (None if t is None else t.detach().cpu() for t in (update.A, update.B, update.bias))
+        updates[path] = LowRankUpdate(A, B, update.scale, bias)  # type: ignore[arg-type]
+        if error is not None:
+            errors[path] = error
     # A cut that loses too much is refused, naming the worst layers.
-    too_large = {path: each.error for path, each in found.items() if each.error and each.error > max_error}
-    if too_large:
-        worst = sorted(too_large, key=lambda path: -too_large[path])
+    worst = sorted((path for path in errors if errors[path] > max_error), key=lambda path: -errors[path])
+    if worst:
         raise NotMergeableError(
-            f"cut to rank {rank}, {len(too_large)} of {len(found)} layers lose more than max_error={max_error:g}: "
-            f"{listed([f'{path} {too_large[path]:.2g}' for path in worst], 3)} (relative); take a larger rank, raise "
-            "max_error, or export merged weights"
+            f"cut to rank {rank}, {len(worst)} of {len(updates)} layers lose more than max_error={max_error:g}: "
+            f"{listed([f'{path} {errors[path]:.2g}' for path in worst], 3)}; take a larger rank or max_error, or "
+            "export merged weights"
         )
-    return found
+    return updates, errors
 
 
-def _exported(layer: AdaptedLayer, rank: int | None) -> ExportedUpdate:
-    """The exact update of a layer where it has one of the rank, else the nearest one."""
-    error = None
+def _exported(layer: AdaptedLayer, rank: int | None) -> tuple[LowRankUpdate, float | None]:
+    """The exact update of a layer where it has one of the rank, else the nearest one and its error."""
     try:
         update = full_update(layer)
     except NotMergeableError as reason:
-        matrix = full_matrix(layer)  # raises where there is no matrix either
+        matrix = full_matrix(layer)  # raises where not even a matrix exists
         if rank is None:
-            raise NotMergeableError(
-                f"{reason}: give a rank to cut it to by SVD, with the error reported, or export merged weights"
-            ) from None
-        update, error = cut_matrix(matrix, rank)
-    else:
-        _check_finite(update.A, update.B, update.bias)
-        if rank is not None and update.rank > rank:
-            update, error = cut_update(update, rank)
-    A, B, bias = (None if tensor is None else tensor.detach().cpu() for tensor in (update.A, update.B, update.bias))
-    return ExportedUpdate(LowRankUpdate(A, B, update.scale, bias), error)  # type: ignore[arg-type]
+            how = "give a rank to cut it to by SVD, or export merged weights"
+            raise NotMergeableError(f"{reason}: {how}") from None
+        return cut_matrix(matrix, rank)
+    _check_finite(update.A, update.B, update.bias)
+    return cut_update(update, rank) if rank is not None and update.rank > rank else (update, None)
 
 
 def full_update(layer: AdaptedLayer) -> LowRankUpdate:
@@ -102,21 +84,17 @@ def full_update(layer: AdaptedLayer) -> LowRankUpdate:
     first = next(iter(updates.values()))
     if len(updates) == 1 and first.B.shape[0] == rows:
         return first
-    # The slices' A one below the other, and beside each other their B, each in its own rows.
-    columns = []
+    # The slices' A one below the other, and beside each other their B and constants, zero in all other rows.
+    columns, bias = [], first.B.new_zeros(rows)
     for name, update in updates.items():
-        column = update.B.new_zeros(rows, update.rank)
-        same = update.scale == first.scale
-        column[layer.slices[name]] = update.B if same else update.B * update.scale / first.scale
+        own, column = layer.slices[name], update.B.new_zeros(rows, update.rank)
+        column[own] = update.B if update.scale == first.scale else update.B * update.scale / first.scale
         columns.append(column)
-    # The constants of a calibration, zero where a slice has none.
-    bias = None
-    if any(update.bias is not None for update in updates.values()):
-        bias = first.B.new_zeros(rows)
-        for name, update in updates.items():
-            if update.bias is not None:
-                bias[layer.slices[name]] = update.bias
-    return LowRankUpdate(torch.cat([update.A for update in updates.values()]), torch.cat(columns, 1), first.scale, bias)
+        if update.bias is not None:
+            bias[own] = update.bias
+    constant = any(update.bias is not None for update in updates.values())
+    A = torch.cat([update.A for update in updates.values()])  # (R, in)
+    return LowRankUpdate(A, torch.cat(columns, 1), first.scale, bias if constant else None)
 
 
 def full_matrix(layer: AdaptedLayer) -> Tensor:

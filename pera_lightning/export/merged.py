@@ -6,7 +6,7 @@ What is the same for every library: the merge, its error, and the output folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import nn
 from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.merging.merge import MergeReport, adapted_layers, merge, merge_and_unload
-from pera_lightning.merging.merge_error import Forward
 from pera_lightning.validation import renamed
 
 _BESIDES = 32 << 20  # bytes of configuration and tokenizer, at most
@@ -47,27 +46,16 @@ class MergedReport:
 
 @renamed("method", "mode")
 def export_merged(
-    model: nn.Module,
-    folder: str | Path,
-    write: Write,
-    *,
-    overwrite: bool = False,
-    mode: str | None = None,
-    batches: Iterable[Any] | None = None,
-    measure_on: Iterable[Any] | None = None,
-    forward: Forward | None = None,
+    model: nn.Module, folder: str | Path, write: Write, *, overwrite: bool = False, **options: Any
 ) -> MergedReport:
     """Merges a model and writes it. The model is plain afterwards, also where the writing fails: hand over a copy.
 
     Args:
         model: injected, or a model that contains an injected one; merged already or not.
-        folder: made, whole or not at all.
+        folder: made, in full or not at all.
         write: writes the files of the plain model.
         overwrite: replaces an earlier export.
-        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
-        measure_on: other inputs to measure the error on.
-        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
+        options: `mode`, `batches`, `measure_on` and `forward`, as in `pera_lightning.merge`.
 
     Returns:
         What was done, to print.
@@ -79,19 +67,16 @@ def export_merged(
     """
     check_output_folder(folder, overwrite=overwrite)
     # Merged in place, since a second copy of a large model may not fit.
-    options = {"mode": mode, "batches": batches, "measure_on": measure_on, "forward": forward}
-    given = {name: value for name, value in options.items() if value is not None}
     if any(adapted_layers(model)):
-        report = merge(model, keep_base=False, **given)
+        report = merge(model, keep_base=False, **options)
+    elif options.get("mode") is not None:
+        raise ConfigurationError(f"mode={options['mode']!r} acts on AuroRA only, and no layers are adapted")
     else:
-        if mode is not None:
-            raise ConfigurationError(f"mode={mode!r} acts on AuroRA only, and no layers are adapted: leave it out")
         report = MergeReport(0, notes=["its method adapts no layers: the weights are written as they were trained"])
     merge_and_unload(model)  # raises for a model that was never injected
     # The disk's room is checked before anything is written.
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied weights count once
-    needed = sum(sizes.values()) + _BESIDES
-    with output_folder(folder, overwrite=overwrite, needed=needed) as made:
+    with output_folder(folder, overwrite=overwrite, needed=sum(sizes.values()) + _BESIDES) as made:
         notes = write(made)
         size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     return MergedReport(Path(folder), size, report, notes)

@@ -7,7 +7,7 @@ peft's LoRA is s · (B A x + b) with s = lora_alpha / r, so the constant of a ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as dump_tensors
 from torch import nn
 
-from pera_lightning.adapters.base import LowRankUpdate
+from pera_lightning.adapters.base import ALL, LowRankUpdate
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.export import vllm
 from pera_lightning.export.folder import output_folder
@@ -25,7 +25,6 @@ from pera_lightning.export.peft_config import lora_config, lora_tensors
 from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
 from pera_lightning.injection.inject import Injection
 from pera_lightning.merging.merge import adapted_layers
-from pera_lightning.merging.merge_error import Forward
 from pera_lightning.validation import check_choice, renamed
 
 TARGETS = ("peft", "vllm")
@@ -41,28 +40,22 @@ def export_peft(
     base_revision: str | None = None,
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    mode: str | None = None,
-    batches: Iterable[Any] | None = None,
-    measure_on: Iterable[Any] | None = None,
-    forward: Forward | None = None,
     target: str = "peft",
     overwrite: bool = False,
+    **options: Any,
 ) -> LoraReport:
     """Writes the adapters of a model as a PEFT folder of plain LoRA; the model stays as it is.
 
     Args:
         model: injected, or a model that contains an injected one; not merged.
-        folder: made, whole or not at all.
+        folder: made, in full or not at all.
         base_name: name of the base on a hub, or its folder; goes into the config.
         base_revision: branch, tag or commit of the base on the hub.
         rank: cuts larger updates, and those of no low rank, to this rank by SVD.
         max_error: largest relative error that is taken of a layer then.
-        mode: "static" or "calibrated", for AuroRA with dynamic inference, as in `pera_lightning.merge`.
-        batches: inputs of the model, to calibrate with and, without `measure_on`, to measure the error on.
-        measure_on: other inputs to measure the error on.
-        forward: how the model is called, see `pera_lightning.merging.merge_error.call` for the default.
         target: "peft", or "vllm", which refuses what vLLM does not take.
         overwrite: replaces an earlier export.
+        options: `mode`, `batches`, `measure_on` and `forward`, for AuroRA, as in `pera_lightning.merge`.
 
     Returns:
         What was written, to print.
@@ -77,51 +70,38 @@ def export_peft(
     if not str(base_name or "").strip():
         raise ConfigurationError(f"base_name={base_name!r}: the base's name on a hub, or its folder, is needed")
     check_export(folder, rank=rank, max_error=max_error, overwrite=overwrite)
-    root, mark = exportable(model, what="a PEFT folder", reader="peft", heads=True)
+    root, mark = exportable(model, "a PEFT folder", heads=True)
     if target == "vllm":
         vllm.check_model(root, mark)
     # The updates as LoRAs, by layer.
-    options = {"batches": batches, "measure_on": measure_on, "forward": forward}
-    linear = linear_updates(model, root, rank=rank, max_error=max_error, mode=mode, **options)  # type: ignore
-    updates, notes = linear.updates, [*linear.notes]
-    max_lora_rank = None
+    updates, report = linear_updates(model, folder, rank, max_error, **options)
     if target == "vllm":
-        updates, max_lora_rank, more = vllm.served_updates(updates, mark)
-        notes += more
+        updates, report.max_lora_rank, notes = vllm.served_updates(updates, mark)
+        report.notes += notes
     # Config and tensors by peft's names, with the heads.
     saved = heads(mark.trained_modules, plain_modules(root))
     config = lora_config(root, mark, updates, base_name, base_revision)
-    tensors = lora_tensors(root, updates, saved)
-    notes += _notes(root, mark, updates, saved)
-    data = dump_tensors(tensors, metadata={"format": "pt"})
+    data = dump_tensors(lora_tensors(root, updates, saved), metadata={"format": "pt"})
+    report.size, report.heads = len(data), tuple(saved)
+    report.ranks = {path: update.rank for path, update in updates.items()}
+    report.notes += _notes(root, mark, updates, saved)
     with output_folder(folder, overwrite=overwrite, needed=len(data) + _CONFIG_ROOM) as made:
         config.save_pretrained(str(made))
         (made / WEIGHTS_FILE).write_bytes(data)
-    return LoraReport(
-        folder=Path(folder),
-        size=len(data),
-        ranks={path: update.rank for path, update in updates.items()},
-        errors=dict(linear.errors),
-        heads=tuple(saved),
-        mode=mode,
-        merge_error=linear.merge_error,
-        max_lora_rank=max_lora_rank,
-        notes=notes,
-    )
+    return report
 
 
 def _notes(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate], saved: Sequence[str]) -> list[str]:
-    notes = []
-    layers = dict(adapted_layers(root))
-    if fused := [path for path, layer in layers.items() if "all" not in layer.slices]:
+    """What peft makes of the folder that a reader may not expect."""
+    notes, layers = [], dict(adapted_layers(root))
+    if fused := [path for path, layer in layers.items() if ALL not in layer.slices]:
         notes.append(
             f"{len(fused)} fused projections are adapted in some slices only; the LoRA is zero in the others, which "
             "training it further in peft would change"
         )
     if any(update.bias is not None for update in updates.values()):
         notes.append("the constants are lora_bias, which load_peft of this package does not take back")
-        bare = [path for path, layer in layers.items() if layer.bias is None]
-        if bare:
+        if bare := [path for path, layer in layers.items() if layer.bias is None]:
             notes.append(
                 f"the constants need lora_bias=True, and {len(bare)} adapted layers have no bias ({listed(bare, 2)}): "
                 "peft predicts with this folder, but refuses to merge it; export merged weights for that"
@@ -129,14 +109,12 @@ def _notes(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate
     if more := [path for path in saved if path not in mark.trained_modules]:
         notes.append(f"peft takes {listed(more, 3)} for a head as well, so it is in the folder, unchanged")
     dtypes = {p.dtype for path in saved for p in root.get_submodule(path).parameters()}
-    base = {layer.weight.dtype for layer in layers.values()}
-    if dtypes - base and torch.float32 in dtypes:
+    if torch.float32 in dtypes and torch.float32 not in {layer.weight.dtype for layer in layers.values()}:
         notes.append("the heads are float32, and peft loads them in the base's dtype: load the base in float32")
+    # Statistics of norms are in no PEFT folder, but for those within a head.
     norms = [path for path, module in plain_modules(root).items() if getattr(module, "running_mean", None) is not None]
-    norms = [path for path in norms if not any(f"{path}.".startswith(f"{head}.") for head in saved)]
+    norms = [path for path in norms if not f"{path}.".startswith(tuple(f"{head}." for head in saved))]
     if norms:
-        notes.append(
-            f"running statistics of norms ({listed(norms, 2)}) stay behind: if they changed in training, export merged "
-            "weights"
-        )
+        what = f"running statistics of norms ({listed(norms, 2)})"
+        notes.append(f"{what} stay behind: if they changed in training, export merged weights")
     return notes

@@ -151,7 +151,7 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
 
 
 def _export_diffusers(trained: Trained, output: str, given: dict[str, Any], overwrite: bool) -> None:
-    from pera_lightning.export.diffusers import export_diffusers, how_to_load
+    from pera_lightning.export.diffusers import export_diffusers
 
     module = trained.module
     trained.notes += module.export_notes()
@@ -163,7 +163,7 @@ def _export_diffusers(trained: Trained, output: str, given: dict[str, Any], over
         **_cutting(given),
         **merge_options(trained, given.get("mode"), given.get("batches")),
     )
-    _told(trained, report, how_to_load(output))
+    _told(trained, report, f"pipe.load_lora_weights({output!r})")
 
 
 def _cutting(given: dict[str, Any]) -> dict[str, Any]:
