@@ -7,16 +7,19 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pera_lightning.errors import DataError
+from pera_lightning.errors import DataError, closest
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_ABANDONED = 24 * 3600  # seconds after which an unfinished folder belongs to no living process
 
 
 def read_text(path: Path) -> str:
@@ -30,16 +33,16 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def closest_beside(path: Path) -> str:
+    """Words a suggestion for a path that does not exist, from the names that its folder has; see `closest`."""
+    return closest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part.
-
-    Args:
-        path: the file; its folder exists.
-        data: the content.
-    """
+    """Writes a file, in a folder that exists, so that a reader sees the old content or the new, never a part."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
@@ -48,10 +51,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` for a library to write to; at the end that file gets the name `path` in one step.
 
-    After an error nothing is left of it, and a file that was there stays.
-
-    Args:
-        path: the file; its folder exists.
+    Its folder exists. After an error nothing is left of it, and a file that was there stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -66,11 +66,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a fresh folder beside `path`; at the end it gets the name `path`, in place of a folder of that name.
 
-    A folder that is replaced is there until the new one is complete. After an error nothing is left of the new one;
-    what a process that was killed has left is removed by the next one.
-
-    Args:
-        path: the folder; parents are made.
+    Parents are made. A folder that is replaced is there until the new one is complete. After an error nothing is left
+    of the new one; what a killed process has left is removed a day later, when the same folder is written again.
     """
     path = path.resolve()  # of a link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,34 +76,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         aside.rename(path)
     shutil.rmtree(aside, ignore_errors=True)
     for left in path.parent.glob(f"{escape(prefix)}????????"):
-        with _locked(left) as ours:
-            if ours:  # else a living process writes it
+        with suppress(FileNotFoundError):  # another process may be writing it, and finish just now
+            if left.stat().st_mtime < time.time() - _ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
     try:
-        with _locked(made):
-            yield made
-            _finish(made)
-            _swap(made, path, aside)
+        yield made
+        _finish(made)
+        _swap(made, path, aside)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Locks a folder as long as this process is in the context; yields whether it could."""
-    handle, ours = None, False
-    with suppress(ImportError, OSError):  # Windows, a network disk without locks, or another process has it
-        from fcntl import LOCK_EX, LOCK_NB, flock
-
-        handle = os.open(folder, os.O_RDONLY)
-        flock(handle, LOCK_EX | LOCK_NB)
-        ours = True
-    try:
-        yield ours
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _finish(folder: Path) -> None:
@@ -141,7 +120,7 @@ def _sync(file: Path) -> None:
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
+    """An image as a PNG file."""
     data = io.BytesIO()
     image.save(data, "PNG", compress_level=3)  # twice as fast as Pillow's 6, for a tenth more bytes
     return data.getvalue()

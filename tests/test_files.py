@@ -71,19 +71,6 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_disk_inside_is_raised(tmp_path: Path) -> None:
-    """Those of the lock are not: some disks have none."""
     with pytest.raises(OSError, match="I/O error"), atomic_directory(tmp_path / "folder"):
         raise OSError(5, "I/O error")
     assert names(tmp_path) == []
-
-
-def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: int) -> None:
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", none)
-    left = tmp_path / ".folder.writing-abcdefgh"
-    left.mkdir()
-    with atomic_directory(tmp_path / "folder") as made:
-        (made / "one").touch()
-    assert names(tmp_path) == [left.name, "folder"]  # it may belong to a living process

@@ -28,24 +28,10 @@ from pera_lightning.adapters.lora import LoRA
 from pera_lightning.adapters.method import Method
 from pera_lightning.errors import CheckpointError, closest, listed
 from pera_lightning.export.low_rank import padded
-from pera_lightning.export.peft_folder import (
-    NOTHING,
-    Kind,
-    checked_kind,
-    read_config,
-    read_tensors,
-    split_factors,
-)
-from pera_lightning.export.peft_names import (
-    WEIGHTS_FILE,
-    alpha_of,
-    heads,
-    names,
-    plain_modules,
-    shortest_targets,
-)
+from pera_lightning.export.peft_folder import NOTHING, Kind, checked_kind, read_config, read_tensors, split_factors
+from pera_lightning.export.peft_names import WEIGHTS_FILE, alpha_of, heads, names, plain_modules, shortest_targets
 from pera_lightning.injection.inject import inject
-from pera_lightning.injection.state import find_injected
+from pera_lightning.injection.state import check_tensors, find_injected
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -70,12 +56,13 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     kind = checked_kind(config, folder)
     if find_injected(model) is not None:
         raise CheckpointError(f"{folder} cannot be loaded: this model is adapted already; build it anew")
-    tensors = read_tensors(folder)
-    layers, rest = split_factors(tensors, kind, folder)
+    layers, rest = split_factors(read_tensors(folder), kind, folder)
     modules = plain_modules(model)
     _check_layers(layers, kind, modules, config, model, folder)
-    saved = heads(config.get("modules_to_save") or [], modules)
-    _check_heads(rest, saved, config, model, folder)
+    # Besides the layers it holds all tensors of the heads and nothing else.
+    saved, state = heads(config.get("modules_to_save") or [], modules), model.state_dict()
+    wanted = {name: state[name] for name in state if name.startswith(tuple(f"{path}." for path in saved))}
+    check_tensors(rest, wanted, wanted, str(folder / WEIGHTS_FILE))
     _check_ties(rest, model, folder)
     # Then the model is adapted in the same places, and gets the values.
     updates, method = _as_method(layers, config, kind)
@@ -87,9 +74,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
             adapter = model.get_submodule(f"{path}.adapters.all")
             adapter.A.copy_(update.A)  # type: ignore[union-attr, operator]
             adapter.B.copy_(update.B)  # type: ignore[union-attr, operator]
-        state = model.state_dict()
         for name, value in rest.items():
-            state[name].copy_(value)
+            state[name].copy_(value)  # the model's own tensors, whose names injection does not change
     return model
 
 
@@ -103,32 +89,24 @@ def _check_layers(
 ) -> None:
     # Each adapted layer has to be a linear layer of the model, in one place.
     linear = {path: module for path, module in modules.items() if is_linear(module)}
-    absent = [path for path in layers if path not in linear]
-    if absent:
-        has = "does not have as linear layers of its own"
-        raise CheckpointError(
-            f"{folder} adapts {listed(absent, 3)}, which {type(model).__name__} {has}{closest(absent[0], linear)}"
-        )
+    if absent := [path for path in layers if path not in linear]:
+        has = f"{type(model).__name__} does not have as linear layers of its own{closest(absent[0], linear)}"
+        raise CheckpointError(f"{folder} adapts {listed(absent, 3)}, which {has}")
     places = Counter(id(module) for module in modules.values())
     if shared := [path for path in layers if places[id(linear[path])] > 1]:
         raise CheckpointError(f"{listed(shared, 3)} is used in several places, of which peft adapts one: not supported")
     # And each that the config names has to be in the file.
-    missing = [path for path in linear if path not in layers and _targeted(path, config)]
-    if missing:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} is not whole, or for another base: its config targets {listed(missing, 3)}, "
-            "for which it has no tensors"
-        )
+    if missing := [path for path in linear if path not in layers and _targeted(path, config)]:
+        damage = "is not complete, or for another base: its config targets"
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} {damage} {listed(missing, 3)}, for which it has no tensors")
     for path, (A, B) in layers.items():
         out_features, in_features = base_weight(linear[path]).shape
-        # The scale hangs on the config's rank. Of HiRA, which has no scale, peft (0.21) ignores the pattern.
+        # The scale depends on the config's rank. Of HiRA, which has no scale, peft (0.21) ignores the pattern.
         rank = _by_pattern(path, config.get("rank_pattern"), config["r"]) if kind.scaled else len(A)
         given, expected = (tuple(A.shape), tuple(B.shape)), ((rank, in_features), (out_features, rank))
         if given != expected:
-            raise CheckpointError(
-                f"{folder} does not fit this model: A and B of {path} are {given[0]} and {given[1]}, expected "
-                f"{expected[0]} and {expected[1]} (rank {rank})"
-            )
+            sizes = f"{given[0]} and {given[1]}, expected {expected[0]} and {expected[1]} (rank {rank})"
+            raise CheckpointError(f"{folder} does not fit this model: A and B of {path} are {sizes}")
 
 
 def _targeted(path: str, config: Mapping[str, Any]) -> bool:
@@ -157,32 +135,6 @@ def _by_pattern(path: str, pattern: Mapping[str, Any] | None, usual: Any) -> Any
     return usual
 
 
-def _check_heads(
-    rest: Mapping[str, Tensor], saved: list[str], config: Mapping[str, Any], model: nn.Module, folder: Path
-) -> None:
-    given = config.get("modules_to_save") or []
-    if given and not saved:
-        raise CheckpointError(
-            f"{folder} has the heads {listed(given)}, and {type(model).__name__} none of that name: load the base with "
-            "the class that it was trained in"
-        )
-    # The file holds all tensors of the heads and nothing else.
-    state = model.state_dict()
-    wanted = {name: state[name] for name in state if name.startswith(tuple(f"{path}." for path in saved))}
-    unexpected = [name for name in rest if name not in wanted]
-    missing = [name for name in wanted if name not in rest]
-    if missing or unexpected:
-        parts = [f"{len(missing)} missing: {listed(missing, 3)}"] if missing else []
-        parts += [f"{len(unexpected)} unexpected: {listed(unexpected, 3)}"] if unexpected else []
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its config and this model: {'; '.join(parts)}")
-    for name, value in rest.items():
-        if value.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{folder} does not fit this model: {name} is {tuple(value.shape)}, the model's is "
-                f"{tuple(wanted[name].shape)}; has it another number of classes?"
-            )
-
-
 def _check_ties(rest: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:
     """Raises `CheckpointError` where loading a head would change other weights too: peft copies heads, which unties."""
     groups: dict[int, list[str]] = {}
@@ -191,10 +143,8 @@ def _check_ties(rest: Mapping[str, Tensor], model: nn.Module, folder: Path) -> N
     for tied in groups.values():
         loaded = [name for name in tied if name in rest]
         if loaded and (len(loaded) < len(tied) or any(not torch.equal(rest[loaded[0]], rest[n]) for n in loaded)):
-            raise CheckpointError(
-                f"{folder} has its own {loaded[0]}, and in this model {' and '.join(tied)} are one tensor: untie them "
-                "first (tie_word_embeddings=False)"
-            )
+            ties = f"in this model {' and '.join(tied)} are one tensor: untie them first (tie_word_embeddings=False)"
+            raise CheckpointError(f"{folder} has its own {loaded[0]}, and {ties}")
 
 
 def _as_method(

@@ -12,8 +12,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from pera_lightning.errors import CheckpointError, closest, shorten
-from pera_lightning.files import atomic_write
+from pera_lightning.errors import CheckpointError, shorten
+from pera_lightning.files import atomic_write, closest_beside
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     FORMAT,
@@ -102,12 +102,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         data = (folder / WEIGHTS_FILE).read_bytes()
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
-        # A folder of another name beside it may be meant.
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        missing = Path(error.filename).name
-        raise CheckpointError(
-            f"{folder} is not an adapter folder: {missing} is missing{closest(folder.name, siblings)}"
-        ) from None
+        missing = f"{Path(error.filename).name} is missing{closest_beside(folder)}"
+        raise CheckpointError(f"{folder} is not an adapter folder: {missing}") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {shorten(str(error))}") from None
     if config.get("format") != FORMAT:

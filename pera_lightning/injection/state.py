@@ -115,27 +115,35 @@ def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, stri
     if any(isinstance(module, AdaptedLayer) and module.merged for module in model.modules()):
         raise ConfigurationError(f"{source} cannot be loaded into merged adapters: call unmerge first")
     frozen, present = frozen_names(model), model.state_dict()
-    missing = [name for name in present if name not in state and name not in frozen]
-    unexpected = [name for name in state if name not in present]
+    required = [name for name in present if name not in frozen]
     if not strict:  # other code's tensors, such as those of metrics, may come and go
         prefix, root = find_injected(model) or ("", model)
-        ours = {prefix + name for name in trained_parameter_names(root)}
-        missing = [name for name in missing if name in ours]
-        unexpected = [name for name in unexpected if ".adapters." in name]
+        required = [prefix + name for name in trained_parameter_names(root)]
+        state = {name: value for name, value in state.items() if name in present or ".adapters." in name}
+    check_tensors(state, present, required, source)
+
+
+def check_tensors(given: Mapping[str, Any], present: Mapping[str, Any], required: Iterable[str], source: str) -> None:
+    """Raises `CheckpointError` for tensors that are missing, unexpected or of another shape.
+
+    Args:
+        given: what is loaded, by name.
+        present: what the model has.
+        required: names that must be given.
+        source: where they come from, for the message.
+    """
+    missing = [name for name in required if name not in given]
+    unexpected = [name for name in given if name not in present]
     if missing or unexpected:
         parts = [f"{len(missing)} missing: {listed(missing, 3)}"] if missing else []
         parts += [f"{len(unexpected)} unexpected: {listed(unexpected, 3)}"] if unexpected else []
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(parts)}")
-    _check_shapes(state, present, source)
-
-
-def _check_shapes(state: Mapping[str, Any], present: Mapping[str, Any], source: str) -> None:
-    for name in (n for n in present if n in state):
-        given, expected = getattr(state[name], "shape", ()), getattr(present[name], "shape", ())
-        if given != expected:
+    for name in (n for n in present if n in given):
+        shape, expected = getattr(given[name], "shape", ()), getattr(present[name], "shape", ())
+        if shape != expected:
             # A head has as many rows as the data have classes.
             hint = "" if ".adapters." in name else "; does the data have another number of classes?"
-            raise CheckpointError(f"{source}: {name} is {tuple(given)}, the model's is {tuple(expected)}{hint}")
+            raise CheckpointError(f"{source}: {name} is {tuple(shape)}, the model's is {tuple(expected)}{hint}")
 
 
 def check_plain(
@@ -155,9 +163,10 @@ def check_plain(
     if absent:
         raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
     if check_base:
-        present = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
-        check_same_base(config["fingerprint"], present, source)
-    _check_shapes(state, model.state_dict(), source)
+        own = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
+        check_same_base(config["fingerprint"], own, source)
+    present = model.state_dict()
+    check_tensors({name: value for name, value in state.items() if name in present}, present, (), source)
 
 
 def check_same_base(saved: Mapping[str, str], present: Mapping[str, str], source: str) -> None:

@@ -73,7 +73,7 @@ def test_each_cell_is_true(rows, name):
         else:
             assert adapter.low_rank_update().rank == int(exact.split()[0]) == method.export_rank
         assert svd == "any rank"
-        assert low_rank_updates(model, 2, max_error=1.0)["0"].update.rank == 2
+        assert low_rank_updates(model, 2, max_error=1.0)[0]["0"].rank == 2
 
 
 @pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if not issubclass(cls, LinearMethod)])

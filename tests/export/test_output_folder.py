@@ -2,9 +2,6 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -196,30 +193,18 @@ def test_what_others_may_read(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-WRITER = """
-import sys, time
-from pera_lightning.export.folder import output_folder
-with output_folder(sys.argv[1]) as made:
-    (made / "config.json").write_text("half")
-    print(made, flush=True)
-    time.sleep(60)
-"""
-
-
 def test_leftovers_of_killed_processes(tmp_path):
-    """A process that lives keeps its folder; one that was killed leaves one, which the next export removes."""
-    words = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            made = folder_file.Path(process.stdout.readline().strip())
-            write(tmp_path / "out")
-            assert (made / "config.json").exists()
-        finally:
-            process.send_signal(signal.SIGKILL)
-    assert names(tmp_path) == [made.name, "out"]
-    (tmp_path / ".other.writing-abcdefgh").mkdir()  # of another name
-    write(tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == [".other.writing-abcdefgh", "out"]
+    """A process that lives keeps its folder; one that was killed leaves one, which is removed a day later."""
+    living, killed, other = (
+        tmp_path / name for name in (".out.writing-1234abcd", ".out.writing-5678abcd", ".o.writing-")
+    )
+    for path in (living, killed, other):
+        path.mkdir()
+        (path / "config.json").write_text("half")
+    for path in (killed, other):
+        os.utime(path, (0, 0))
+    write(tmp_path / "out")
+    assert names(tmp_path) == [other.name, living.name, "out"]
 
 
 def test_killed_between_the_two_renames(tmp_path):

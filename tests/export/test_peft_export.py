@@ -306,7 +306,7 @@ def test_a_plain_model(tmp_path):
 def test_weights_that_other_code_trained(tmp_path):
     model = adapted("llama", LoRA(rank=2))
     model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match=r"1 weights of the base were trained too.*model\.norm\.weight"):
+    with pytest.raises(ConfigurationError, match=r"1 weights were trained that a PEFT .* model\.norm\.weight"):
         export_peft(model, tmp_path / "out", base_name="base")
 
 

@@ -291,7 +291,7 @@ def test_another_number_of_classes(tmp_path):
     trained("vit", lora("vit"), tmp_path)
     model = vit()
     model.reset_classifier(5)
-    refused(model, tmp_path, r"head\.bias is \(3,\), the model's is \(5,\); has it another number")
+    refused(model, tmp_path, r"head\.weight is \(3, 16\), the model's is \(5, 16\); does the data have another number")
 
 
 def test_a_base_without_the_head(tmp_path):
@@ -327,12 +327,12 @@ def test_tensors_that_are_missing_or_left_over(tmp_path):
     broken(lambda t: t.pop("base_model.model.head.bias"), r"1 missing: head\.bias")
     broken(lambda t: t.update({f"{block}.lora_magnitude_vector": torch.ones(3)}), "1 unexpected: .*magnitude")
     broken(lambda t: t.update({"blocks.0.extra": torch.ones(3)}), "do not begin with base_model")
-    broken(lambda t: t.clear(), "there is no lora_A.weight")
+    broken(lambda t: t.clear(), "lora_A.weight of any layer is missing")
 
 
 def test_files_that_are_missing_or_damaged(tmp_path):
     refused(llama(), tmp_path / "nothing", "does not exist")
-    refused(llama(), tmp_path, "adapter_config.json is missing$")
+    refused(llama(), tmp_path, "has no adapter_config.json$")
     trained("llama", lora(), tmp_path / "adapter")
     refused(llama(), tmp_path / "adaptr", "does not exist; closest: adapter")
     weights, config = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
@@ -344,11 +344,11 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     weights.rename(weights.with_suffix(".bin"))
     refused(llama(), tmp_path / "adapter", "is a pickle.*safetensors")
     weights.with_suffix(".bin").unlink()
-    refused(llama(), tmp_path / "adapter", "adapter_model.safetensors is missing")
+    refused(llama(), tmp_path / "adapter", "has no adapter_model.safetensors")
     config.write_text("{")
     refused(llama(), tmp_path / "adapter", "adapter_config.json is damaged")
     config.write_text("[1]")
-    refused(llama(), tmp_path / "adapter", "no peft_type")
+    refused(llama(), tmp_path / "adapter", "was not written by peft: it has no peft_type")
 
 
 NONSENSE = [("r", 0), ("r", "8"), ("r", None), ("lora_alpha", "16"), ("lora_dropout", [0.1]), ("rank_pattern", [3])]

@@ -63,7 +63,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
     with pytest.raises(DataError) as error:
         read_json(tmp_path / "latin.json")
-    one_line(error, "latin.json is no text in UTF-8", "byte 2")
+    one_line(error, "latin.json is not UTF-8 text", "byte 2")
 
 
 def test_the_digest_sees_every_field_and_the_order(tmp_path):
