@@ -34,29 +34,16 @@ def explained(error: Exception, name: str, what: str) -> ConfigurationError:
         name: hub id or folder, as given.
         what: "model" or "tokenizer".
     """
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    text = str(error)
-    first = shorten(text.strip().partition("\n")[0])  # after it transformers lists every class that it has
+    first = shorten(str(error).strip().partition("\n")[0])  # after it transformers lists every class that it has
     if Path(name).is_dir():
-        if what == "tokenizer" and not any(Path(name).glob("*tok*")) and not any(Path(name).glob("vocab*")):
-            return ConfigurationError(
-                f"folder {name} has no tokenizer (tokenizer.json); give the data module tokenizer="
-            )
+        if what == "tokenizer" and not [*Path(name).glob("*tok*"), *Path(name).glob("vocab*")]:
+            first = "it has no tokenizer (tokenizer.json); give the data module tokenizer="
         return ConfigurationError(f"{what} in folder {name}: {first}")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return ConfigurationError(f"{what} {name}: there is no such folder")
-    if "gated" in text:
-        return ConfigurationError(
-            f"{what} {name} on {hub} is gated: ask for access on its page, then `hf auth login`, or give a local folder"
-        )
-    if "not a local folder" in text or "is not a valid model identifier" in text:
-        return ConfigurationError(
-            f"no {what} {name} on {hub} (or it is private), and no folder of that name here; check the name, "
-            "`hf auth login` if it is private, or give a local folder"
-        )
-    if "couldn't connect" in text.lower() or "cannot find the requested files" in text.lower():
-        return ConfigurationError(
-            f"{what} {name} is not in the cache and {hub} cannot be reached; set HF_ENDPOINT to a hub that can, or "
-            "give a local folder"
-        )
-    return ConfigurationError(f"{what} {name}: {first}")
+    # Unknown, private or gated, or the hub cannot be reached: the error says which.
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return ConfigurationError(
+        f"{what} {name} cannot be loaded from the cache or {hub}: {first}; check the name and HF_ENDPOINT, `hf auth "
+        "login` for a private or gated one, or give a local folder"
+    )

@@ -28,19 +28,15 @@ def export_pipeline(
 
     Args:
         network: injected; merged in place, so hand over a copy to keep it.
-        folder: made, whole or not at all.
+        folder: made, in full or not at all.
         base: see `write_pipeline`, as for the next three.
         revision: branch, tag or commit of the base on the hub.
         variant: variant of the base's weights.
         prediction_type: what the UNet was trained to predict.
         options: options of `pera_lightning.export.merged.export_merged`.
     """
-
-    def write(made: Path) -> list[str]:
-        how = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
-        return write_pipeline(network, made, base, **how)
-
-    return export_merged(network, folder, write, **options)
+    how = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
+    return export_merged(network, folder, lambda made: write_pipeline(network, made, base, **how), **options)
 
 
 def write_pipeline(
@@ -69,7 +65,7 @@ def write_pipeline(
         Notes, one line each.
 
     Raises:
-        ConfigurationError: where it is no SDXL network, or the base is missing or lacks a component.
+        ConfigurationError: for another network, or a base that is missing or lacks a component.
     """
     check_sdxl(network)
     own = dict(network.named_children())

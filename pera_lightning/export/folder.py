@@ -13,7 +13,7 @@ from pera_lightning.errors import CheckpointError, ConfigurationError, listed, m
 from pera_lightning.files import atomic_directory
 
 # One of these is in every folder that is exported, in formats of this package, peft, transformers, timm or diffusers.
-MARKERS = ("adapter_config.json", "config.json", "model_index.json", "pytorch_lora_weights.safetensors")
+MARKERS = {"adapter_config.json", "config.json", "model_index.json", "pytorch_lora_weights.safetensors"}
 # And nothing but files that end so, and the folders of a diffusers pipeline, which hold such files.
 _ENDINGS = (".json", ".safetensors", ".txt", ".jinja", ".model", ".md")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -43,7 +43,10 @@ def output_folder(path: str | Path, *, overwrite: bool = False, needed: int = 0)
             check_output_folder(path, overwrite=overwrite)  # it may have been made meanwhile
     except Exception as error:
         if _is_full(error):
-            raise CheckpointError(_no_room(path, needed)) from None
+            free = megabytes(shutil.disk_usage(Path(path).resolve().parent).free)
+            size = f"it needs about {megabytes(needed)}, and its" if needed else "its"
+            full = f"{path} could not be written: {size} disk has {free} free"
+            raise CheckpointError(f"{full}; make room, or give another --output") from None
         if not writing and isinstance(error, OSError):
             raise CheckpointError(f"{path} cannot be written ({error.strerror}): give another --output") from None
         raise
@@ -58,39 +61,29 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False, apart: Ite
         apart: files and folders that are read, and that `path` must neither be, hold, nor lie in.
     """
     if not str(path).strip():
-        raise ConfigurationError(f"{str(path)!r} is no name of a folder: give another --output")
+        raise ConfigurationError(f"{str(path)!r} does not name a folder: give another --output")
     # Never over the base, the checkpoint or the data that the command reads.
     target = Path(path).resolve()
     for other in (Path(other).resolve() for other in apart if Path(other).exists()):
         if target.is_relative_to(other) or other.is_relative_to(target):
-            raise ConfigurationError(
-                f"{path} and {other}, which is read, are or hold one another: give another --output"
-            )
+            lies = f"{path} and {other}, which is read, are or hold one another"
+            raise ConfigurationError(f"{lies}: give another --output")
     if not target.exists():
         return
-    if not target.is_dir():
-        raise ConfigurationError(f"{path} is a file: give another --output")
     if not overwrite:
         raise ConfigurationError(f"{path} exists; give another --output, or --overwrite")
     # Overwritten is an earlier export only: nobody's home, photos, code, nor an adapter that was trained.
-    here, home = Path.cwd().resolve(), Path.home().resolve()
-    if any(folder.is_relative_to(target) for folder in (here, home)):
-        raise ConfigurationError(f"{path} holds the working directory or the home: it is not overwritten")
-    names = sorted(entry.name for entry in target.iterdir())
-    foreign = [entry.name for entry in sorted(target.iterdir()) if not _exported(entry)]
-    if "adapter.safetensors" in names:
-        raise ConfigurationError(
-            f"{path} is an adapter folder of this package: delete it first, or give another --output"
-        )
-    weights = list(target.rglob("*.safetensors"))
-    if names and (foreign or not weights or not any(marker in names for marker in MARKERS)):
-        what = listed(foreign or names, 3)
-        raise ConfigurationError(f"{path} is no earlier export, it holds {what}: it is not overwritten; give another")
+    entries = sorted(target.iterdir()) if target.is_dir() else [target]
+    foreign = [entry.name for entry in entries if not _exported(entry)]
+    complete = list(target.rglob("*.safetensors")) and {entry.name for entry in entries} & MARKERS
+    if entries and (foreign or not complete):
+        what = listed(foreign or [entry.name for entry in entries], 3)
+        raise ConfigurationError(f"{path} is not an earlier export, for it holds {what}: give another --output")
 
 
 def _exported(entry: Path) -> bool:
     """Whether an entry of a folder may come from an export."""
-    if entry.is_symlink():
+    if entry.is_symlink() or entry.name == "adapter.safetensors":  # what was trained
         return False
     if entry.is_file():
         return entry.name.endswith(_ENDINGS)
@@ -104,9 +97,3 @@ def _is_full(error: BaseException) -> bool:
         return True
     found = re.search(r"\(os error (\d+)\)", str(error))
     return found is not None and int(found[1]) in _FULL
-
-
-def _no_room(path: str | Path, needed: int) -> str:
-    free = megabytes(shutil.disk_usage(Path(path).resolve().parent).free)
-    size = f"it needs about {megabytes(needed)}, and its" if needed else "its"
-    return f"{path} could not be written: {size} disk has {free} free; make room, or give another --output"

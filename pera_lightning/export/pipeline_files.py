@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 from pera_lightning.errors import ConfigurationError, listed, shorten
 from pera_lightning.pretrained import explained
 
@@ -40,7 +42,7 @@ def pipeline_files(
     folder = _folder(str(base), [INDEX], revision)
     index = folder / INDEX
     if not index.is_file():
-        raise ConfigurationError(f"{base} is no pipeline of diffusers: {INDEX} is missing")
+        raise ConfigurationError(f"{base} is not a pipeline of diffusers: it has no {INDEX}")
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -114,15 +116,7 @@ def _folder(base: str, patterns: list[str], revision: str | None) -> Path:
     """The base's folder, with the files of these patterns in it where it is one of the hub's."""
     if Path(base).is_dir():
         return Path(base)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError as error:
-        raise ConfigurationError(
-            f"{base} (revision {revision or 'main'}) is not in the cache and the hub cannot be reached; set "
-            "HF_ENDPOINT to a hub that can, or give a local folder"
-        ) from error
     except (OSError, ValueError) as error:
         raise explained(error, base, "model") from error

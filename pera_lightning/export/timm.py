@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -27,7 +28,7 @@ def export_timm(
 
     Args:
         network: injected; merged in place, so hand over a copy to keep it.
-        folder: made, whole or not at all.
+        folder: made, in full or not at all.
         data_config: see `write_timm`.
         class_names: see `write_timm`.
         options: options of `pera_lightning.export.merged.export_merged`.
@@ -56,13 +57,8 @@ def write_timm(
     Raises:
         ConfigurationError: where timm would build another network from what was written, or is too old to write it.
     """
-    import timm
-
     if not hasattr(timm.models, "get_model_args"):
-        raise ConfigurationError(
-            f"timm {timm.__version__} does not write down what a network was made with: merged weights need timm "
-            "1.0.31 or newer"
-        )
+        raise ConfigurationError(f"merged weights need timm 1.0.31 or newer, and this is {timm.__version__}")
     if class_names is not None and len(class_names) != network.num_classes:
         raise ConfigurationError(f"{len(class_names)} class names for a head of {network.num_classes} classes")
     # timm would keep the tag and the class names of the base's weights; these are others.
@@ -80,7 +76,7 @@ def as_data_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """What our evaluation does to an image, in timm's words.
 
     Args:
-        preprocessing: `size` (H, W), `mean`, `std`, `interpolation` and `crop_pct`; where that is None the whole
+        preprocessing: `size` (H, W), `mean`, `std`, `interpolation` and `crop_pct`; where that is None the entire
             image is resized to the exact size, which timm calls "squash".
     """
     kept = {name: preprocessing[name] for name in ("mean", "std", "interpolation")}
@@ -91,14 +87,10 @@ def as_data_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_loads(network: nn.Module, folder: Path) -> None:
     """Builds what the folder describes, without memory, and compares: timm warns of little and ignores more."""
-    import timm
-
     with torch.device("meta"):
         described = timm.create_model(f"local-dir:{folder}").state_dict()
     present = {name: value.shape for name, value in network.state_dict().items()}
     other = [name for name in {**present, **described} if present.get(name) != getattr(described.get(name), "shape", 0)]
     if other:
-        raise ConfigurationError(
-            f"timm {timm.__version__} would build another {type(network).__name__} from what it writes, one that "
-            f"differs in {listed(other, 3)}: it was changed after timm made it"
-        )
+        another = f"timm would build another {type(network).__name__}, one that differs in {listed(other, 3)}"
+        raise ConfigurationError(f"{another}: it was changed after timm made it")

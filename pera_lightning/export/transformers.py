@@ -9,7 +9,7 @@ from pera_lightning.errors import ConfigurationError, shorten
 from pera_lightning.export.merged import MergedReport, export_merged
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export_transformers(
@@ -19,7 +19,7 @@ def export_transformers(
 
     Args:
         model: injected; merged in place, so hand over a copy to keep it.
-        folder: made, whole or not at all.
+        folder: made, in full or not at all.
         tokenizer: written with it.
         options: options of `pera_lightning.export.merged.export_merged`.
     """
@@ -42,29 +42,22 @@ def write_transformers(
     Raises:
         ConfigurationError: where transformers does not write this model.
     """
-    settings, notes = getattr(model, "generation_config", None), []
-    if settings is not None and (wrong := _wrong(settings)):
-        # Bases come with settings that transformers reads and does not write: a temperature without sampling, say.
-        model.generation_config = type(settings)()
-        notes.append(f"generation_config.json is the base's as it was, of which transformers says: {wrong}")
+    # Bases come with settings that transformers reads and does not write: a temperature without sampling, say.
+    settings, wrong = getattr(model, "generation_config", None), ""
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError as error:
+        wrong, model.generation_config = shorten(str(error))[:200], type(settings)()
     try:
         model.save_pretrained(folder)
-        if notes:
+        if wrong:
             settings.to_json_file(folder / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except ValueError as error:
         raise ConfigurationError(f"transformers does not write {type(model).__name__}: {shorten(str(error))}") from None
     finally:
-        if notes:
+        if wrong:
             model.generation_config = settings
-    return notes
-
-
-def _wrong(settings: GenerationConfig) -> str:
-    """What transformers finds wrong with settings that are to be written, shortened; empty for nothing."""
-    try:
-        settings.validate(strict=True)
-    except ValueError as error:
-        return shorten(str(error))[:200]
-    return ""
+    return [f"generation_config.json is the base's as it was, of which transformers says: {wrong}"] if wrong else []

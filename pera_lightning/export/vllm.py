@@ -1,7 +1,6 @@
 """What vLLM takes of a PEFT folder: one LoRA of one rank and alpha for all layers, of at most 512, and nothing else.
 
-No trained head, no constants (`lora_bias`), no patterns of ranks. The server is told the rank; it
-takes few values.
+No trained head, no constants (`lora_bias`), no patterns of ranks. The server is told the rank, one of a few values.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ _INSTEAD = "export merged weights and serve those"
 def check_model(model: nn.Module, mark: Injection) -> None:
     """Raises `ConfigurationError` for a model of which vLLM takes no adapter, however it is written."""
     if not hasattr(getattr(model, "config", None), "model_type"):
-        raise ConfigurationError(f"vLLM serves models of transformers, and {type(model).__name__} is none")
+        raise ConfigurationError(f"vLLM serves models of transformers, not a {type(model).__name__}")
     if mark.trained_modules:
-        raise ConfigurationError(
-            f"vLLM takes no trained head in an adapter, and there is {listed(mark.trained_modules)}: {_INSTEAD}"
-        )
+        heads = listed(mark.trained_modules)
+        raise ConfigurationError(f"vLLM takes no trained head in an adapter, and {heads} was trained: {_INSTEAD}")
 
 
 def served_updates(
@@ -41,10 +39,8 @@ def served_updates(
         raise ConfigurationError(f"vLLM takes no constants in an adapter, and the calibration has some: {_INSTEAD}")
     rank = max(update.rank for update in updates.values())
     if rank > RANKS[-1]:
-        raise ConfigurationError(
-            f"the updates of {mark.method} are LoRAs of rank {rank}, and vLLM takes at most {RANKS[-1]}: cut them with "
-            f"rank={RANKS[-1]} (the error is reported), or {_INSTEAD}"
-        )
+        given = f"the updates of {mark.method} are LoRAs of rank {rank}, and vLLM takes at most {RANKS[-1]}"
+        raise ConfigurationError(f"{given}: cut them with rank={RANKS[-1]}, or {_INSTEAD}")
     # One rank for all layers, and one of those that the server can be started with.
     uneven = any(update.rank != rank for update in updates.values())
     notes = ["ranks differ by layer, and vLLM takes one: the smaller ones are filled up with zeros"] if uneven else []

@@ -101,7 +101,7 @@ def test_the_earlier_export_stays_where_the_renaming_fails(tmp_path, monkeypatch
     assert names(tmp_path) == ["out"]
 
 
-def test_other_folders_are_never_replaced(tmp_path, monkeypatch):
+def test_other_folders_are_never_replaced(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").write_text("x")
@@ -115,20 +115,11 @@ def test_other_folders_are_never_replaced(tmp_path, monkeypatch):
     link = export(tmp_path / "link")
     (link / "data").symlink_to(photos)
     for path, what in ((photos, "a.jpg"), (code, "train.py"), (nested, "runs"), (text, "notes.txt"), (link, "data")):
-        with pytest.raises(ConfigurationError, match=f"no earlier export, it holds {what}"):
+        with pytest.raises(ConfigurationError, match=f"not an earlier export, for it holds {what}"):
             write(path, overwrite=True)
-    here = export(tmp_path / "here")
-    monkeypatch.chdir(here)
-    with pytest.raises(ConfigurationError, match="working directory"):
-        write(".", overwrite=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(here / "me"))
-    with pytest.raises(ConfigurationError, match="home"):
-        write(here, overwrite=True)
-    with pytest.raises(ConfigurationError, match="it is not overwritten"):
+    with pytest.raises(ConfigurationError, match="/ is not an earlier export"):
         write("/", overwrite=True)
     assert (photos / "a.jpg").exists()
-    assert (here / "adapter_config.json").exists()
 
 
 def test_a_pipeline_of_diffusers_is_an_export(tmp_path):
@@ -145,7 +136,7 @@ def test_a_pipeline_of_diffusers_is_an_export(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_is_never_replaced(tmp_path, overwrite):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(ConfigurationError, match="is a file: give another"):
+    with pytest.raises(ConfigurationError, match="it holds out: give another" if overwrite else "exists"):
         write(tmp_path / "out", overwrite=overwrite)
     with pytest.raises(CheckpointError, match="cannot be written"):
         write(tmp_path / "out" / "below", overwrite=overwrite)
@@ -232,14 +223,14 @@ def test_settings_without_weights_are_no_export(tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("config.json", "thesis_notes.md"):
         (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(ConfigurationError, match=r"no earlier export, it holds config\.json, thesis_notes\.md"):
+    with pytest.raises(ConfigurationError, match=r"not an earlier export, for it holds config\.json, thesis_notes\.md"):
         write(tmp_path / "out", overwrite=True)
 
 
 def test_what_was_trained_is_not_overwritten(tmp_path):
     path = export(tmp_path / "out")
     (path / "adapter.safetensors").write_text("trained")
-    with pytest.raises(ConfigurationError, match="is an adapter folder of this package: delete it first"):
+    with pytest.raises(ConfigurationError, match=r"for it holds adapter\.safetensors"):
         write(path, overwrite=True)
 
 
@@ -251,5 +242,5 @@ def test_what_is_read_is_not_written_over(tmp_path, output):
 
 
 def test_a_name_of_blanks(tmp_path):
-    with pytest.raises(ConfigurationError, match="'  ' is no name of a folder"):
+    with pytest.raises(ConfigurationError, match="'  ' does not name a folder"):
         check_output_folder("  ")

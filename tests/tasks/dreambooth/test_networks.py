@@ -294,7 +294,7 @@ def test_unets_of_another_make_are_refused(tmp_path, changes, words):
 def test_folders_that_are_not_there_or_not_whole(folder, tmp_path):
     refused("there is no such folder", unet_of, tmp_path / "nowhere")
     refused("has no model_index.json; give a whole pipeline", unet_of, f"{folder}/unet")
-    refused("cannot be reached", unet_of, "someone/of-the-hub")
+    refused("cannot be loaded from the cache or https", unet_of, "someone/of-the-hub")
     (tmp_path / "model.safetensors").write_bytes(b"0")
     refused("is a file, and a folder is needed: .*from_single_file", unet_of, tmp_path / "model.safetensors")
     whole = save_tiny(tmp_path / "part", parts=["unet", "text_encoder"])

@@ -232,7 +232,7 @@ def refused(*models):
 
 def test_models_that_cannot_be_had(saved, tmp_path):
     assert "DINO model ./nowhere: there is no such folder" in refused("./nowhere", None)
-    assert "CLIP model nobody/nothing is not in the cache" in refused(None, "nobody/nothing")
+    assert "CLIP model nobody/nothing cannot be loaded from the cache" in refused(None, "nobody/nothing")
     assert "neither a DINO nor a CLIP model" in refused(None, None)
     assert f"CLIP model in folder {tmp_path}" in refused(None, str(tmp_path))
 
