@@ -1,4 +1,7 @@
-"""The mathematics of the adapters: pure functions, layers, and the methods that build them. Needs torch only."""
+"""The mathematics of the adapters: pure functions, layers, and the methods that build them. Needs torch only.
+
+What is imported here is public.
+"""
 
 from pera_lightning.adapters.adapted_layer import AdaptedConv1D, AdaptedLayer, AdaptedLinear
 from pera_lightning.adapters.aurora import AuroRA, AuroRALayer
@@ -12,36 +15,3 @@ from pera_lightning.adapters.moslora import MoSLoRA, MoSLoRALayer
 from pera_lightning.adapters.pera import PERA, PERALayer
 from pera_lightning.adapters.registry import method_class, method_from_spec, register_method, registered_methods
 from pera_lightning.adapters.report import InjectionReport
-
-__all__ = [
-    "PERA",
-    "AdaptedConv1D",
-    "AdaptedLayer",
-    "AdaptedLinear",
-    "AuroRA",
-    "AuroRALayer",
-    "FullFineTuning",
-    "HiLoRA",
-    "HiLoRALayer",
-    "HiRA",
-    "HiRALayer",
-    "InjectionReport",
-    "LayerContext",
-    "LinearAdapter",
-    "LinearMethod",
-    "LinearProbe",
-    "LoRA",
-    "LoRALayer",
-    "LowRankAdapter",
-    "LowRankMethod",
-    "LowRankUpdate",
-    "Method",
-    "MoSLoRA",
-    "MoSLoRALayer",
-    "PERALayer",
-    "Target",
-    "method_class",
-    "method_from_spec",
-    "register_method",
-    "registered_methods",
-]

@@ -35,11 +35,7 @@ class AdaptedLayer(nn.Module):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out): the frozen map plus the adapters' updates of their slices.
-
-        Raises:
-            ConfigurationError: where merged adapters are trained, which would change nothing.
-        """
+        """x (..., in) -> (..., out): the frozen map plus the adapters' updates of their slices."""
         frozen = weight = self.base_weight()
         if self.merged:  # the updates are in the weight
             if self.training and torch.is_grad_enabled():
@@ -48,19 +44,17 @@ class AdaptedLayer(nn.Module):
         # Adding an update to a bfloat16 weight would round it away, and dropout acts on the update's input only:
         # in both cases the update needs a product of its own.
         exact = weight.dtype in _EXACT and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-        added, apart = {}, []
+        added, apart = {}, {}  # updates of the weight, and adapters that make a product of their own
         for name, adapter in self.adapters.items():
             if adapter.uses_weight and exact and not adapter.dropout_acts:
                 added[name] = adapter.effective_update(weight[self.slices[name]])
             else:
-                apart.append(name)
+                apart[name] = adapter
         if added:
             weight = _add_to_slices(weight, added, self.slices, dim=0)  # (out, in)
         y = F.linear(x, weight, self.bias)  # the one base product, (..., out)
-        if not apart:
-            return y
-        updates = {name: self.adapters[name](x, frozen[self.slices[name]]) for name in apart}
-        return _add_to_slices(y, updates, self.slices, dim=-1)
+        updates = {name: adapter(x, frozen[self.slices[name]]) for name, adapter in apart.items()}
+        return _add_to_slices(y, updates, self.slices, dim=-1) if updates else y
 
 
 def _add_to_slices(base: Tensor, updates: dict[str, Tensor], slices: dict[str, slice], dim: int) -> Tensor:
@@ -112,7 +106,7 @@ def base_weight(module: nn.Module) -> Tensor:
 
 
 def used_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path to module of all within `model`, without the parts whose output the network does not use, see `UNUSED`."""
+    """Path to module of all within `model`, without those whose output the network does not use, see `UNUSED`."""
     modules = {path: module for path, module in model.named_modules() if path}
     unused = tuple(f"{path}." for path, module in modules.items() if getattr(module, UNUSED, False))
     return {path: module for path, module in modules.items() if not f"{path}.".startswith(unused)}
@@ -122,13 +116,9 @@ def adapt_layer(module: nn.Module, adapters: dict[str, LinearAdapter], slices: d
     """Turns a linear layer into an adapted one, in place: the same object, weight and bias, another class.
 
     Args:
-        module: `nn.Linear` or transformers' `Conv1D`.
+        module: `nn.Linear` or transformers' `Conv1D`; any other class is an `UnsupportedTarget`.
         adapters: name of a slice to its adapter.
-        slices: name of a slice to its output features.
-
-    Raises:
-        UnsupportedTarget: for any other class.
-        ConfigurationError: for names that a `ModuleDict` cannot hold, or slices that overlap.
+        slices: name of a slice to its output features, see `check_slices`.
     """
     if not is_linear(module):
         raise UnsupportedTarget(f"{type(module).__name__} is neither nn.Linear nor transformers' Conv1D")
@@ -150,13 +140,7 @@ def release_layer(layer: AdaptedLayer) -> None:
 
 
 def check_slices(slices: dict[str, slice], features: int, where: str = "the layer") -> None:
-    """Raises `ConfigurationError` for slices with impossible names or ranges.
-
-    Args:
-        slices: name of a slice to its output features.
-        features: number of the layer's output features.
-        where: the layer, for the message.
-    """
+    """Raises `ConfigurationError` for slices of the layer `where` with impossible names or ranges of its features."""
     end, reserved = 0, nn.ModuleDict()  # an instance, since attributes such as `training` are no class attributes
     for name, rows in sorted(slices.items(), key=lambda item: (item[1].start, item[1].stop)):
         everything = (rows.start, rows.stop) == (0, features)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -57,15 +57,9 @@ def uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, fl
 
 
 def bspline_basis(z: Tensor, knots: Tensor, order: int) -> Tensor:
-    """B-spline basis functions by the Cox-de Boor recursion.
+    """B-spline basis functions of degree S, `order`, by the Cox-de Boor recursion.
 
-    Args:
-        z: points, (...).
-        knots: increasing, (K + S + 1,).
-        order: S, the polynomial degree.
-
-    Returns:
-        (..., K); zero where z lies outside the knots.
+    z (...), increasing knots (K + S + 1,) -> (..., K); zero where z lies outside the knots.
     """
     z = z.unsqueeze(-1)
     # Order 0: which interval a point is in.
@@ -79,12 +73,7 @@ def bspline_basis(z: Tensor, knots: Tensor, order: int) -> Tensor:
 
 
 class AdaptiveNonlinearLayer(nn.Module):
-    """σ: (..., r) -> (..., r).
-
-    Args:
-        method: the hyperparameters.
-        device: where the tensors live.
-    """
+    """σ: (..., r) -> (..., r)."""
 
     def __init__(self, method: AuroRA, device: torch.device | None = None) -> None:
         super().__init__()
@@ -107,24 +96,19 @@ class AdaptiveNonlinearLayer(nn.Module):
             draw(self.spline_weight, nn.init.uniform_, generator, a=-0.1, b=0.1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (..., r) -> σ(z) (..., r), in z's dtype."""
-        if z.is_meta:
-            return self._exact(z)
-        with torch.autocast(z.device.type, enabled=False):  # which would run the products in low precision
-            return self._exact(z)
-
-    def _exact(self, z: Tensor) -> Tensor:
-        """σ(z) computed in the wider of z's and the parameters' dtype."""
+        """z (..., r) -> σ(z) (..., r), in z's dtype, computed in the wider of z's and the parameters'."""
         act = ACTIVATIONS[self.activation]
+        out: Tensor | float = 0.0
         # Splines are coarse in bfloat16, and r numbers a token cost little.
         kept = self.self_projection if self.spline_weight is None else self.spline_weight
         exact = z.to(torch.promote_types(z.dtype, kept.dtype))
-        out: Tensor | float = 0.0
-        if self.self_projection is not None:  # the fixed activation
-            out = act(F.linear(act(exact), self.self_projection.to(exact.dtype)))
-        if self.spline_weight is not None:  # the learnable spline, summed over the r components of z
-            summed = bspline_basis(exact, self.grid.to(exact.dtype), self.spline_order).sum(-2)  # (..., K)
-            out = out + F.linear(summed, self.spline_weight.to(exact.dtype))
+        # Autocast, which does not know the meta device, would run the products in low precision.
+        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
+            if self.self_projection is not None:  # the fixed activation
+                out = act(F.linear(act(exact), self.self_projection.to(exact.dtype)))
+            if self.spline_weight is not None:  # the learnable spline, summed over the r components of z
+                summed = bspline_basis(exact, self.grid.to(exact.dtype), self.spline_order).sum(-2)  # (..., K)
+                out = out + F.linear(summed, self.spline_weight.to(exact.dtype))
         return out.to(z.dtype)
 
 
@@ -145,10 +129,9 @@ class AuroRALayer(LowRankAdapter):
 
     def calibrate(self, update: LowRankUpdate | None) -> None:
         """Takes a linear update in the place of the dynamic one, in eval mode; None goes back to the dynamic one."""
-        tensors = (
-            (None, None, None) if update is None else (update.A, update.scale / self.scale * update.B, update.bias)
-        )
-        self.calibrated_A, self.calibrated_B, self.calibrated_bias = tensors
+        self.calibrated_A = None if update is None else update.A
+        self.calibrated_B = None if update is None else update.scale / self.scale * update.B  # by this layer's scale
+        self.calibrated_bias = None if update is None else update.bias
         self.inference_mode = "dynamic" if update is None else "calibrated"
 
     @torch.no_grad()
@@ -253,10 +236,6 @@ class AuroRA(LowRankMethod):
     grid_range: tuple[float, float] = (-1.0, 1.0)
     fixed: bool = True
     learnable: bool = True
-
-    @property
-    def export_rank(self) -> int:
-        return self.rank
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,7 +55,7 @@ class LayerContext:
 
         Args:
             purpose: a word that separates several uses within one layer.
-            seed: a seed in the place of the run's.
+            seed: takes the place of the run's.
         """
         # Hashed into one number, so that every layer has a stream of its own.
         text = f"{self.seed if seed is None else seed}|{self.path}|{self.slice}|{purpose}"
@@ -63,12 +63,7 @@ class LayerContext:
         return torch.Generator(device="cpu").manual_seed(value)
 
     def check_rank(self, rank: int, name: str = "rank") -> None:
-        """Raises `ConfigurationError` where `rank` exceeds the smaller side of the layer.
-
-        Args:
-            rank: the rank of a product of two factors.
-            name: the hyperparameter's name, for the message.
-        """
+        """Raises `ConfigurationError` where the hyperparameter `name` exceeds the smaller side of the layer."""
         most = min(self.out_features, self.in_features)  # a product of two factors has no higher rank
         if rank > most:
             raise ConfigurationError(f"{name}={rank} is larger than {self} allows: at most {most}")
@@ -140,25 +135,14 @@ class LinearAdapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no effective_update")
 
     def low_rank_update(self) -> LowRankUpdate:
-        """The update as a LoRA, exact in eval mode.
-
-        Raises:
-            NotMergeableError: where the update is not of this form.
-        """
+        """The update as a LoRA, exact in eval mode; `NotMergeableError` where it is not of this form."""
         raise NotMergeableError(f"the update of {type(self).__name__} is not a product of low rank")
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """The matrix ΔW with W x + ΔW x (+ `delta_bias`) = the adapted layer, in eval mode.
 
-        Args:
-            weight: the frozen weight, (out, in).
-
-        Returns:
-            (out, in), at least float32.
-
-        Raises:
-            NotMergeableError: where no such matrix exists.
+        W (out, in) -> ΔW (out, in), at least float32; `NotMergeableError` where no such matrix exists.
         """
         if self.uses_weight:  # in float32, whatever the base is stored in
             return self.effective_update(weight.to(torch.promote_types(weight.dtype, torch.float32)))
@@ -213,14 +197,7 @@ def new_parameter(*shape: int, device: torch.device | None = None) -> nn.Paramet
 
 @torch.no_grad()
 def draw(parameter: Tensor, init: Callable, generator: torch.Generator | None, **options: float) -> None:
-    """Fills `parameter` by an initialiser of `torch.nn.init`, drawn on the CPU; does nothing on the meta device.
-
-    Args:
-        parameter: what is filled, any shape.
-        init: a function of `torch.nn.init` that takes a generator.
-        generator: source of randomness, None for torch's own.
-        options: further arguments of `init`.
-    """
+    """Fills `parameter` by an initialiser of `torch.nn.init`, drawn on the CPU; does nothing on the meta device."""
     if parameter.is_meta:
         return
     # On the CPU and in float32 whatever torch.device context or default dtype is on: the same values everywhere.

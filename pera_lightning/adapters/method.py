@@ -147,3 +147,7 @@ class LowRankMethod(LinearMethod):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def export_rank(self) -> int:  # one product of two factors, unless a method says otherwise
+        return self.rank

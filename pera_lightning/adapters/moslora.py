@@ -69,10 +69,6 @@ class MoSLoRA(LowRankMethod):
 
     mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
 
-    @property
-    def export_rank(self) -> int:
-        return self.rank
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.mixer_init, "mixer_init", MIXER_INITS)

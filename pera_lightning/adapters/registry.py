@@ -32,11 +32,7 @@ MethodType = TypeVar("MethodType", bound=type[Method])
 
 
 def register_method(cls: MethodType) -> MethodType:
-    """Class decorator that registers a method under its class name.
-
-    Raises:
-        ValueError: where the name belongs to another class.
-    """
+    """Class decorator that registers a method under its class name, which must not belong to another class."""
     known = _METHODS.get(cls.__name__)
     # A module that is imported anew, as notebooks do, may register its class again.
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -51,11 +47,7 @@ def registered_methods() -> Mapping[str, type[Method]]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method called `name`: a registered one, or a dotted path to a class of another package.
-
-    Raises:
-        UnknownNameError: where it does not exist or is not a method.
-    """
+    """The method called `name`: a registered one, or a dotted path to a class of another package."""
     # A registered name, or the path under which a registered class saves itself.
     short = name.rpartition(".")[2]
     if name in _METHODS or (short in _METHODS and _METHODS[short].__module__ == name.rpartition(".")[0]):
@@ -69,17 +61,12 @@ def method_class(name: str) -> type[Method]:
             raise UnknownNameError(f"method {name!r} cannot be imported: {error}") from None
         if isinstance(found, type) and issubclass(found, Method):
             return found
-        raise UnknownNameError(f"{name!r} is not an adapter method: it does not derive from {Method.__name__}")
+        raise UnknownNameError(f"{name!r} is not an adapter method: it does not derive from Method")
     raise UnknownNameError(f"method {name!r} does not exist; one of {', '.join(_METHODS)}{closest(name, _METHODS)}")
 
 
 def method_from_spec(spec: Mapping[str, Any]) -> Method:
-    """Rebuilds a method from `Method.spec`.
-
-    Raises:
-        UnknownNameError: where the class does not exist here.
-        CheckpointError: where it does not take the stored hyperparameters.
-    """
+    """Rebuilds a method from `Method.spec`."""
     cls = method_class(spec["class_path"])
     try:
         return cls(**spec.get("init_args", {}))

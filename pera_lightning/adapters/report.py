@@ -37,19 +37,15 @@ class InjectionReport:
 
     def __str__(self) -> str:
         lines = [f"Injected {self.method}"]
-        # A line for each kind of layer, in columns as wide as their longest cell.
-        kinds = self._kinds().items()
-        table = [(name, f"{n} x" if n > 1 else "", f"{o} x {i}", rows) for (name, o, i, rows), n in kinds]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        for (name, out, features, slices), count in self._kinds().items():
+            cells = [name, f"{count} x" if count > 1 else "", f"{out} x {features}", slices]
+            lines.append("  " + "  ".join(cell for cell in cells if cell))
         # Modules trained in full, and the count of what is trained.
         heads = self.trainable_parameters - self.adapter_parameters
         if self.trained_modules:
             lines.append(f"  trained in full: {', '.join(self.trained_modules)}")
-        lines.append(
-            f"  trainable {self.trainable_parameters:,} (adapters {self.adapter_parameters:,}, other {heads:,}) "
-            f"of {self.total_parameters:,}: {self.percent:.4f} %"
-        )
+        trained = f"{self.trainable_parameters:,} (adapters {self.adapter_parameters:,}, other {heads:,})"
+        lines.append(f"  trainable {trained} of {self.total_parameters:,}: {self.percent:.4f} %")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def _kinds(self) -> Counter[tuple[str, int, int, str]]:

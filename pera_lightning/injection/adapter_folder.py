@@ -34,9 +34,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Args:
         model: an injected model, or one that contains it (names are then relative to the injected part).
         folder: made where it does not exist; its two files are replaced.
-
-    Raises:
-        ConfigurationError: where nothing was injected.
     """
     found = find_injected(model)
     root = found[1] if found else model

@@ -42,17 +42,13 @@ def _grouped(owner: nn.Module, features: int) -> Sizes | None:
     return {"q": heads * size, "k": groups * size, "v": groups * size}
 
 
-def _gate_up(owner: nn.Module, features: int) -> Sizes | None:
-    return _equal(features, "gate", "up")
-
-
 # By the class of transformers that owns the projection, and the projection's name there.
 _LAYOUTS: dict[tuple[str, str], Callable[[nn.Module, int], Sizes | None]] = {
     ("GPT2Attention", "c_attn"): _gpt2,
     ("DecisionTransformerGPT2Attention", "c_attn"): _gpt2,
     ("Phi3Attention", "qkv_proj"): _grouped,
-    ("Phi3MLP", "gate_up_proj"): _gate_up,
-    ("GlmMLP", "gate_up_proj"): _gate_up,
+    ("Phi3MLP", "gate_up_proj"): lambda owner, features: _equal(features, "gate", "up"),
+    ("GlmMLP", "gate_up_proj"): lambda owner, features: _equal(features, "gate", "up"),
 }
 
 
@@ -64,6 +60,7 @@ def known_sizes(owner: nn.Module, name: str, features: int) -> Sizes | None:
         name: the projection's attribute name there.
         features: number of the projection's output features.
     """
+    # transformers and timm need not be installed: their classes are told by name.
     for cls in type(owner).__mro__:
         if name == "qkv" and _TIMM_THIRDS.fullmatch(cls.__module__):
             return _equal(features, *"qkv")
@@ -77,21 +74,11 @@ def interleaves_heads(owner: nn.Module, name: str) -> bool:
     return type(owner).__name__ in _INTERLEAVED and name == "query_key_value"
 
 
-def never_called(owner: nn.Module) -> str:
-    """Why the linear layers that `owner` holds are never called and cannot be made to, or the empty string."""
-    if isinstance(owner, nn.MultiheadAttention):
-        return (
-            "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would change nothing; "
-            "use an attention with separate linear layers"
-        )
-    return ""
-
-
 def call_the_layer(model: nn.Module, owner: nn.Module, name: str) -> str:
     """Switches off the path on which `owner` reads the weight of its linear `name` instead of calling it.
 
     Args:
-        model: the whole model, whose other modules may share that path.
+        model: the entire model, whose other modules may share that path.
         owner: the module that holds the linear layer.
         name: the layer's attribute name there.
 

@@ -99,7 +99,7 @@ def inject(
     Raises:
         NoTargetMatched: where an expression matches nothing.
         UnsupportedTarget: where a layer cannot be adapted.
-        AlreadyInjectedError: where the model is adapted already, otherwise.
+        AlreadyInjectedError: where the model is adapted already in another way.
         ConfigurationError: for values that do not fit the model.
     """
     if not isinstance(method, Method):
@@ -113,12 +113,10 @@ def inject(
         same = (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused)
         if same and seed in (None, done.seed):
             return done.report
-        raise AlreadyInjectedError(
-            f"this model has {done.method} on {list(done.targets)} already; build it anew to inject "
-            f"{method} on {list(targets)}" + ("" if seed in (None, done.seed) else f" with seed {seed}")
-        )
+        given, wanted = f"{done.method} on {list(done.targets)}", f"{method} on {list(targets)} with seed {seed}"
+        raise AlreadyInjectedError(f"this model has {given} already; build it anew to inject {wanted}")
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise AlreadyInjectedError("a part of this model is adapted already; inject into the whole model once")
+        raise AlreadyInjectedError("a part of this model is adapted already; inject into the entire model once")
     if method.needs_targets and not targets:
         raise ConfigurationError(f"{type(method).__name__} adapts linear layers: name them in targets=[…]")
     seed = torch.initial_seed() if seed is None else seed
@@ -134,7 +132,10 @@ def inject(
     for target in resolved:
         owner, _, name = target.path.rpartition(".")
         notes.append(call_the_layer(model, model.get_submodule(owner), name))
-    _freeze(model, method, trained_modules)
+    trained, parameters = _trained(model, method, trained_modules), model.named_parameters(remove_duplicate=False)
+    # The trained ones last: a parameter that a head and the base share is the head's, and trained.
+    for name, parameter in sorted(parameters, key=lambda item: item[0] in trained):
+        parameter.requires_grad_(name in trained)
 
     # Remember what was done, and report it.
     mark = Injection(
@@ -146,7 +147,7 @@ def inject(
         layers={target.path: tuple(target.slices) for target in resolved},
         trained_modules=trained_modules,
         fingerprint=fingerprint(model, [target.path for target in resolved]),
-        report=_report(model, method, resolved, trained_modules, notes),  # counts what `_freeze` left trained
+        report=_report(model, method, resolved, trained_modules, notes),  # counts what is trained by now
     )
     setattr(model, _MARK, mark)
     return mark.report
@@ -154,11 +155,10 @@ def inject(
 
 def _check_trainable(model: nn.Module, method: Method, targets: list[Target], trained_modules: Sequence[str]) -> None:
     """Raises `ConfigurationError` for targets within modules trained in full, and weights that have no gradient."""
-    for target in targets:
-        inside = next((name for name in trained_modules if f"{target.path}.".startswith(f"{name}.")), None)
-        if inside:
-            raise ConfigurationError(f"{target.path} is a target and part of {inside!r}, which is trained in full")
-    for name in _trained_base(model, method, trained_modules):
+    for path, module in ((target.path, module) for target in targets for module in trained_modules):
+        if f"{path}.".startswith(f"{module}."):
+            raise ConfigurationError(f"{path} is a target and part of {module!r}, which is trained in full")
+    for name in _trained(model, method, trained_modules):
         if not model.get_parameter(name).is_floating_point():  # quantised
             raise ConfigurationError(f"{name} is {model.get_parameter(name).dtype} and cannot be trained")
 
@@ -188,24 +188,13 @@ def trained_parameter_names(model: nn.Module) -> set[str]:
     mark = injection_of(model)
     if mark is None:
         return set()
-    return adapter_parameter_names(model) | _trained_base(model, mark.method, mark.trained_modules)
+    return _trained(model, mark.method, mark.trained_modules)
 
 
-def _trained_base(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
-    """Names of the base parameters that are trained: those of the heads and those that the method trains."""
-    return {
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)  # a tied parameter has two names
-        if method.trains(name) or any(name.startswith(f"{module}.") for module in trained_modules)
-    }
-
-
-def _freeze(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> None:
-    trained = adapter_parameter_names(model) | _trained_base(model, method, trained_modules)
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    # The trained ones last: a parameter that a head and the base share is the head's, and trained.
-    for name, parameter in sorted(parameters, key=lambda item: item[0] in trained):
-        parameter.requires_grad_(name in trained)
+def _trained(model: nn.Module, method: Method, trained_modules: Sequence[str]) -> set[str]:
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # a tied parameter has two names
+    heads = tuple(f"{module}." for module in trained_modules)
+    return adapter_parameter_names(model) | {name for name in names if method.trains(name) or name.startswith(heads)}
 
 
 def _report(
@@ -214,12 +203,9 @@ def _report(
     adapters = adapter_parameter_names(model)
     parameters = dict(model.named_parameters())
     notes = list(dict.fromkeys(note for note in notes if note))  # one for all layers of a kind
-    resting = sum(not module.training for module in model.modules())
-    if resting:
-        notes.append(
-            f"{resting} modules are in eval mode, as from_pretrained leaves them: base dropout and activation "
-            "checkpointing do nothing there until .train() is called"
-        )
+    if resting := sum(not module.training for module in model.modules()):
+        idle = "base dropout and activation checkpointing do nothing there until .train() is called"
+        notes.append(f"{resting} modules are in eval mode, as from_pretrained leaves them: {idle}")
     return InjectionReport(
         method=str(method),
         matched={target.path: tuple(target.slices) for target in targets},

@@ -61,11 +61,7 @@ def remember_unfrozen(model: nn.Module) -> list[str]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Adapters, trained heads and buffers of an injected model: its state dict without the frozen base.
-
-    Raises:
-        ConfigurationError: where nothing was injected.
-    """
+    """Adapters, trained heads and buffers of an injected model: its state dict without the frozen base."""
     if find_injected(model) is None:
         raise ConfigurationError(f"{type(model).__name__} has no adapters: call inject first")
     return without(model.state_dict(), frozen_names(model))
@@ -78,7 +74,7 @@ def without(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def metadata(model: nn.Module, version: str) -> dict[str, Any]:
-    """What a checkpoint says about the injection in `model` (`root` is the injected part's path): primitives only."""
+    """What a checkpoint says about the injection in `model` as primitives; `root` is the injected part's path."""
     found = find_injected(model)
     if found is None:
         return {}
@@ -159,8 +155,7 @@ def check_plain(
         check_base: whether the base must be the one trained on.
     """
     modules = dict(model.named_modules())
-    absent = [path for path in config["layers"] if path not in modules]
-    if absent:
+    if absent := [path for path in config["layers"] if path not in modules]:
         raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
     if check_base:
         own = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
@@ -171,12 +166,9 @@ def check_plain(
 
 def check_same_base(saved: Mapping[str, str], present: Mapping[str, str], source: str) -> None:
     """Raises `CheckpointError` where two fingerprints differ."""
-    wrong = differing(saved, present)
-    if wrong:
-        raise CheckpointError(
-            f"{source} was trained on another base: {len(wrong)} of {len(present)} frozen weights differ, "
-            f"first {wrong[0]}"
-        )
+    if wrong := differing(saved, present):
+        count = f"{len(wrong)} of {len(present)} frozen weights differ, first {wrong[0]}"
+        raise CheckpointError(f"{source} was trained on another base: {count}")
 
 
 def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -> None:
@@ -196,16 +188,13 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
     layers = {path: tuple(slices) for path, slices in saved["layers"].items()}
     if layers != present.layers:
         apart = [path for path in {**layers, **present.layers} if layers.get(path) != present.layers.get(path)]
-        raise CheckpointError(
-            f"{source} adapts {len(layers)} layers by {saved['targets']}, the model {len(present.layers)} by "
-            f"{list(present.targets)}; they differ at {listed(apart, 3)}"
-        )
+        ours = f"the model {len(present.layers)} by {list(present.targets)}"
+        differ = f"{ours}; they differ at {listed(apart, 3)}"
+        raise CheckpointError(f"{source} adapts {len(layers)} layers by {saved['targets']}, {differ}")
     # The heads, and then the base itself.
     if tuple(saved["trained_modules"]) != present.trained_modules:
-        raise CheckpointError(
-            f"{source} trains {saved['trained_modules']} in full, the model {list(present.trained_modules)}: "
-            "give the same trainable"
-        )
+        heads = f"{saved['trained_modules']} in full, the model {list(present.trained_modules)}"
+        raise CheckpointError(f"{source} trains {heads}: give the same trainable")
     check_same_base(saved["fingerprint"], present.fingerprint, source)
 
 

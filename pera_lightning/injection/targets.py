@@ -3,7 +3,7 @@ r"""The target language: which layers, and which slices of fused projections, an
 - ``q_proj`` or ``attn.qkv``: the end of a module's path, in whole components.
 - ``blocks.*.attn.qkv``: a glob, also matched at the end of the path; ``*`` and ``?`` stay within one component, ``**``
   spans several.
-- ``re:.*layers\.[0-3]\..*q_proj``: a regular expression that the whole path must match.
+- ``re:.*layers\.[0-3]\..*q_proj``: a regular expression that the full path must match.
 - ``attn.qkv[q,v]``: slices of a fused projection (after a regular expression, with a space before the bracket).
 
 A name must match linear layers only; a glob or an expression takes the linear ones among what it matches. Nothing in a
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,35 +22,23 @@ from pera_lightning.adapters.adapted_layer import base_weight, check_slices, is_
 from pera_lightning.adapters.base import ALL
 from pera_lightning.adapters.method import Target
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnsupportedTarget, closest, listed
-from pera_lightning.injection.fused_projections import interleaves_heads, known_sizes, never_called
+from pera_lightning.injection.fused_projections import interleaves_heads, known_sizes
 
 Fused = Mapping[str, Mapping[str, int]]
 _BRACKET = re.compile(r"^(?P<name>.*?)\s*\[(?P<slices>[^\[\]]*)\]$")
 
 
-@dataclass(frozen=True)
-class Expression:
-    """One parsed target expression.
+class Expression(NamedTuple):
+    """One parsed target expression."""
 
-    Attributes:
-        text: as given.
-        pattern: matches a module's whole path.
-        literal: whether it is a plain name.
-        slices: names of slices, empty for the whole layer.
-    """
-
-    text: str
-    pattern: re.Pattern[str]
-    literal: bool
-    slices: tuple[str, ...] = ()
+    text: str  # as given
+    pattern: re.Pattern[str]  # matches the full path of a module
+    literal: bool  # a plain name, without wildcards
+    slices: tuple[str, ...] = ()  # empty for the entire layer
 
 
 def parse(text: str) -> Expression:
-    """Parses one target expression, see the file's head.
-
-    Raises:
-        ConfigurationError: where it is empty, not text, or not a valid regular expression.
-    """
+    """Parses one target expression, see the file's head."""
     if not isinstance(text, str) or not text.strip():
         raise ConfigurationError(f"target {text!r}: a module name, a glob or 're:EXPRESSION' is needed")
     name, slices = text.strip(), ()
@@ -63,7 +51,7 @@ def parse(text: str) -> Expression:
         if not all(slices) or not name:
             raise ConfigurationError(f"target {text!r}: slices are written as name[slice,slice], e.g. qkv[q,v]")
         if ALL in slices:  # the name of the one slice of a plain layer
-            raise ConfigurationError(f"target {text!r}: for the whole layer write {name!r} without brackets")
+            raise ConfigurationError(f"target {text!r}: for the entire layer write {name!r} without brackets")
     if regular:
         try:
             return Expression(text, re.compile(name[3:].strip()), False, slices)
@@ -101,27 +89,24 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
         for path in _linear_matches(expression, modules, owners):
             wanted = dict.fromkeys(expression.slices or (ALL,), expression.text)
             seen = chosen.setdefault(path, {})
-            if seen and (ALL in seen) != (ALL in wanted):  # several expressions may add slices, not mix with the whole
-                first = next(iter(seen.values()))
-                raise ConfigurationError(
-                    f"{path} is targeted in full and by slices: {first!r} and {expression.text!r}; keep one"
-                )
+            if seen and (ALL in seen) != (ALL in wanted):  # several expressions may add slices, not mix with all
+                both = f"{next(iter(seen.values()))!r} and {expression.text!r}"
+                raise ConfigurationError(f"{path} is targeted in full and by slices: {both}; keep one")
             seen.update(wanted)
-    # A layout that nothing needs is a mistake.
-    layouts = [(parse(name).pattern, sizes) for name, sizes in (fused or {}).items()]
-    for name, (pattern, _) in zip(fused or {}, layouts, strict=True):
-        named = [path for path in chosen if pattern.fullmatch(path)]
+    # The layouts given by the user; one that nothing needs is a mistake.
+    layouts: dict[str, Mapping[str, int]] = {}
+    for name, sizes in (fused or {}).items():
+        named = [path for path in chosen if parse(name).pattern.fullmatch(path)]
         if not named:
             raise NoTargetMatched(f"fused names {name!r}, which is not targeted; the targets are {listed(chosen)}")
         if all(ALL in chosen[path] for path in named):
             raise ConfigurationError(f"fused names {name!r}, which is targeted in full: name its slices, {name}[q,v]")
-    # From names to ranges of output features.
+        layouts = {**dict.fromkeys(named, sizes), **layouts}  # the first of several counts
+    # From names to ranges of output features, in the model's order.
     found = []
-    for path, module in modules.items():
-        if path in chosen:
-            given = next((sizes for pattern, sizes in layouts if pattern.fullmatch(path)), None)
-            slices = _slices(path, module, owners[path], chosen[path], given)
-            found.append(Target(path=path, module=module, slices=slices))
+    for path in (path for path in modules if path in chosen):
+        slices = _slices(path, modules[path], owners[path], chosen[path], layouts.get(path))
+        found.append(Target(path=path, module=modules[path], slices=slices))
     return found
 
 
@@ -132,9 +117,6 @@ def match_modules(model: nn.Module, names: Sequence[str], what: str) -> tuple[st
         model: any module.
         names: expressions without slices.
         what: the argument's name, for messages.
-
-    Raises:
-        NoTargetMatched: where a name matches nothing.
     """
     paths = [path for path, _ in model.named_modules() if path]
     found: set[str] = set()
@@ -176,8 +158,9 @@ def _linear_matches(expression: Expression, modules: dict[str, nn.Module], owner
 
 def _unsupported(module: nn.Module, owner: nn.Module) -> str:
     """Why a module cannot be adapted, or the empty string."""
-    if reason := never_called(owner):
-        return reason
+    if isinstance(owner, nn.MultiheadAttention):
+        never = "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would change nothing"
+        return f"{never}; use an attention with separate linear layers"
     if is_linear(module):
         return ""
     inside = [name for name, m in module.named_modules() if name and is_linear(m)]
@@ -189,15 +172,7 @@ def _unsupported(module: nn.Module, owner: nn.Module) -> str:
 def _slices(
     path: str, module: nn.Module, owner: nn.Module, wanted: dict[str, str], sizes: Mapping[str, int] | None
 ) -> dict[str, slice]:
-    """The output features of each wanted slice of a layer, in their order.
-
-    Args:
-        path: the layer's path, for messages.
-        module: the layer.
-        owner: the module that holds it.
-        wanted: name of a slice to the expression that wants it.
-        sizes: sizes of all slices where the user has given them.
-    """
+    """The output features of each slice of a layer that expressions want, in their order; `sizes` as the user gave."""
     features = base_weight(module).shape[0]
     if ALL in wanted:
         return {ALL: slice(0, features)}
@@ -206,10 +181,8 @@ def _slices(
     if sizes is not None and sum(sizes.values()) != features:
         raise ConfigurationError(f"fused: the slices of {path} add up to {sum(sizes.values())}, it has {features}")
     if sizes is None and interleaves_heads(owner, name):
-        raise UnsupportedTarget(
-            f"target {text!r}: {type(owner).__name__} interleaves its heads, so q, k and v are not slices of {path}; "
-            "adapt it in full"
-        )
+        heads = f"{type(owner).__name__} interleaves its heads, so q, k and v are not slices of {path}"
+        raise UnsupportedTarget(f"target {text!r}: {heads}; adapt it in full")
     sizes = sizes or known_sizes(owner, name, features)
     if sizes is None:
         raise NoTargetMatched(

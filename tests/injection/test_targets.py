@@ -134,7 +134,7 @@ def test_slices_of_unequal_size(model: Model) -> None:
         (["qkv[]"], FUSED, ConfigurationError, r"written as name\[slice,slice\]"),
         (["qkv[q,,v]"], FUSED, ConfigurationError, r"written as name\[slice,slice\]"),
         (["[q]"], FUSED, ConfigurationError, r"written as name\[slice,slice\]"),
-        (["qkv[all]"], FUSED, ConfigurationError, r"for the whole layer write 'qkv' without brackets"),
+        (["qkv[all]"], FUSED, ConfigurationError, r"for the entire layer write 'qkv' without brackets"),
         (["qkv[q,w]"], FUSED, NoTargetMatched, r"'qkv\[q,w\]': blocks.0.attn.qkv has no slice 'w', it has q, k, v"),
         (["qkv[q]"], None, NoTargetMatched, r"the layout of blocks.0.attn.qkv \(Attention\) is not known; give fused="),
         (["qkv[q]", "qkv"], FUSED, ConfigurationError, r"in full and by slices: 'qkv\[q\]' and 'qkv'; keep one"),
