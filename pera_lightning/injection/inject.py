@@ -113,8 +113,9 @@ def inject(
         same = (done.method, done.targets, done.trainable, done.fused) == (method, targets, trainable, fused)
         if same and seed in (None, done.seed):
             return done.report
-        given, wanted = f"{done.method} on {list(done.targets)}", f"{method} on {list(targets)} with seed {seed}"
-        raise AlreadyInjectedError(f"this model has {given} already; build it anew to inject {wanted}")
+        given = f"this model has {done.method} on {list(done.targets)} already, with seed {done.seed}"
+        wanted = f"{method} on {list(targets)} with seed {done.seed if seed is None else seed}"
+        raise AlreadyInjectedError(f"{given}; build it anew to inject {wanted}")
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise AlreadyInjectedError("a part of this model is adapted already; inject into the entire model once")
     if method.needs_targets and not targets:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 Run = Callable[[Any], Any]  # the model's forward pass of a batch
 Group = list[nn.Module]
-# Called in the place of a module's forward, with the module, that forward, and its arguments.
-Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Around = Callable[..., Any]  # called in the place of a module's forward, with the module, that forward, its arguments
 
 
 def inputs_in_order(
@@ -41,7 +40,7 @@ def inputs_in_order(
     waiting = set(layers)
     modules = [module for module in model.modules() if not waiting.isdisjoint(module.modules())]
     passes = [_Passes(modules, partial(run, batch)) for batch in batches]
-    # One whole pass for each batch: which tensors, by their numbers, does each layer get?
+    # One full pass for each batch: which tensors, by their numbers, does each layer get?
     inputs: dict[nn.Module, list[tuple[int, int]]] = {}  # (batch, tensor)
     for number, each in enumerate(passes):
         for layer, tensor in each.record(waiting):
@@ -92,11 +91,11 @@ class _Passes:
         self.kept: dict[nn.Module, Any] = {}
 
     def record(self, layers: set[nn.Module]) -> list[tuple[nn.Module, int]]:
-        """Runs a whole pass; gives the calls of the layers, with the number of the tensor that each gets."""
+        """Runs a full pass; gives the calls of the layers, with the number of the tensor that each gets."""
         found: list[tuple[nn.Module, int]] = []
         last: Tensor | None = None
 
-        def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        def around(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal last
             self.calls[module] += 1
             if module in layers:
@@ -119,7 +118,7 @@ class _Passes:
         found: list[Tensor] = []
         final = True  # whether all that has run by now gives the same in later passes
 
-        def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        def around(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal final
             if module in self.kept:
                 return copy.deepcopy(self.kept[module])  # a model may go on to change it in place
@@ -145,7 +144,7 @@ def _forwards(modules: Sequence[nn.Module], around: Around) -> Iterator[None]:
     """Within this context `around` is called in the place of the modules' forward."""
     before = {module: vars(module).get("forward") for module in modules}  # other libraries set one, too
     for module in modules:
-        module.forward = _replacement(module, module.forward, around)
+        module.forward = wraps(module.forward)(partial(around, module, module.forward))  # models look at signatures
     try:
         yield
     finally:
@@ -153,11 +152,3 @@ def _forwards(modules: Sequence[nn.Module], around: Around) -> Iterator[None]:
             del module.forward
             if forward is not None:
                 module.forward = forward
-
-
-def _replacement(module: nn.Module, forward: Callable[..., Any], around: Around) -> Callable[..., Any]:
-    @wraps(forward)  # models look at signatures
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return around(module, forward, args, kwargs)
-
-    return replacement

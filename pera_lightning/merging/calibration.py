@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
-from pera_lightning.adapters.aurora import AuroRALayer
+from pera_lightning.adapters.aurora import AuroRALayer, acting_layers
 from pera_lightning.adapters.base import LowRankUpdate
 from pera_lightning.errors import NotMergeableError, listed
 from pera_lightning.merging.activation_capture import inputs_in_order
@@ -129,18 +129,20 @@ def calibrate(
     def run(batch: Any) -> None:
         (forward or call)(model, on_device(batch, device_of(model)))
 
-    paths = {layer: path for path, layer in model.named_modules() if _is_dynamic(layer)}
+    fitted = {adapter for adapter in acting_layers(model) if adapter.inference_mode == "dynamic"}
+    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, AdaptedLayer))
+    paths = {layer: path for path, layer in layers if not fitted.isdisjoint(layer.adapters.values())}
     unexplained: dict[str, float] = {}
-    fewest: tuple[int, int] | None = None  # tokens, input features
+    counts: list[tuple[int, int]] = []  # tokens and input features of each group
     with evaluating(model), torch.no_grad():
         for group, inputs in inputs_in_order(model, list(paths), batches, run):
             # Layers with the same input share its moments.
-            owner = {adapter: layer for layer in group for adapter in layer.adapters.values() if _is_fitted(adapter)}
+            owner = {adapter: layer for layer in group for adapter in layer.adapters.values() if adapter in fitted}
             moments = Moments(list(owner))
             for x, number in inputs:
                 moments.add(unpadded(x, batches[number]))
             if not moments.n or not torch.isfinite(moments.xx).all():
-                what = "NaN or infinite inputs" if moments.n else "no token, but padding"
+                what = "NaN or infinite inputs" if moments.n else "padding only, no token"
                 raise NotMergeableError(f"the calibration batches give {paths[group[0]]} {what}")
             # From here on the layers are linear, in what later layers see too.
             fits = [moments.fit(k, ridge, layer.bias is not None) for k, layer in enumerate(owner.values())]
@@ -148,10 +150,10 @@ def calibrate(
                 constant = None if layer.bias is None else (adapter.scale * adapter.B.to(c) @ c).to(adapter.B)
                 adapter.calibrate(LowRankUpdate(N.to(adapter.A), adapter.B.detach().clone(), adapter.scale, constant))
                 unexplained[paths[layer]] = max(left, unexplained.get(paths[layer], 0.0))
-            fewest = min(fewest or (moments.n, len(moments.x)), (moments.n, len(moments.x)))
+            counts.append((moments.n, len(moments.x)))
     if unseen := [path for path in paths.values() if path not in unexplained]:
         raise NotMergeableError(f"{len(unseen)} layers do not run for any batch: {listed(unseen, 3)}")
-    tokens, features = fewest  # type: ignore[misc]
+    tokens, features = min(counts)
     if tokens < 2 * features:  # too few to say how good the fit is
         return [f"fitted to {tokens} tokens, few for {features} input features: give more batches"]
     mean = sum(unexplained.values()) / len(unexplained)
@@ -160,11 +162,3 @@ def calibrate(
         f"fitted to {tokens} tokens; of the variance of σ {mean:.1%} is not linear on average over the layers, at most "
         f"{unexplained[worst]:.1%} ({worst})"
     ]
-
-
-def _is_dynamic(layer: nn.Module) -> bool:
-    return isinstance(layer, AdaptedLayer) and any(map(_is_fitted, layer.adapters.values()))
-
-
-def _is_fitted(adapter: nn.Module) -> bool:
-    return isinstance(adapter, AuroRALayer) and adapter.inference_mode == "dynamic"

@@ -36,23 +36,18 @@ def linearised(
 
     Yields:
         Notes of the calibration, one line each.
-
-    Raises:
-        NotMergeableError: where there are such layers and no mode is given.
-        ConfigurationError: for options that do not act.
     """
     adapters = nonlinear_adapters(model, mode, batches, ridge)
     try:
-        if mode == "static":
+        if mode == "calibrated":
+            yield calibrate(model, batches, forward=forward, ridge=RIDGE if ridge is None else ridge)
+        else:
             for adapter in adapters:
                 adapter.inference_mode = "static"
-        notes = []
-        if mode == "calibrated":
-            notes = calibrate(model, batches, forward=forward, ridge=RIDGE if ridge is None else ridge)
-        yield notes
+            yield []
     finally:
         for adapter in adapters:
-            adapter.calibrate(None)
+            adapter.calibrate(None)  # dynamic again
 
 
 def nonlinear_adapters(

@@ -111,20 +111,15 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> int:
-    """Takes the updates out again: base weights and biases as they were, to the bit; adapters act again.
+    """Takes the updates out again: base weights and biases as they were, bit for bit; adapters act again.
 
-    Returns:
-        How many layers were merged.
-
-    Raises:
-        ConfigurationError: where the base was not kept (``keep_base=False``); nothing is changed then.
+    Returns how many layers were merged. Where the base was not kept (``keep_base=False``) nothing is changed, and a
+    `ConfigurationError` says so.
     """
     layers = {path: layer for path, layer in adapted_layers(model) if layer.merged}
     if lost := [path for path, layer in layers.items() if not has_base(layer)]:
-        raise ConfigurationError(
-            f"{len(lost)} layers were merged with keep_base=False and cannot be unmerged: {listed(lost, 3)}; build the "
-            "model anew and load the adapter"
-        )
+        kept_nothing = f"{len(lost)} layers were merged with keep_base=False and cannot be unmerged: {listed(lost, 3)}"
+        raise ConfigurationError(f"{kept_nothing}; build the model anew and load the adapter")
     for layer in layers.values():
         restore(layer)
     return len(layers)
@@ -133,14 +128,12 @@ def unmerge(model: nn.Module) -> int:
 def merge_and_unload(model: nn.Module, **options: Any) -> nn.Module:
     """Merges and removes the adapters: plain layers, no trace of this package but what other modules import.
 
-    Parameters stay frozen as they are.
-
     Args:
         model: injected, or a model that contains an injected one; merged already or not.
         options: options of `merge`, but for `keep_base`.
 
     Returns:
-        `model`, changed in place.
+        `model`, changed in place; parameters stay frozen as they are.
     """
     if "keep_base" in options:
         raise ConfigurationError("merge_and_unload keeps no base: leave keep_base out")

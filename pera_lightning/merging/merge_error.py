@@ -69,10 +69,9 @@ def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
         try:
             given = model(*batch)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"a batch is a {type(batch).__name__} of {len(batch)}, and {type(model).__name__}, called with its "
-                f"members, says: {shorten(str(error))[:150]}; give forward=function(model, batch)"
-            ) from error
+            called = f"{type(model).__name__}, called with the {len(batch)} members of a batch"
+            says = f"{called}, says: {shorten(str(error))[:150]}"
+            raise ConfigurationError(f"{says}; give forward=function(model, batch)") from error
     else:
         given = model(batch)
     loss = getattr(given, "loss", None)
@@ -81,10 +80,8 @@ def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
             return getattr(given, name), loss
     first = given[0] if isinstance(given, (tuple, list)) else given
     if not isinstance(first, Tensor):
-        raise ConfigurationError(
-            f"{type(model).__name__} gives a {type(given).__name__} without a known tensor: give "
-            "forward=function(model, batch) that returns its outputs, or (outputs, loss)"
-        )
+        gives = f"{type(model).__name__} gives a {type(given).__name__} without a known tensor"
+        raise ConfigurationError(f"{gives}: give forward=function(model, batch) -> outputs, or (outputs, loss)")
     return first, loss
 
 
@@ -101,13 +98,7 @@ def on_device(batch: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: Sequence[Any], forward: Forward | None = None) -> Measured:
-    """Runs a model in eval mode over batches; of each, at most 256 evenly spaced rows of the outputs are kept.
-
-    Args:
-        model: its modes are the same afterwards.
-        batches: on any device.
-        forward: see `Forward`; by default `call`.
-    """
+    """Runs a model in eval mode over batches; of each, at most 256 evenly spaced rows of the outputs are kept."""
     outputs, losses = [], []
     with evaluating(model):
         for batch in batches:
@@ -157,17 +148,12 @@ def measuring_notes(mode: str | None, error: MergeError | None, held_out: Sequen
 
 
 def batch_list(batches: Iterable[Any] | None) -> list[Any]:
-    """Batches as a list, since they are run more than once.
-
-    Raises:
-        ConfigurationError: where an iterable was given that has none.
-    """
+    """Batches as a list, since they are run more than once; none for None."""
     if batches is None:
         return []
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ConfigurationError(f"batches is one {type(batches).__name__}: give a list of batches, [batch]")
-    found = list(batches)
-    if not found:
+    if not (found := list(batches)):
         raise ConfigurationError("batches has no batch: give at least one")
     return found
 

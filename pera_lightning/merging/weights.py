@@ -1,4 +1,4 @@
-"""Frozen weights with the updates of their adapters added, and put back again to the bit.
+"""Frozen weights with the updates of their adapters added, and put back again bit for bit.
 
 Sums are made in float32 (float64 for a float64 base) and cast once.
 """
@@ -30,35 +30,28 @@ def check_weights(model: nn.Module, layers: dict[str, AdaptedLayer], constants: 
     """Raises `NotMergeableError` for weights that cannot be changed by themselves, and for adapters with NaN.
 
     Args:
-        model: the whole model, whose other modules may use the same tensors.
+        model: the entire model, whose other modules may use the same tensors.
         layers: layers to be merged, by path.
         constants: adapters that will have a constant, besides those that have one already.
     """
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[str]] = {}  # the same memory to the names of its parameters
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(_memory(parameter), []).append(f"{path}.{name}" if path else name)
     for path, layer in layers.items():
-        changed = ["weight"]
-        if any(adapter in constants or adapter.delta_bias() is not None for adapter in layer.adapters.values()):
-            changed += [] if layer.bias is None else ["bias"]
-        for name in changed:
+        moved = any(adapter in constants or adapter.delta_bias() is not None for adapter in layer.adapters.values())
+        for name in ("weight", "bias") if moved and layer.bias is not None else ("weight",):
             if name not in layer._parameters:
-                raise NotMergeableError(
-                    f"the {name} of {path} is computed at every call (weight_norm, pruning …), and a merge would be "
-                    "lost: make it a plain parameter before injection"
-                )
+                computed = f"the {name} of {path} is computed at every call (weight_norm, pruning …)"
+                raise NotMergeableError(f"{computed}: make it a plain parameter before injection")
             shared = owners[_memory(layer._parameters[name])]
             if len(shared) > 1:
-                raise NotMergeableError(
-                    f"{path} shares its {name} ({' and '.join(shared)} are one tensor), and merging would change them "
-                    "all: leave it out of the targets, or untie them before injection"
-                )
-        if isinstance(layer.weight, DTensor):
-            raise NotMergeableError(f"{path} is sharded over processes: merge on one, from the checkpoint")
-        if layer.weight.is_meta:
-            raise NotMergeableError(f"{path} is on the meta device and has no values")
+                tied = f"{path} shares its {name} ({' and '.join(shared)} are one tensor)"
+                raise NotMergeableError(f"{tied}: leave it out of the targets, or untie them before injection")
+        if isinstance(layer.weight, DTensor) or layer.weight.is_meta:
+            where = f"{path} is sharded or on the meta device"
+            raise NotMergeableError(f"{where}: merge on one process, from the checkpoint")
         broken = [name for name, p in layer.adapters.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             raise NotMergeableError(f"the adapter of {path} has NaN or infinite values in {listed(broken, 2)}")

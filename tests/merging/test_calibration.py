@@ -369,7 +369,7 @@ def test_a_layer_that_joins_in_a_later_batch_is_fitted_to_its_own_input() -> Non
     [
         (torch.full((4, WIDTH), math.nan), "NaN or infinite inputs"),
         (torch.full((4, WIDTH), math.inf), "NaN or infinite inputs"),
-        (tokens(0), "no token"),
+        (tokens(0), "padding only, no token"),
     ],
 )
 def test_inputs_that_say_nothing(x: Tensor, message: str) -> None:
