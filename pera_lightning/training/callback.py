@@ -31,10 +31,10 @@ from pera_lightning.injection.inject import inject, injection_of
 from pera_lightning.injection.state import find_injected, remember_unfrozen
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
-from pera_lightning.training.adapter_folder import write_adapter_folder
 from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
 from pera_lightning.training.checks import check_before_fit, check_position, check_precision
 from pera_lightning.training.data_order import load_loader_states, resume_data_order
+from pera_lightning.training.final_adapter import write_final_adapter
 from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
@@ -188,7 +188,7 @@ class AdapterInjection(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_first_ranks_generators()
         drop_requeue_file(trainer)
-        write_adapter_folder(trainer, pl_module)
+        write_final_adapter(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         internals.stop_intercepting_loaders(trainer)

@@ -15,7 +15,7 @@ from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.sharding import full_tensors
 
 
-def write_adapter_folder(trainer: Trainer, module: LightningModule) -> None:
+def write_final_adapter(trainer: Trainer, module: LightningModule) -> None:
     """Writes ``adapter/`` into the run's folder on the first process; every process must call it.
 
     From the best checkpoint, else the last, else what the module ended with.
