@@ -55,16 +55,7 @@ class NonFiniteLossError(PeraError, ArithmeticError):
 
 
 def closest(name: str, existing: Iterable[str], most: int = 3) -> str:
-    """Words a suggestion for a misspelt name.
-
-    Args:
-        name: what was given.
-        existing: what there is.
-        most: how many suggestions at most.
-
-    Returns:
-        ``"; closest: a, b"``, or the empty string where nothing is near.
-    """
+    """Words a suggestion for a misspelt name, ``"; closest: a, b"``, or the empty string where nothing is near."""
     near = difflib.get_close_matches(name, list(existing), n=most, cutoff=0.4)
     return f"; closest: {', '.join(near)}" if near else ""
 

@@ -1,4 +1,4 @@
-"""Reading text, and writing files and folders that are whole or not there; without heavy imports, for every layer."""
+"""Reading text, and writing files and folders in full or not at all; without heavy imports, for every layer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ _ABANDONED = 24 * 3600  # seconds after which an unfinished folder belongs to no
 
 
 def read_text(path: Path) -> str:
-    """A file as text.
-
-    Raises:
-        DataError: where it is missing, or not in UTF-8.
-    """
+    """A file as text; `DataError` where it is missing, or not in UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark does not belong to the text
     except OSError as error:

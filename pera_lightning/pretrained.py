@@ -13,12 +13,8 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, by hub id or folder.
-
-    Raises:
-        ConfigurationError: where it cannot be had.
-    """
-    from transformers import AutoTokenizer
+    """The tokenizer of a model, by hub id or folder."""
+    from transformers import AutoTokenizer  # which takes seconds, and `--help` does without
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
@@ -27,13 +23,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def explained(error: Exception, name: str, what: str) -> ConfigurationError:
-    """What kept a model or tokenizer from loading, in one line that says what to do.
-
-    Args:
-        error: raised by transformers.
-        name: hub id or folder, as given.
-        what: "model" or "tokenizer".
-    """
+    """What kept the model or tokenizer (`what`) `name` from loading, in one line that says what to do."""
     first = shorten(str(error).strip().partition("\n")[0])  # after it transformers lists every class that it has
     if Path(name).is_dir():
         if what == "tokenizer" and not [*Path(name).glob("*tok*"), *Path(name).glob("vocab*")]:

@@ -14,12 +14,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def renamed(old: str, new: str) -> Callable[[Function], Function]:
-    """Lets a function take a keyword by its old name too, which warns in one line.
-
-    Args:
-        old: name that the keyword had.
-        new: name that it has.
-    """
+    """Lets a function take the keyword `new` by its old name too, which warns in one line."""
 
     def decorate(function: Function) -> Function:
         @wraps(function)
@@ -37,23 +32,13 @@ def renamed(old: str, new: str) -> Callable[[Function], Function]:
 
 
 def check_positive_int(value: Any, name: str) -> None:
-    """Raises `ConfigurationError` unless `value` is an integer of at least 1; True and False are none.
-
-    Args:
-        value: what was given.
-        name: the argument's, for the message.
-    """
+    """Raises `ConfigurationError` unless the argument `name` is an integer of at least 1; True is none."""
     if not _is_int(value) or value < 1:
         raise ConfigurationError(f"{name}={value!r}: a positive integer is needed")
 
 
 def check_positive(value: Any, name: str) -> None:
-    """Raises `ConfigurationError` unless `value` is a finite number above 0.
-
-    Args:
-        value: what was given.
-        name: the argument's, for the message.
-    """
+    """Raises `ConfigurationError` unless the argument `name` is a finite number above 0."""
     check_in_range(value, name, gt=0)
 
 
@@ -67,16 +52,9 @@ def check_in_range(
     lt: float | None = None,
     integer: bool = False,
 ) -> None:
-    """Raises `ConfigurationError` unless `value` is a finite number within the bounds that are given.
+    """Raises `ConfigurationError` unless the argument `name` is a finite number, or integer, within the bounds given.
 
-    Args:
-        value: what was given.
-        name: the argument's, for the message.
-        ge: the least value allowed.
-        gt: a bound that the value must exceed.
-        le: the largest value allowed.
-        lt: a bound that the value must stay below.
-        integer: whether only integers are allowed.
+    The bounds are those of the operators: `ge` and `le` are allowed themselves, `gt` and `lt` are not.
     """
     number = _is_int(value) or (not integer and isinstance(value, float) and math.isfinite(value))
     inside = number and (
@@ -91,17 +69,10 @@ def check_in_range(
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
-    """Raises `UnknownNameError` unless `value` is one of `choices`; the message has the closest of them.
-
-    Args:
-        value: what was given.
-        name: the argument's, for the message.
-        choices: what is allowed.
-    """
+    """Raises `UnknownNameError` unless the argument `name` is one of `choices`; the message has the closest of them."""
     if value not in choices:
-        raise UnknownNameError(
-            f"{name}={value!r} does not exist; one of {', '.join(choices)}{closest(str(value), choices)}"
-        )
+        one = f"one of {', '.join(choices)}{closest(str(value), choices)}"
+        raise UnknownNameError(f"{name}={value!r} does not exist; {one}")
 
 
 def _is_int(value: Any) -> bool:

@@ -70,8 +70,8 @@ def _add_to_slices(base: Tensor, updates: dict[str, Tensor], slices: dict[str, s
         end = last
     stretches = [(size, name) for size, name in [*stretches, (base.shape[dim] - end, None)] if size]
     # One split and one cat: the backward pass of slices would make a full-size tensor of zeros for each of them.
-    parts = zip(base.split([size for size, _ in stretches], dim), stretches, strict=True)
-    return torch.cat([p if name is None else p + updates[name].to(p.dtype) for p, (_, name) in parts], dim)
+    pieces = zip(base.split([size for size, _ in stretches], dim), stretches, strict=True)
+    return torch.cat([p if name is None else p + updates[name].to(p.dtype) for p, (_, name) in pieces], dim)
 
 
 class AdaptedLinear(AdaptedLayer, nn.Linear):
@@ -141,7 +141,7 @@ def release_layer(layer: AdaptedLayer) -> None:
 
 def check_slices(slices: dict[str, slice], features: int, where: str = "the layer") -> None:
     """Raises `ConfigurationError` for slices of the layer `where` with impossible names or ranges of its features."""
-    end, reserved = 0, nn.ModuleDict()  # an instance, since attributes such as `training` are no class attributes
+    end, reserved = 0, nn.ModuleDict()  # an instance, since `training` and others are set by its constructor
     for name, rows in sorted(slices.items(), key=lambda item: (item[1].start, item[1].stop)):
         everything = (rows.start, rows.stop) == (0, features)
         if not name.isidentifier() or hasattr(reserved, name) or (name == ALL and not everything):

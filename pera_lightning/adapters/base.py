@@ -120,7 +120,7 @@ class LinearAdapter(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)  # a module of its own, so that train() and eval() of the whole reach it
+        self.dropout = nn.Dropout(dropout)  # a module of its own, so that the model's train() and eval() reach it
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the initial values, on the CPU so that they are the same on every device."""

@@ -29,7 +29,7 @@ class LinearProbe(Method):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(Method):
-    """Trains every parameter, so checkpoints and adapter folder hold the whole model; targets are not used."""
+    """Trains every parameter, so checkpoints and adapter folder hold the entire model; targets are not used."""
 
     needs_targets: ClassVar[bool] = False
 

@@ -27,7 +27,7 @@ class HiLoRALayer(LinearAdapter):
     uses_weight: ClassVar[bool] = True
 
     def __init__(self, context: LayerContext, method: HiLoRA) -> None:
-        # By the names that the user knows; the parts would say "rank".
+        # By the names that the user knows; the two adapters would say "rank".
         context.check_rank(method.hira_rank, "hira_rank")
         context.check_rank(method.lora_rank, "lora_rank")
         lora = LoRA(rank=method.lora_rank, alpha=method.alpha)
@@ -54,9 +54,9 @@ class HiLoRA(LinearMethod):
     """HiRA plus LoRA (Huang et al. 2025).
 
     Args:
-        hira_rank: rank of the Hadamard part.
-        lora_rank: rank of the LoRA part.
-        alpha: the LoRA part's scale is alpha / lora_rank.
+        hira_rank: rank of the Hadamard factor, A₁ and B₁.
+        lora_rank: rank of the LoRA factor, A₂ and B₂.
+        alpha: the LoRA's scale is alpha / lora_rank.
         dropout: probability on the update's input, in training.
     """
 

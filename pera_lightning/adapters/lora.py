@@ -35,16 +35,9 @@ def lora_output(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def svd_factors(weight: Tensor, rank: int, scale: float, largest: bool) -> tuple[Tensor, Tensor]:
-    """Factors of the part of W with its largest or smallest singular values, divided by the scale.
+    """A (r, in) and B (out, r) in float32 with s · B A = W (out, in), cut to r singular values.
 
-    Args:
-        weight: W, (out, in).
-        rank: r, how many singular values.
-        scale: s; the product of the factors times s is that part of W.
-        largest: the largest (PiSSA) or the smallest ones (MiLoRA).
-
-    Returns:
-        A (r, in) and B (out, r), float32.
+    The `largest` ones are PiSSA's, the smallest MiLoRA's.
     """
     u, sigma, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     keep = slice(None, rank) if largest else slice(-rank, None)

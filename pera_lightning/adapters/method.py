@@ -1,7 +1,7 @@
 """Methods: frozen dataclasses of hyperparameters, and how they adapt a model.
 
 A method holds no tensors, validates itself and round-trips through YAML and JSON. `LinearMethod.build` makes one
-layer's adapter; `Method.apply` adapts a whole model, which by default means: build the adapters of every target.
+layer's adapter; `Method.apply` adapts a model, which by default means: build the adapters of every target.
 How to add one stands at the head of `registry.py`.
 """
 
@@ -57,7 +57,7 @@ class Method(ABC):
         Freezing, counting and the report are `inject`'s; the method only changes modules.
 
         Args:
-            model: the whole model.
+            model: the entire model.
             targets: the layers that the user's target expressions name; empty where `needs_targets` is False.
             trainable: paths of the modules that will be trained in full.
             seed: the run's seed, for initial values.
@@ -94,14 +94,7 @@ class LinearMethod(Method):
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"dropout"})
 
     def build(self, context: LayerContext) -> LinearAdapter:
-        """Makes the adapter of one linear map, initialised, float32, on the weight's device.
-
-        Args:
-            context: the layer; see `LayerContext`.
-
-        Raises:
-            ConfigurationError: where the hyperparameters do not fit the layer (a rank larger than it).
-        """
+        """Makes the adapter of one linear map, initialised, float32, on the weight's device."""
         adapter = self.layer(context, self)  # type: ignore[call-arg]
         adapter.reset_parameters(context.generator())  # the same values whatever was drawn before
         return adapter
@@ -114,10 +107,11 @@ class LinearMethod(Method):
             weight, bias = base_weight(target.module).detach(), target.module.bias
             adapters = {}
             for name, rows in target.slices.items():
-                own_bias = None if bias is None else bias.detach()[rows]  # views: nothing is copied
-                adapters[name] = self.build(
-                    LayerContext(path=target.path, slice=name, weight=weight[rows], bias=own_bias, seed=seed)
-                )
+                own = {
+                    "weight": weight[rows],
+                    "bias": None if bias is None else bias.detach()[rows],
+                }  # views
+                adapters[name] = self.build(LayerContext(path=target.path, slice=name, seed=seed, **own))
             built.append((target, adapters))
         # Only now change the model.
         for target, adapters in built:

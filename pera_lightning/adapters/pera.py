@@ -50,16 +50,9 @@ def pairs(rank: int, terms: str, device: torch.device | None = None) -> tuple[Te
 
 
 def expand(A: Tensor, B: Tensor, h: Tensor | None, terms: str) -> tuple[Tensor, Tensor]:
-    """The expanded factors of PERA.
+    """The expanded factors of PERA: A (r, in), B (out, r) and h (P,) -> Â (r + P, in) and B̂ (out, r + P).
 
-    Args:
-        A: (r, in).
-        B: (out, r).
-        h: coefficients of the products, (P,); None for ``terms="linear"``.
-        terms: which products, one of `TERMS`.
-
-    Returns:
-        Â (r + P, in) and B̂ (out, r + P).
+    `h` holds the coefficients of the products that `terms` keeps; None for ``terms="linear"``.
     """
     if h is None:
         return A, B

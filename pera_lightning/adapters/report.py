@@ -52,6 +52,6 @@ class InjectionReport:
         """Counts layers by name, shape and slices; those that differ in their layer number only are of one kind."""
         kinds: Counter[tuple[str, int, int, str]] = Counter()
         for path, slices in self.matched.items():
-            name = ".".join("*" if part.isdigit() else part for part in path.split("."))  # layers.*.q_proj
+            name = ".".join("*" if piece.isdigit() else piece for piece in path.split("."))  # layers.*.q_proj
             kinds[name, *self.shapes[path], "" if slices == ("all",) else f"slices {', '.join(slices)}"] += 1
         return kinds

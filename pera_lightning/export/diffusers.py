@@ -55,7 +55,7 @@ def export_diffusers(
         What was written, to print.
 
     Raises:
-        NotMergeableError: where an update is no LoRA, or its error is too large.
+        NotMergeableError: where an update is not a LoRA, or its error is too large.
         ConfigurationError: for another network, or where a LoRA file would not hold all that was trained, or `folder`
             exists.
         CheckpointError: where the disk has no room.

@@ -139,7 +139,7 @@ def linear_updates(
     The options are those of `export_peft`.
 
     Raises:
-        NotMergeableError: where an update is no LoRA, or its error is too large.
+        NotMergeableError: where an update is not a LoRA, or its error is too large.
         ConfigurationError: for batches that would not act.
     """
     fit, held_out = batch_list(batches), batch_list(measure_on)

@@ -74,11 +74,7 @@ def _exported(layer: AdaptedLayer, rank: int | None) -> tuple[LowRankUpdate, flo
 
 
 def full_update(layer: AdaptedLayer) -> LowRankUpdate:
-    """The exact update of a layer: A (R, in) and B (out, R), R the sum of the ranks of its slices.
-
-    Raises:
-        NotMergeableError: where the update of a slice is no LoRA.
-    """
+    """The exact update of a layer: A (R, in) and B (out, R), R the sum of the ranks of its slices, if all are LoRAs."""
     updates = {name: adapter.low_rank_update() for name, adapter in layer.adapters.items()}  # type: ignore[operator]
     rows = layer.base_weight().shape[0]
     first = next(iter(updates.values()))

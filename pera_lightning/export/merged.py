@@ -61,7 +61,7 @@ def export_merged(
         What was done, to print.
 
     Raises:
-        NotMergeableError: where an update is no matrix.
+        NotMergeableError: where no matrix equals an update.
         ConfigurationError: where nothing was injected, or `folder` exists.
         CheckpointError: where the disk has no room.
     """

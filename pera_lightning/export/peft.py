@@ -61,7 +61,7 @@ def export_peft(
         What was written, to print.
 
     Raises:
-        NotMergeableError: where an update is no LoRA, or its error is too large.
+        NotMergeableError: where an update is not a LoRA, or its error is too large.
         ConfigurationError: where a PEFT folder would hold nothing, or not all that was trained, or `folder` exists.
         CheckpointError: where the disk has no room.
     """

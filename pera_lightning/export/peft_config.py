@@ -25,18 +25,7 @@ _CLASSIFIERS = ["classifier", "score"]  # peft adds them to the heads of every S
 def lora_config(
     root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate], base_name: str, revision: str | None
 ) -> LoraConfig:
-    """peft's own config, checked by peft's own matching.
-
-    Args:
-        root: the injected model.
-        mark: what was injected.
-        updates: update of every adapted layer, by path.
-        base_name: name of the base on a hub, or its folder.
-        revision: branch, tag or commit of the base on the hub.
-
-    Raises:
-        ConfigurationError: where peft would take other layers or heads than ours, or is not installed.
-    """
+    """peft's own config of the updates by layer, and of the base's name; checked by peft's own matching."""
     try:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
@@ -48,7 +37,7 @@ def lora_config(
     ranks = {path: update.rank for path, update in updates.items()}
     alphas = {path: alpha_of(update) for path, update in updates.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    # lora_bias and modules_to_save hold for the adapter as a whole, rank and alpha can differ by layer.
+    # lora_bias and modules_to_save hold for the entire adapter, rank and alpha can differ by layer.
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -69,18 +58,14 @@ def lora_config(
     taken_by_peft = {path for path in modules if check_target_module_exists(config, path)}
     if taken_by_peft != set(updates):
         other = sorted(taken_by_peft ^ set(updates))
-        raise ConfigurationError(
-            f"peft's target_modules and modules_to_save cannot tell these layers from the heads "
-            f"{list(mark.trained_modules)}: {listed(other, 3)}; export merged weights"
-        )
+        same = f"by name peft cannot tell {listed(other, 3)} from the heads {list(mark.trained_modules)}"
+        raise ConfigurationError(f"{same}: export merged weights")
     # Within a head, or instead of one, peft would adapt nothing.
     saved = heads(mark.trained_modules, modules)
     inside = [path for path in [*updates, *saved] if any(path.startswith(f"{head}.") for head in saved)]
     if clash := sorted({*inside, *(set(saved) & set(updates))}):
-        raise ConfigurationError(
-            f"peft would also take {listed(clash, 3)} for a head, by the names {list(mark.trained_modules)}: export "
-            "merged weights"
-        )
+        names = list(mark.trained_modules)
+        raise ConfigurationError(f"peft takes {listed(clash, 3)} for a head, by {names}: export merged weights")
     return config
 
 

@@ -1,7 +1,7 @@
 """The names in a PEFT folder: its files, its tensors, and the layers and heads that its config names.
 
-A target of a list is the end of a module's path, in whole components; a target that is text is a regular expression for
-the whole path. A module is a head where its path, as text, ends with a name of `modules_to_save`; "classifier" takes
+A target of a list is the end of a module's path, component by component; a target that is text is a regular expression
+for the full path. A module is a head where its path, as text, ends with a name of `modules_to_save`; "classifier" takes
 DistilBERT's `pre_classifier` too. These are peft's rules (0.21).
 """
 
@@ -27,14 +27,9 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shortest_targets(layers: Iterable[str], modules: Collection[str]) -> list[str] | str:
-    """Names for `target_modules` that match these layers and nothing else.
+    """Names for `target_modules` that match these layers and no other of the modules, all given by path.
 
-    Args:
-        layers: paths of the adapted layers.
-        modules: paths of all modules.
-
-    Returns:
-        Ends of paths, as short as they can be; a regular expression where ends cannot tell the layers apart.
+    Ends of paths, as short as they can be; a regular expression where ends cannot tell the layers apart.
     """
     layers = set(layers)
     found: set[str] = set()
@@ -69,6 +64,6 @@ def exact_patterns(values: Mapping[str, float], usual: float) -> dict[str, float
 
 
 def alpha_of(update: LowRankUpdate) -> float:
-    """`lora_alpha` of an update: scale · rank, a whole number as one."""
+    """`lora_alpha` of an update: scale · rank, an integer where it is one."""
     alpha = update.scale * update.rank
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha

@@ -1,6 +1,6 @@
 r"""The target language: which layers, and which slices of fused projections, an expression names.
 
-- ``q_proj`` or ``attn.qkv``: the end of a module's path, in whole components.
+- ``q_proj`` or ``attn.qkv``: the end of a module's path, component by component.
 - ``blocks.*.attn.qkv``: a glob, also matched at the end of the path; ``*`` and ``?`` stay within one component, ``**``
   spans several.
 - ``re:.*layers\.[0-3]\..*q_proj``: a regular expression that the full path must match.
@@ -61,7 +61,7 @@ def parse(text: str) -> Expression:
 
 
 def _path_pattern(name: str) -> re.Pattern[str]:
-    """A pattern that matches `name`, with its wildcards, at the end of a path and in whole components."""
+    """A pattern that matches `name`, with its wildcards, at the end of a path and component by component."""
     wild = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}  # only ** passes over the dots between components
     parts = [wild.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", name)]
     return re.compile(r"(?:.*\.)?" + "".join(parts))

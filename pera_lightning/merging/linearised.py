@@ -29,7 +29,7 @@ def linearised(
 
     Args:
         model: injected.
-        mode: "static" or "calibrated"; None where there are no such layers.
+        mode: "static" or "calibrated"; None without such layers.
         batches: inputs to calibrate with.
         forward: how the model is called in a calibration.
         ridge: see `pera_lightning.merging.calibration.Moments.fit`.

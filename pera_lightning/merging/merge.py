@@ -80,8 +80,8 @@ def merge(
         What was done. Where nothing is left to merge, a report of 0 layers.
 
     Raises:
-        NotMergeableError: where an update is no matrix, or a weight cannot be changed by itself; the model is then as
-            it was.
+        NotMergeableError: where no matrix equals an update, or a weight cannot be changed by itself; the model is then
+            as it was.
         ConfigurationError: where nothing was injected, or the options do not fit.
     """
     layers = dict(adapted_layers(model))

@@ -26,7 +26,7 @@ class MergeError:
     Attributes:
         outputs: ‖y' − y‖ / ‖y‖ over the outputs of all batches, y before and y' after.
         loss_before: mean loss of the batches before; None where the model or its batches give none.
-        loss_after: mean loss of the batches after; None where there is none before.
+        loss_after: mean loss of the batches after; None without one before.
         batches: number of batches.
     """
 
@@ -136,7 +136,7 @@ def measuring_notes(mode: str | None, error: MergeError | None, held_out: Sequen
     """What a reader should know of the error of an approximate merge or export.
 
     Args:
-        mode: "static" or "calibrated"; None for an exact one, of which there is nothing to tell.
+        mode: "static" or "calibrated"; None for an exact one, which needs no note.
         error: its error, where that was measured.
         held_out: batches to measure on that were not calibrated with.
     """
