@@ -9,6 +9,8 @@ Shapes: ``...`` any batch dimensions; in, out the features of the layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class AdaptedLayer(nn.Module):
     slices: dict[str, slice]
     plain_class: type[nn.Module]  # what `release_layer` goes back to
     merged: str | None = None  # how the updates got into the weight; set by `pera_lightning.merging.merge`
+    kept: Any = None  # the rows that a merge has changed, as they were
 
     def base_weight(self) -> Tensor:
         """The frozen weight as (out, in), a view."""
@@ -37,7 +40,7 @@ class AdaptedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out): the frozen map plus the adapters' updates of their slices."""
         frozen = weight = self.base_weight()
-        if self.merged:  # the updates are in the weight
+        if self.merged:  # the updates are in the weight, and gradients would change nothing
             if self.training and torch.is_grad_enabled():
                 raise ConfigurationError("the adapters are merged, and training would not change them: call unmerge")
             return F.linear(x, weight, self.bias)
@@ -108,7 +111,7 @@ def base_weight(module: nn.Module) -> Tensor:
 def used_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path to module of all within `model`, without those whose output the network does not use, see `UNUSED`."""
     modules = {path: module for path, module in model.named_modules() if path}
-    unused = tuple(f"{path}." for path, module in modules.items() if getattr(module, UNUSED, False))
+    unused = tuple(f"{path}." for path, module in modules.items() if getattr(module, UNUSED, False))  # with all inside
     return {path: module for path, module in modules.items() if not f"{path}.".startswith(unused)}
 
 
@@ -134,7 +137,7 @@ def adapt_layer(module: nn.Module, adapters: dict[str, LinearAdapter], slices: d
 def release_layer(layer: AdaptedLayer) -> None:
     """Undoes `adapt_layer`: the plain class again, without adapters; weight and bias stay what they are."""
     layer.__class__ = layer.plain_class
-    for name in ("adapters", "slices", "plain_class", "merged"):
+    for name in ("adapters", "slices", "plain_class", "merged", "kept"):
         if name in vars(layer) or name in layer._modules:
             delattr(layer, name)
 
@@ -143,7 +146,7 @@ def check_slices(slices: dict[str, slice], features: int, where: str = "the laye
     """Raises `ConfigurationError` for slices of the layer `where` with impossible names or ranges of its features."""
     end, reserved = 0, nn.ModuleDict()  # an instance, since `training` and others are set by its constructor
     for name, rows in sorted(slices.items(), key=lambda item: (item[1].start, item[1].stop)):
-        everything = (rows.start, rows.stop) == (0, features)
+        everything = (rows.start, rows.stop) == (0, features)  # all that "all" may name
         if not name.isidentifier() or hasattr(reserved, name) or (name == ALL and not everything):
             raise ConfigurationError(f"slice {name!r} of {where}: this name cannot be used; take another one")
         if not end <= rows.start < rows.stop <= features:

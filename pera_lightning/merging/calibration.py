@@ -57,14 +57,14 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Adds tokens, (n, in)."""
-        exact = x.to(self.device).double()
+        exact = x.to(self.device).double()  # (n, in)
         self.n += len(x)
         self.x += exact.sum(0)
         self.xx += exact.T @ exact
         for k, adapter in enumerate(self.adapters):
             sigma = adapter.anl(F.linear(x, adapter.A.to(x.dtype))).to(self.device).double()  # as in the layer, (n, r)
             self.s[k] += sigma.sum(0)
-            self.sx[k] += sigma.T @ exact
+            self.sx[k] += sigma.T @ exact  # (r, in)
             self.ss[k] += sigma.square().sum()
 
     def fit(self, index: int, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
@@ -87,7 +87,8 @@ class Moments:
         # M is σ's least squares fit on z = A x, and M A what the ridge pulls the fit on x towards.
         A = self.adapters[index].A.to(G)
         M = torch.cholesky_solve(A @ C.T, _factor(A @ G @ A.T, _TINY, A @ raw @ A.T)).T  # (r, r)
-        N = M @ A
+        N = M @ A  # (r, in)
+        # What M A leaves of σ is fitted on x itself, the less the larger the ridge.
         N = N + torch.cholesky_solve((C - N @ G).T, _factor(G, max(ridge, _TINY), raw)).T
         # Mean of |σ - N x - c|², expanded in the moments.
         variance = self.ss[index] / self.n - mean_s.square().sum()
@@ -119,14 +120,10 @@ def calibrate(
 
     Returns:
         Notes, one line each.
-
-    Raises:
-        NotMergeableError: for a layer that no batch reaches, or inputs that are not finite.
-        ConfigurationError: for a negative ridge.
     """
     check_in_range(ridge, "ridge", ge=0)
 
-    def run(batch: Any) -> None:
+    def run(batch: Any) -> None:  # for its side effect, the inputs of layers
         (forward or call)(model, on_device(batch, device_of(model)))
 
     fitted = {adapter for adapter in acting_layers(model) if adapter.inference_mode == "dynamic"}
@@ -153,6 +150,7 @@ def calibrate(
             counts.append((moments.n, len(moments.x)))
     if unseen := [path for path in paths.values() if path not in unexplained]:
         raise NotMergeableError(f"{len(unseen)} layers do not run for any batch: {listed(unseen, 3)}")
+    # How far the notes may be trusted depends on the group with the fewest tokens.
     tokens, features = min(counts)
     if tokens < 2 * features:  # too few to say how good the fit is
         return [f"fitted to {tokens} tokens, few for {features} input features: give more batches"]

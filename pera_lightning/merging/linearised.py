@@ -56,7 +56,7 @@ def nonlinear_adapters(
     """The adapters whose updates no matrix equals; raises where the options, as of `linearised`, do not fit them."""
     if mode is not None:
         check_choice(mode, "mode", MODES)
-    found = [layer for layer in acting_layers(model) if layer.inference_mode == "dynamic"]
+    found = [layer for layer in acting_layers(model) if layer.inference_mode == "dynamic"]  # static is linear already
     if found and mode is None:
         found[0].low_rank_update()  # raises NotMergeableError, which says what modes there are
     if mode is not None and not found:

@@ -16,7 +16,7 @@ from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.inject import forget_injection, injection_of
 from pera_lightning.merging.linearised import linearised, nonlinear_adapters
 from pera_lightning.merging.merge_error import Forward, MergeError, batch_list, measure, measuring_notes, merge_error
-from pera_lightning.merging.weights import check_weights, forget_base, has_base, merge_layers, restore
+from pera_lightning.merging.weights import check_weights, merge_layers, restore
 from pera_lightning.validation import renamed
 
 
@@ -91,15 +91,16 @@ def merge(
     earlier = {layer.merged for layer in layers.values() if layer.merged}
     if mode is not None and earlier - {mode, "exact"}:
         raise ConfigurationError(f"the adapters are merged in another mode ({listed(earlier)}): call unmerge first")
-    waiting = {path: layer for path, layer in layers.items() if not layer.merged}
+    waiting = {path: layer for path, layer in layers.items() if not layer.merged}  # a part may be merged already
     if not waiting:
         return MergeReport(0, notes=["the adapters are merged already"])
     # What can be refused is refused before the model is changed, or run.
     fit, held_out = batch_list(batches), batch_list(measure_on)
     nonlinear = nonlinear_adapters(model, mode, fit, ridge)
     check_weights(model, waiting, constants=nonlinear if mode == "calibrated" else [])
-    measured = held_out or fit
+    measured = held_out or fit  # better batches that the calibration has not seen
     before = measure(model, measured, forward)
+    # Only within the context do AuroRA's dynamic layers have a matrix.
     with linearised(model, mode, fit, forward, ridge) as notes:
         merge_layers(waiting, keep_base)
     # Layers that hold an approximation say so: another mode is refused on top of it.
@@ -117,7 +118,7 @@ def unmerge(model: nn.Module) -> int:
     `ConfigurationError` says so.
     """
     layers = {path: layer for path, layer in adapted_layers(model) if layer.merged}
-    if lost := [path for path, layer in layers.items() if not has_base(layer)]:
+    if lost := [path for path, layer in layers.items() if layer.kept is None]:
         kept_nothing = f"{len(lost)} layers were merged with keep_base=False and cannot be unmerged: {listed(lost, 3)}"
         raise ConfigurationError(f"{kept_nothing}; build the model anew and load the adapter")
     for layer in layers.values():
@@ -141,8 +142,7 @@ def merge_and_unload(model: nn.Module, **options: Any) -> nn.Module:
     if layers or not _injected(model):  # a probe adapts no layers and has nothing to merge
         merge(model, keep_base=False, **options)
     for layer in layers:
-        forget_base(layer)
-        release_layer(layer)
+        release_layer(layer)  # also of what a merge has kept
     for module in _injected(model):
         forget_injection(module)
     return model

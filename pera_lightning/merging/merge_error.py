@@ -61,7 +61,7 @@ def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     Raises:
         ConfigurationError: where no tensor comes back.
     """
-    if hasattr(model, "outputs_and_loss"):
+    if hasattr(model, "outputs_and_loss"):  # a module of this package
         return model.outputs_and_loss(model.model, batch)
     if isinstance(batch, Mapping):
         given = model(**batch)
@@ -78,6 +78,7 @@ def call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(given, name, None), Tensor):
             return getattr(given, name), loss
+    # transformers' heads give logits, its bare models hidden states; others a tensor, or a tuple that begins with one.
     first = given[0] if isinstance(given, (tuple, list)) else given
     if not isinstance(first, Tensor):
         gives = f"{type(model).__name__} gives a {type(given).__name__} without a known tensor"
@@ -105,15 +106,16 @@ def measure(model: nn.Module, batches: Sequence[Any], forward: Forward | None = 
             given = (forward or call)(model, on_device(batch, device_of(model)))
             y, loss = given if isinstance(given, tuple) else (given, None)
             rows = unpadded(y, batch)
+            # The same rows before and after, of all lengths of a batch.
             index = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).round().long()
-            outputs.append(rows[index].float().cpu())
+            outputs.append(rows[index].float().cpu())  # (at most 256, C)
             losses.append(None if loss is None else float(loss))
     return Measured(outputs, losses)
 
 
 def unpadded(values: Tensor, batch: Any) -> Tensor:
     """(..., C) as (n, C), without padding where the batch is a mapping with an ``attention_mask`` of that shape."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None  # (batch, tokens), 0 for padding
     if mask is not None and mask.shape == values.shape[:-1]:
         return values[mask.to(values.device).bool()]
     return values.reshape(-1, values.shape[-1])
@@ -121,6 +123,7 @@ def unpadded(values: Tensor, batch: Any) -> Tensor:
 
 def merge_error(before: Measured, after: Measured) -> MergeError | None:
     """The change from one measurement to another on the same batches; None where there were no batches."""
+    # Sums in float64: outputs of bfloat16 models are many, and their changes small.
     pairs = [(y.double(), other.double()) for y, other in zip(before.outputs, after.outputs, strict=True)]
     if not pairs:
         return None
@@ -166,7 +169,7 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context every module of a model is in eval mode; each has its own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in model.modules() if module.training]  # train() would reach frozen parts too
     model.eval()
     try:
         yield

@@ -15,8 +15,6 @@ from torch.distributed.tensor import DTensor
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import NotMergeableError, listed
 
-_KEPT = "_pera_before_merging"
-
 
 @dataclass(frozen=True)
 class _Before:
@@ -69,14 +67,14 @@ def merge_layers(layers: dict[str, AdaptedLayer], keep_base: bool) -> None:
         for path, layer in layers.items():
             for name in layer.adapters:
                 _merged_slice(path, layer, name)
-    done = []
+    done = []  # to be put back should a later one fail
     try:
         for path, layer in layers.items():
             done.append(layer)
             _merge_layer(path, layer, keep_base)
     except BaseException:
         for layer in done:
-            if has_base(layer):
+            if layer.kept is not None:
                 restore(layer)
         raise
 
@@ -87,11 +85,10 @@ def _merge_layer(path: str, layer: AdaptedLayer, keep_base: bool) -> None:
     # All slices are computed before one is written, for each may be refused.
     new = {name: _merged_slice(path, layer, name) for name in slices}
     if keep_base:
-        before = _Before(
+        layer.kept = _Before(
             weight={name: weight[rows].to("cpu", copy=True) for name, rows in slices.items()},
             bias={n: layer.bias[slices[n]].to("cpu", copy=True) for n, (_, bias) in new.items() if bias is not None},
         )
-        setattr(layer, _KEPT, before)
     for name, (merged, bias) in new.items():
         weight[slices[name]] = merged
         if bias is not None:
@@ -105,7 +102,7 @@ def _merged_slice(path: str, layer: AdaptedLayer, name: str) -> tuple[Tensor, Te
     rows, adapter = layer.slices[name], layer.adapters[name]
     weight = layer.base_weight()[rows]
     with torch.autocast(weight.device.type, enabled=False):  # which would run the products in low precision
-        merged = _sum(path, weight, adapter.delta_weight(weight))
+        merged = _sum(path, weight, adapter.delta_weight(weight))  # (rows, in)
     constant = adapter.delta_bias()
     if constant is None:
         return merged, None
@@ -115,31 +112,20 @@ def _merged_slice(path: str, layer: AdaptedLayer, name: str) -> tuple[Tensor, Te
 
 
 def _sum(path: str, base: Tensor, update: Tensor) -> Tensor:
-    wide = torch.promote_types(base.dtype, torch.float32)
+    wide = torch.promote_types(base.dtype, torch.float32)  # one rounding at the end, not two
     merged = (base.to(wide) + update.to(wide)).to(base.dtype)
     if not torch.isfinite(merged).all():
         raise NotMergeableError(f"merging {path} gives values that {base.dtype} cannot hold: merge a float32 copy")
     return merged
 
 
-def has_base(layer: AdaptedLayer) -> bool:
-    """Whether what a merge changed in a layer was kept."""
-    return hasattr(layer, _KEPT)
-
-
 @torch.no_grad()
 def restore(layer: AdaptedLayer) -> None:
-    """Puts back what a merge changed in a layer."""
-    before: _Before = getattr(layer, _KEPT)
+    """Puts back what a merge changed in a layer, and drops the copy."""
     weight = layer.base_weight()
-    for name, rows in before.weight.items():
-        weight[layer.slices[name]] = rows.to(weight.device)
-    for name, rows in before.bias.items():
+    for name, rows in layer.kept.weight.items():
+        weight[layer.slices[name]] = rows.to(weight.device)  # its dtype too, where the model was cast meanwhile
+    for name, rows in layer.kept.bias.items():
         layer.bias[layer.slices[name]] = rows.to(weight.device)
     layer.merged = None
-    forget_base(layer)
-
-
-def forget_base(layer: AdaptedLayer) -> None:
-    """Drops what a merge has kept of a layer."""
-    vars(layer).pop(_KEPT, None)
+    del layer.kept  # of this object; the class has None
