@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_NAMES[name]), name)
-    globals()[name] = value
+    globals()[name] = value  # the next use does not come here
     return value
 
 

@@ -54,9 +54,9 @@ class NonFiniteLossError(PeraError, ArithmeticError):
     """The loss became NaN or infinite."""
 
 
-def closest(name: str, existing: Iterable[str], most: int = 3) -> str:
+def closest(name: str, existing: Iterable[str]) -> str:
     """Words a suggestion for a misspelt name, ``"; closest: a, b"``, or the empty string where nothing is near."""
-    near = difflib.get_close_matches(name, list(existing), n=most, cutoff=0.4)
+    near = difflib.get_close_matches(name, list(existing), n=3, cutoff=0.4)  # difflib's 0.6 misses short names
     return f"; closest: {', '.join(near)}" if near else ""
 
 

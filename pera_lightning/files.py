@@ -52,8 +52,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        _sync(temporary)  # else a crash could leave the new name over an empty file
+        os.replace(temporary, path)  # one step for every reader
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,7 +86,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def _finish(folder: Path) -> None:
     """Gives folder and files the usual permissions, which some writers leave out, and syncs the files to the disk."""
-    mask = os.umask(0)
+    mask = os.umask(0)  # the one way to read it is to set it
     os.umask(mask)
     for entry in [folder, *folder.rglob("*")]:
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)

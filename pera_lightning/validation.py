@@ -56,6 +56,7 @@ def check_in_range(
 
     The bounds are those of the operators: `ge` and `le` are allowed themselves, `gt` and `lt` are not.
     """
+    # NaN and infinity are within no range, True and False are no numbers.
     number = _is_int(value) or (not integer and isinstance(value, float) and math.isfinite(value))
     inside = number and (
         (ge is None or value >= ge)
@@ -76,7 +77,7 @@ def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)  # a bool is an int of Python's
 
 
 def _range_in_words(ge: float | None, gt: float | None, le: float | None, lt: float | None) -> str:

@@ -141,20 +141,17 @@ class AuroRALayer(LowRankAdapter):
         self.B.zero_()
         self.anl.reset_parameters(generator)
 
-    @property
-    def mode(self) -> str:
-        return self.train_mode if self.training else self.inference_mode
-
     def static_factor(self) -> Tensor:
         """σ on each column of A: (r, in), which takes A's place in the static mode."""
         return self.anl(self.A.T).T
 
     def delta_output(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if self.mode == "calibrated":
+        mode = self.train_mode if self.training else self.inference_mode
+        if mode == "calibrated":
             y = lora_output(x, self.calibrated_A, self.calibrated_B, self.scale)
             return y if self.calibrated_bias is None else y + self.calibrated_bias.to(y.dtype)
-        if self.mode == "static":
+        if mode == "static":
             return lora_output(x, self.static_factor(), self.B, self.scale)
         z = self.anl(F.linear(x, self.A.to(x.dtype)))  # dynamic: (..., r)
         return F.linear(z * self.scale, self.B.to(z.dtype))  # (..., out)
@@ -193,7 +190,7 @@ def acting_layers(model: nn.Module) -> list[AuroRALayer]:
 def static_inference(model: nn.Module) -> Iterator[int]:
     """Makes inference of every AuroRA layer that is not merged static within this context; yields how many were not."""
     changed = {layer: layer.inference_mode for layer in acting_layers(model) if layer.inference_mode != "static"}
-    for layer in changed:
+    for layer in changed:  # dynamic ones, and calibrated ones that are not merged
         layer.inference_mode = "static"
     try:
         yield len(changed)
@@ -248,6 +245,6 @@ class AuroRA(LowRankMethod):
         ends = tuple(self.grid_range) if isinstance(self.grid_range, (list, tuple)) else ()
         if len(ends) != 2 or not all(isinstance(v, (int, float)) for v in ends) or not 0 < ends[1] - ends[0] < math.inf:
             raise ConfigurationError(f"grid_range={self.grid_range!r}: two increasing numbers are needed")
-        object.__setattr__(self, "grid_range", (float(ends[0]), float(ends[1])))
+        object.__setattr__(self, "grid_range", (float(ends[0]), float(ends[1])))  # hashable
         if not (self.fixed or self.learnable):
             raise ConfigurationError("fixed=False and learnable=False leave no nonlinear layer; keep one of them")

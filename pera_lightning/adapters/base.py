@@ -159,7 +159,7 @@ class LinearAdapter(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The update as a product of its own: x (..., in), weight (out, in) -> (..., out)."""
         x = self.dropout(x)
-        if self.uses_weight:
+        if self.uses_weight:  # a second full-size product, which low precision needs
             return F.linear(x, self.effective_update(weight).to(x.dtype))  # (..., out)
         return self.delta_output(x)
 

@@ -23,7 +23,7 @@ class LinearProbe(Method):
     def apply(self, model: nn.Module, targets: Sequence[Target], trainable: Sequence[str], seed: int) -> list[str]:
         if not trainable:
             raise ConfigurationError("LinearProbe trains the modules named in trainable=[…], and none is named")
-        return []
+        return []  # `inject` freezes all but these modules
 
 
 @register_method
@@ -34,7 +34,7 @@ class FullFineTuning(Method):
     needs_targets: ClassVar[bool] = False
 
     def apply(self, model: nn.Module, targets: Sequence[Target], trainable: Sequence[str], seed: int) -> list[str]:
-        return []
+        return []  # nothing is added to the model
 
     def trains(self, name: str) -> bool:
         return True

@@ -61,7 +61,7 @@ def layers_around(model: nn.Module) -> dict[str, list[nn.Module]]:
     Two layers have one role where their paths differ only in the numbers of repeated blocks: of containers whose
     children are all of one class.
     """
-    modules = used_modules(model)
+    modules = used_modules(model)  # an unused layer is nobody's neighbour
     roles: dict[tuple, list[str]] = {}  # role and shape to the paths that have them, in the model's order
     for path, module in modules.items():
         if is_linear(module):
@@ -136,5 +136,5 @@ class HiRA(LinearMethod):
             weights = [base_weight(layer).detach() for layer in around[target.path]]
             for name, rows in target.slices.items():
                 mean = sum(weight[rows].float() for weight in weights) / len(weights)
-                target.module.adapters[name].reference = mean.to(target.module.weight.dtype)
+                target.module.adapters[name].reference = mean.to(target.module.weight.dtype)  # (rows, in)
         return notes

@@ -40,7 +40,7 @@ def svd_factors(weight: Tensor, rank: int, scale: float, largest: bool) -> tuple
     The `largest` ones are PiSSA's, the smallest MiLoRA's.
     """
     u, sigma, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    keep = slice(None, rank) if largest else slice(-rank, None)
+    keep = slice(None, rank) if largest else slice(-rank, None)  # sigma falls
     # Each factor takes the root of the singular values, so that both learn at one pace.
     root = (sigma[keep] / scale).sqrt()
     return root[:, None] * vh[keep], u[:, keep] * root
@@ -68,7 +68,7 @@ class LoRALayer(LowRankAdapter):
     @torch.no_grad()
     def initialise_from(self, weight: Tensor) -> None:
         """Starts A, B and their saved copies from the singular values of the frozen weight (out, in)."""
-        if weight.is_meta:
+        if weight.is_meta:  # no values yet: a checkpoint brings all four
             return
         A, B = svd_factors(weight, self.A.shape[0], self.scale, largest=self.method.init == "pissa")
         for tensor, value in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
@@ -122,6 +122,6 @@ class LoRA(LowRankMethod):
 
     def build(self, context: LayerContext) -> LoRALayer:
         adapter = super().build(context)
-        if self.init in SVD_INITS:
+        if self.init in SVD_INITS:  # these need the weight, which `reset_parameters` does not get
             adapter.initialise_from(context.weight)
         return adapter

@@ -107,10 +107,7 @@ class LinearMethod(Method):
             weight, bias = base_weight(target.module).detach(), target.module.bias
             adapters = {}
             for name, rows in target.slices.items():
-                own = {
-                    "weight": weight[rows],
-                    "bias": None if bias is None else bias.detach()[rows],
-                }  # views
+                own = {"weight": weight[rows], "bias": None if bias is None else bias.detach()[rows]}  # views
                 adapters[name] = self.build(LayerContext(path=target.path, slice=name, seed=seed, **own))
             built.append((target, adapters))
         # Only now change the model.

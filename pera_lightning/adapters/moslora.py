@@ -35,7 +35,7 @@ class MoSLoRALayer(LowRankAdapter):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws A and the mixer, zeroes B; see the file's head."""
-        super().reset_parameters(generator)
+        super().reset_parameters(generator)  # A and B as LoRA's
         if self.method.mixer_init == "orthogonal":
             draw(self.mixer, nn.init.orthogonal_, generator)
         else:

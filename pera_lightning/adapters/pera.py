@@ -35,7 +35,7 @@ INITS = ("default", "gaussian_b")
 
 def number_of_pairs(rank: int, terms: str) -> int:
     """P, the number of products that `terms` keeps at this rank."""
-    cross = rank * (rank - 1) // 2
+    cross = rank * (rank - 1) // 2  # pairs i < j
     return {"full": cross + rank, "square": rank, "cross": cross, "linear": 0}[terms]
 
 
@@ -97,7 +97,7 @@ class PERALayer(LowRankAdapter):
     @torch.no_grad()
     def low_rank_update(self) -> LowRankUpdate:
         """A LoRA of rank r + P: r(r + 3)/2 for all terms."""
-        return LowRankUpdate(*self.expanded(), scale=self.scale)
+        return LowRankUpdate(*self.expanded(), scale=self.scale)  # A (r + P, in), B (out, r + P)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.method.terms}"

@@ -13,9 +13,7 @@ To add a method:
        class Mine(LowRankMethod):
            layer: ClassVar = MineLayer
 
-2. A line in `__init__.py`, which imports it.
-3. A line in `tests/adapters/cases.py` with another value for each hyperparameter, and a plain loop in
-   `tests/adapters/reference.py`: the contract tests compare the two.
+2. A line in `__init__.py`, which imports it, and values for the contract tests, see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ def register_method(cls: MethodType) -> MethodType:
 
 def registered_methods() -> Mapping[str, type[Method]]:
     """Name to class of every registered method, in order of registration."""
-    return dict(_METHODS)
+    return dict(_METHODS)  # a copy: the register itself changes by `register_method` only
 
 
 def method_class(name: str) -> type[Method]:

@@ -93,7 +93,7 @@ def as_diffusers(updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdat
     """
     plain = {path: replace(each, B=each.B * each.scale, scale=1.0) for path, each in updates.items()}
     even: dict[str, LowRankUpdate] = {}
-    for component in dict.fromkeys(map(_component, plain)):
+    for component in dict.fromkeys(map(_component, plain)):  # each is read by itself
         even |= padded({path: each for path, each in plain.items() if _component(path) == component})
     return even
 
@@ -122,7 +122,7 @@ def _component(path: str) -> str:
 def _name(path: str) -> str:
     """What diffusers calls a layer within its component; raises `ConfigurationError` where a file cannot hold it."""
     component, _, inside = path.partition(".")
-    if component == "unet":
+    if component == "unet":  # any linear layer
         return inside
     layer = _TEXT_LAYER.fullmatch(inside)
     if layer is None:
@@ -139,6 +139,7 @@ def check_sdxl(network: nn.Module) -> None:
             f"{type(network).__name__} has the components {listed(children, 4) or 'none'}, and an SDXL network has "
             f"{', '.join(COMPONENTS)}, the text encoders only where they are adapted: see SDXLNetwork"
         )
+    # SDXL alone has text and time embeddings of this kind.
     kind = getattr(getattr(children["unet"], "config", None), "addition_embed_type", None)
     if kind != "text_time":
         given = f"the unet is a {type(children['unet']).__name__} with addition_embed_type={kind!r}"

@@ -48,7 +48,7 @@ def write_pipeline(
     variant: str | None = None,
     prediction_type: str | None = None,
 ) -> list[str]:
-    """Writes a plain SDXL network with everything else of its base: a complete pipeline.
+    """Writes a plain SDXL network with everything else of its base, a complete pipeline; gives notes.
 
     The network's components are written as they are, in the type of their weights; the others are the base's files,
     copied without being loaded. A variant's files get the plain names, so that no variant is to be given.
@@ -60,9 +60,6 @@ def write_pipeline(
         revision: branch, tag or commit on the hub.
         variant: variant of the base's weights, such as "fp16".
         prediction_type: what the UNet was trained to predict, where it is not what the base's scheduler says.
-
-    Returns:
-        Notes, one line each.
 
     Raises:
         ConfigurationError: for another network, or a base that is missing or lacks a component.

@@ -25,29 +25,17 @@ from pera_lightning.validation import check_in_range, check_positive_int
 
 @dataclass
 class LoraReport:
-    """What an export as LoRA wrote.
-
-    Attributes:
-        folder: where.
-        size: bytes of its tensors.
-        ranks: path of each layer to the rank of its LoRA.
-        errors: path of each layer that was cut by SVD to its relative error; empty where all are exact.
-        heads: paths of the modules trained in full that go with it.
-        mode: how AuroRA's nonlinear layers became linear; None without such layers.
-        merge_error: how far the linear maps are from them; None where it was not measured.
-        max_lora_rank: `--max-lora-rank` of vLLM; None for other readers.
-        notes: one line for each thing that a reader should know.
-    """
+    """What an export as LoRA wrote."""
 
     folder: Path
-    size: int = 0
-    ranks: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    heads: tuple[str, ...] = ()
-    mode: str | None = None
-    merge_error: MergeError | None = None
-    max_lora_rank: int | None = None
-    notes: list[str] = field(default_factory=list)
+    size: int = 0  # bytes of its tensors
+    ranks: dict[str, int] = field(default_factory=dict)  # path of each layer to the rank of its LoRA
+    errors: dict[str, float] = field(default_factory=dict)  # relative error of each layer that was cut by SVD
+    heads: tuple[str, ...] = ()  # paths of the modules trained in full that go with it
+    mode: str | None = None  # how AuroRA's nonlinear layers became linear; None without such layers
+    merge_error: MergeError | None = None  # of these linear maps; None where it was not measured
+    max_lora_rank: int | None = None  # `--max-lora-rank` of vLLM; None for other readers
+    notes: list[str] = field(default_factory=list)  # one line for each thing that a reader should know
 
     def __str__(self) -> str:
         ranks = listed(map(str, sorted(set(self.ranks.values()))))

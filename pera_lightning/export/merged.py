@@ -25,19 +25,12 @@ Write = Callable[[Path], list[str]]
 
 @dataclass
 class MergedReport:
-    """What an export of merged weights wrote.
-
-    Attributes:
-        folder: where.
-        size: bytes of its files.
-        merge: what the merge did.
-        notes: one line for each thing that a reader should know.
-    """
+    """What an export of merged weights wrote."""
 
     folder: Path
-    size: int
+    size: int  # bytes of its files
     merge: MergeReport
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # one line for each thing that a reader should know
 
     def __str__(self) -> str:
         wrote = f"Wrote {self.folder} ({megabytes(self.size)})"
@@ -77,6 +70,6 @@ def export_merged(
     # The disk's room is checked before anything is written.
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied weights count once
     with output_folder(folder, overwrite=overwrite, needed=sum(sizes.values()) + _BESIDES) as made:
-        notes = write(made)
+        notes = write(made)  # by the network's own library
         size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     return MergedReport(Path(folder), size, report, notes)

@@ -81,6 +81,7 @@ def export_peft(
     # Config and tensors by peft's names, with the heads.
     saved = heads(mark.trained_modules, plain_modules(root))
     config = lora_config(root, mark, updates, base_name, base_revision)
+    # In memory, since the disk's room is checked against the size.
     data = dump_tensors(lora_tensors(root, updates, saved), metadata={"format": "pt"})
     report.size, report.heads = len(data), tuple(saved)
     report.ranks = {path: update.rank for path, update in updates.items()}
@@ -108,6 +109,7 @@ def _notes(root: nn.Module, mark: Injection, updates: Mapping[str, LowRankUpdate
             )
     if more := [path for path in saved if path not in mark.trained_modules]:
         notes.append(f"peft takes {listed(more, 3)} for a head as well, so it is in the folder, unchanged")
+    # Heads are trained in float32 over a base of any dtype.
     dtypes = {p.dtype for path in saved for p in root.get_submodule(path).parameters()}
     if torch.float32 in dtypes and torch.float32 not in {layer.weight.dtype for layer in layers.values()}:
         notes.append("the heads are float32, and peft loads them in the base's dtype: load the base in float32")

@@ -31,7 +31,7 @@ def lora_config(
         from peft.tuners.tuners_utils import check_target_module_exists
     except ImportError:
         raise ConfigurationError("the export to PEFT needs peft: pip install 'pera-lightning[peft]'") from None
-    modules = plain_modules(root)
+    modules = plain_modules(root)  # as peft will see them
     targets = shortest_targets(updates, modules)
     # The most frequent rank and alpha are the config's, the others go into its patterns.
     ranks = {path: update.rank for path, update in updates.items()}
@@ -84,11 +84,13 @@ def _task_type(root: nn.Module, mark: Injection, modules: Iterable[str]) -> str 
 def lora_tensors(root: nn.Module, updates: Mapping[str, LowRankUpdate], saved: Iterable[str]) -> dict[str, Tensor]:
     """What the folder holds, by peft's names: A (R, in), B (out, R), constants (out,), and the heads."""
     tensors = {}
+    # lora_bias=True wants a constant of every layer, zero where it has none.
     constants = any(update.bias is not None for update in updates.values())
     for path, update in updates.items():
         name = f"{PREFIX}{path}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = update.A, update.B
         if constants:
+            # peft multiplies it by the scale.
             bias = update.B.new_zeros(len(update.B)) if update.bias is None else update.bias / update.scale
             tensors[f"{name}.lora_B.bias"] = bias
     for path in saved:

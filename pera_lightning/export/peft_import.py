@@ -58,7 +58,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         raise CheckpointError(f"{folder} cannot be loaded: this model is adapted already; build it anew")
     layers, rest = split_factors(read_tensors(folder), kind, folder)
     modules = plain_modules(model)
-    _check_layers(layers, kind, modules, config, model, folder)
+    _check_layers(layers, kind, config, model, folder)
     # Besides the layers it holds all tensors of the heads and nothing else.
     saved, state = heads(config.get("modules_to_save") or [], modules), model.state_dict()
     wanted = {name: state[name] for name in state if name.startswith(tuple(f"{path}." for path in saved))}
@@ -80,13 +80,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _check_layers(
-    layers: Mapping[str, tuple[Tensor, Tensor]],
-    kind: Kind,
-    modules: Mapping[str, nn.Module],
-    config: Mapping[str, Any],
-    model: nn.Module,
-    folder: Path,
+    layers: Mapping[str, tuple[Tensor, Tensor]], kind: Kind, config: dict[str, Any], model: nn.Module, folder: Path
 ) -> None:
+    modules = plain_modules(model)
     # Each adapted layer has to be a linear layer of the model, in one place.
     linear = {path: module for path, module in modules.items() if is_linear(module)}
     if absent := [path for path in layers if path not in linear]:

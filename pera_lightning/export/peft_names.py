@@ -21,6 +21,7 @@ PREFIX = "base_model.model."  # of every tensor's name
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path to module of all that a model has without its adapters; shared modules once for each path."""
+    # Adapters and all within them; by identity, since a shared layer has several paths.
     inside = {id(module) for _, layer in adapted_layers(model) for module in layer.adapters.modules()}
     named = model.named_modules(remove_duplicate=False)
     return {path: module for path, module in named if path and id(module) not in inside}
@@ -65,5 +66,5 @@ def exact_patterns(values: Mapping[str, float], usual: float) -> dict[str, float
 
 def alpha_of(update: LowRankUpdate) -> float:
     """`lora_alpha` of an update: scale · rank, an integer where it is one."""
-    alpha = update.scale * update.rank
+    alpha = update.scale * update.rank  # rounding must not turn 16 into 15.999999999999998
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha

@@ -60,7 +60,7 @@ def copy_files(components: Mapping[str, Mapping[str, Path]], folder: Path) -> No
     for name, files in components.items():
         (folder / name).mkdir(exist_ok=True)
         for target, source in files.items():
-            path = folder / name / target
+            path = folder / name / target  # by its plain name
             shutil.copyfile(source, path)  # a cache of the hub has links, which are followed
             if target.endswith(".index.json"):
                 _rename_shards(path)
@@ -88,26 +88,23 @@ def _files(base: str, component: str, revision: str | None, variant: str | None)
             return settings | weights
     if not present:
         raise ConfigurationError(f"{component} of {base} is missing: give a complete base")
-    raise ConfigurationError(
-        f"{component} of {base} has no {_STEMS[0]}.safetensors nor {_STEMS[1]}.safetensors, it has "
-        f"{listed([file.name for file in present], 4)}; pickles are not copied: save it anew, or give the variant"
-    )
+    has = f"{component} of {base} has no {' nor '.join(f'{stem}.safetensors' for stem in _STEMS)}"
+    what = f"{has}, it has {listed([file.name for file in present], 4)}"
+    raise ConfigurationError(f"{what}; pickles are not copied: save it anew, or give the variant")
 
 
 def _plain_name(name: str, variant: str | None) -> str | None:
     """The name of a file of weights, or of the index of its shards, without the variant; None for other files."""
-    kind = re.escape(f".{variant}") if variant else ""
-    stems = "|".join(_STEMS)
-    if found := re.fullmatch(rf"({stems}){kind}(-\d{{5}}-of-\d{{5}})?\.safetensors", name):
-        return f"{found[1]}{found[2] or ''}.safetensors"
-    found = re.fullmatch(rf"({stems})\.safetensors\.index{kind}\.json", name)
-    return f"{found[1]}.safetensors.index.json" if found else None
+    plain = name.replace(f".{variant}", "", 1) if variant else name
+    shard = r"-\d{5}-of-\d{5}\.safetensors"  # in the place of .safetensors, beside an index of all
+    known = re.fullmatch(rf"({'|'.join(_STEMS)})({shard}|\.safetensors(\.index\.json)?)", plain)
+    return plain if known and (plain != name or not variant) else None
 
 
 def _rename_shards(file: Path) -> None:
     """Gives the shards in an index the plain names that they have now."""
     index = json.loads(file.read_text(encoding="utf-8"))
-    shards = index["weight_map"]
+    shards = index["weight_map"]  # tensor to file
     index["weight_map"] = {tensor: re.sub(r"\.\w+-(\d{5}-of-)", r"-\1", shard) for tensor, shard in shards.items()}
     file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

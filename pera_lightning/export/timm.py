@@ -42,7 +42,7 @@ def write_timm(
     data_config: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> list[str]:
-    """Writes a plain network with its architecture, what images it expects, and the names of its classes.
+    """Writes a plain network with its architecture, what images it expects, and its classes' names; gives notes.
 
     Args:
         network: made by `timm.create_model`, without adapters.
@@ -51,11 +51,8 @@ def write_timm(
             it; what is left out is the base's.
         class_names: by label; None where they are not known, since the base's names are of other classes.
 
-    Returns:
-        Notes, one line each.
-
     Raises:
-        ConfigurationError: where timm would build another network from what was written, or is too old to write it.
+        ConfigurationError: where timm would build another network from what was written, or is too old.
     """
     if not hasattr(timm.models, "get_model_args"):
         raise ConfigurationError(f"merged weights need timm 1.0.31 or newer, and this is {timm.__version__}")
@@ -80,14 +77,14 @@ def as_data_config(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             image is resized to the exact size, which timm calls "squash".
     """
     kept = {name: preprocessing[name] for name in ("mean", "std", "interpolation")}
-    crop = preprocessing["crop_pct"]
+    crop = preprocessing["crop_pct"]  # share of the shorter side
     how = {"crop_pct": 1.0, "crop_mode": "squash"} if crop is None else {"crop_pct": crop, "crop_mode": "center"}
     return {"input_size": (3, *preprocessing["size"]), **kept, **how}
 
 
 def _check_loads(network: nn.Module, folder: Path) -> None:
     """Builds what the folder describes, without memory, and compares: timm warns of little and ignores more."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without values
         described = timm.create_model(f"local-dir:{folder}").state_dict()
     present = {name: value.shape for name, value in network.state_dict().items()}
     other = [name for name in {**present, **described} if present.get(name) != getattr(described.get(name), "shape", 0)]

@@ -29,15 +29,12 @@ def export_transformers(
 def write_transformers(
     model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
-    """Writes a plain model, its configuration and its tokenizer.
+    """Writes a plain model, its configuration and its tokenizer; gives notes, one line each.
 
     Args:
         model: without adapters, in the dtypes that its weights are to be loaded in.
         folder: exists.
         tokenizer: the model's; None writes none.
-
-    Returns:
-        Notes, one line each.
 
     Raises:
         ConfigurationError: where transformers does not write this model.
@@ -57,7 +54,7 @@ def write_transformers(
             tokenizer.save_pretrained(folder)
     except ValueError as error:
         raise ConfigurationError(f"transformers does not write {type(model).__name__}: {shorten(str(error))}") from None
-    finally:
+    finally:  # the caller's model keeps its settings
         if wrong:
             model.generation_config = settings
     return [f"generation_config.json is the base's as it was, of which transformers says: {wrong}"] if wrong else []

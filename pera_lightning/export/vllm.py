@@ -37,6 +37,7 @@ def served_updates(
     """
     if any(update.bias is not None for update in updates.values()):
         raise ConfigurationError(f"vLLM takes no constants in an adapter, and the calibration has some: {_INSTEAD}")
+    # The server takes the rank of all its adapters when it starts.
     rank = max(update.rank for update in updates.values())
     if rank > RANKS[-1]:
         given = f"the updates of {mark.method} are LoRAs of rank {rank}, and vLLM takes at most {RANKS[-1]}"

@@ -73,7 +73,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         CheckpointError: where the folder is damaged, or does not fit the model.
         ConfigurationError: where the model's adapters are merged.
     """
-    state, config = read_adapter(folder)
+    state, config = read_adapter(folder)  # on the CPU
     found = find_injected(model)
     root = found[1] if found else model
     if found is None:  # check what can be checked before the model is changed

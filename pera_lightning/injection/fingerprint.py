@@ -26,14 +26,15 @@ def weight_hash(weight: Tensor, bias: Tensor | None = None) -> str:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1)  # a view, but for transposed weights
     # Positions in float64 on the CPU: they must be the same on every device, also beyond 2**24 elements.
     index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()
     return flat[index.to(flat.device)].cpu()
 
 
 def _digest(sample: Tensor) -> str:
-    return hashlib.sha256(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    bits = sample.to(torch.bfloat16).view(torch.int16).numpy()  # numpy has no bfloat16
+    return hashlib.sha256(bits.tobytes()).hexdigest()[:16]
 
 
 def fingerprint(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
@@ -53,7 +54,7 @@ def fingerprint(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
 
 def fingerprint_of(model: nn.Module, path: str) -> str:
     """The hash of one layer or parameter by its path; the empty string where it does not exist."""
-    owner, _, name = path.rpartition(".")
+    owner, _, name = path.rpartition(".")  # of a layer, or of a parameter
     try:
         found = getattr(model.get_submodule(owner), name)
     except AttributeError:

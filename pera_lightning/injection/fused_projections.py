@@ -34,7 +34,7 @@ def _gpt2(owner: nn.Module, features: int) -> Sizes | None:
 def _grouped(owner: nn.Module, features: int) -> Sizes | None:
     """q, then k and v with fewer heads, by the owner's config."""
     config = getattr(owner, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
+    heads = getattr(config, "num_attention_heads", None)  # of queries
     groups = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
     if not heads or features % (heads + 2 * groups):
         return None
@@ -85,6 +85,7 @@ def call_the_layer(model: nn.Module, owner: nn.Module, name: str) -> str:
     Returns:
         A note for the report, or the empty string where nothing had to be done.
     """
+    # torch's encoder layer computes with the weights of its linears where it can.
     if isinstance(owner, nn.TransformerEncoderLayer):
         owner.activation_relu_or_gelu = 0  # "another activation", for which torch has no fast path
         for module in model.modules():

@@ -27,29 +27,17 @@ _MARK = "_pera_injection"  # attribute of an injected model; a plain one, so it 
 
 @dataclass(frozen=True)
 class Injection:
-    """What was injected into a model; kept on the model, and as primitives in its checkpoints.
-
-    Attributes:
-        method: the adapter method.
-        targets: target expressions, as given.
-        trainable: names of the modules trained in full, as given.
-        fused: sizes of the slices of fused projections, as given.
-        seed: seed of the initial values.
-        layers: path of each adapted layer to the names of its slices.
-        trained_modules: paths of the modules trained in full.
-        fingerprint: path of a frozen weight to its shape and hash, see `fingerprint`.
-        report: what is printed for people.
-    """
+    """What was injected into a model; kept on the model, and as primitives in its checkpoints."""
 
     method: Method
-    targets: tuple[str, ...]
-    trainable: tuple[str, ...]
-    fused: dict[str, dict[str, int]]
-    seed: int
-    layers: dict[str, tuple[str, ...]]
-    trained_modules: tuple[str, ...]
-    fingerprint: dict[str, str] = field(repr=False)
-    report: InjectionReport = field(repr=False)
+    targets: tuple[str, ...]  # expressions, as given
+    trainable: tuple[str, ...]  # names of the modules trained in full, as given
+    fused: dict[str, dict[str, int]]  # sizes of the slices of fused projections, as given
+    seed: int  # of the initial values
+    layers: dict[str, tuple[str, ...]]  # path of each adapted layer to the names of its slices
+    trained_modules: tuple[str, ...]  # paths of the modules trained in full
+    fingerprint: dict[str, str] = field(repr=False)  # path of a frozen weight to its shape and hash
+    report: InjectionReport = field(repr=False)  # what is printed for people
 
     def spec(self) -> dict[str, Any]:
         """Primitives that `inject` can be repeated from."""
@@ -120,7 +108,7 @@ def inject(
         raise AlreadyInjectedError("a part of this model is adapted already; inject into the entire model once")
     if method.needs_targets and not targets:
         raise ConfigurationError(f"{type(method).__name__} adapts linear layers: name them in targets=[…]")
-    seed = torch.initial_seed() if seed is None else seed
+    seed = torch.initial_seed() if seed is None else seed  # the same in all processes that were seeded alike
 
     # Find and check everything before anything is changed: an error leaves the model as it was.
     trained_modules = match_modules(model, trainable, "trainable")
@@ -130,7 +118,7 @@ def inject(
     # Adapt, make sure that the adapted layers are called, and freeze the rest.
     notes = [f"targets are not used by {type(method).__name__}"] if targets and not method.needs_targets else []
     notes += method.apply(model, resolved, trained_modules, seed)
-    for target in resolved:
+    for target in resolved:  # some modules read the weight of a linear and never call it
         owner, _, name = target.path.rpartition(".")
         notes.append(call_the_layer(model, model.get_submodule(owner), name))
     trained, parameters = _trained(model, method, trained_modules), model.named_parameters(remove_duplicate=False)
@@ -176,7 +164,7 @@ def set_fingerprint(model: nn.Module, fingerprint: dict[str, str]) -> None:
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that belong to adapters."""
-    return {
+    return {  # adapters may lie within one another, as HiLoRA's
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         if isinstance(module, LinearAdapter)

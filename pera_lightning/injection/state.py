@@ -41,7 +41,7 @@ def frozen_names(model: nn.Module) -> set[str]:
     if found is None:
         return set()
     prefix, root = found
-    kept = trained_parameter_names(root) | getattr(root, _UNFROZEN, set())
+    kept = trained_parameter_names(root) | getattr(root, _UNFROZEN, set())  # names within root
     parameters = root.named_parameters(remove_duplicate=False)
     return {prefix + name for name, p in parameters if name not in kept and not p.requires_grad}
 
@@ -114,7 +114,8 @@ def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, stri
     required = [name for name in present if name not in frozen]
     if not strict:  # other code's tensors, such as those of metrics, may come and go
         prefix, root = find_injected(model) or ("", model)
-        required = [prefix + name for name in trained_parameter_names(root)]
+        ours = {prefix + name for name in trained_parameter_names(root)}
+        required = [name for name in required if name in ours]
         state = {name: value for name, value in state.items() if name in present or ".adapters." in name}
     check_tensors(state, present, required, source)
 
@@ -128,6 +129,7 @@ def check_tensors(given: Mapping[str, Any], present: Mapping[str, Any], required
         required: names that must be given.
         source: where they come from, for the message.
     """
+    # All names first: a shape says little where half of the tensors are another model's.
     missing = [name for name in required if name not in given]
     unexpected = [name for name in given if name not in present]
     if missing or unexpected:
@@ -154,13 +156,14 @@ def check_plain(
         source: where they come from, for the message.
         check_base: whether the base must be the one trained on.
     """
+    # The layers, whether they are those of the base, and the shapes of the heads.
     modules = dict(model.named_modules())
     if absent := [path for path in config["layers"] if path not in modules]:
         raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
     if check_base:
         own = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
         check_same_base(config["fingerprint"], own, source)
-    present = model.state_dict()
+    present = model.state_dict()  # which has no adapters yet
     check_tensors({name: value for name, value in state.items() if name in present}, present, (), source)
 
 
@@ -200,7 +203,7 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
 
 def _lasting(method: Method) -> dict[str, Any]:
     """The class and the hyperparameters that must agree between a checkpoint and the model that loads it."""
-    spec = method.spec()
+    spec = method.spec()  # primitives, as a checkpoint has them
     kept = {name: value for name, value in spec["init_args"].items() if name not in method.runtime_fields}
     return {"class_path": spec["class_path"], **kept}
 

@@ -118,7 +118,7 @@ def match_modules(model: nn.Module, names: Sequence[str], what: str) -> tuple[st
         names: expressions without slices.
         what: the argument's name, for messages.
     """
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path, _ in model.named_modules() if path]  # in the model's order
     found: set[str] = set()
     for name in names:
         expression = parse(name)
@@ -143,7 +143,7 @@ def _matches_nothing(text: str, paths: Iterable[str], kind: str) -> str:
 
 def _linear_matches(expression: Expression, modules: dict[str, nn.Module], owners: dict[str, nn.Module]) -> list[str]:
     """Paths of the linear layers that an expression names."""
-    hits = [path for path in modules if expression.pattern.fullmatch(path)]
+    hits = [path for path in modules if expression.pattern.fullmatch(path)]  # linear or not
     linear = [path for path in hits if is_linear(modules[path])]
     if not hits:
         names = [path for path, module in modules.items() if is_linear(module)]
@@ -173,7 +173,7 @@ def _slices(
     path: str, module: nn.Module, owner: nn.Module, wanted: dict[str, str], sizes: Mapping[str, int] | None
 ) -> dict[str, slice]:
     """The output features of each slice of a layer that expressions want, in their order; `sizes` as the user gave."""
-    features = base_weight(module).shape[0]
+    features = base_weight(module).shape[0]  # out
     if ALL in wanted:
         return {ALL: slice(0, features)}
     # The sizes of all slices: as the user gives them, else as the owner's class has them.

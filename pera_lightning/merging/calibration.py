@@ -106,7 +106,7 @@ def _factor(G: Tensor, ridge: float, raw: Tensor) -> Tensor:
 def calibrate(
     model: nn.Module, batches: Sequence[Any], *, forward: Forward | None = None, ridge: float = RIDGE
 ) -> list[str]:
-    """Fits a linear map to every AuroRA layer with dynamic inference and puts it in its place in eval mode.
+    """Fits a linear map to every AuroRA layer with dynamic inference, which takes its place in eval mode; gives notes.
 
     The outputs of what is fitted are kept for all batches, see `activation_capture`, and have to fit into memory; so do
     the second moments of a layer's inputs, in x in x 8 bytes. Padding is left out where a batch is a mapping with an
@@ -117,9 +117,6 @@ def calibrate(
         batches: inputs of the model, without labels; better more tokens than a layer has input features.
         forward: see `pera_lightning.merging.merge_error.Forward`.
         ridge: see `Moments.fit`.
-
-    Returns:
-        Notes, one line each.
     """
     check_in_range(ridge, "ridge", ge=0)
 

@@ -34,8 +34,7 @@ def linearised(
         forward: how the model is called in a calibration.
         ridge: see `pera_lightning.merging.calibration.Moments.fit`.
 
-    Yields:
-        Notes of the calibration, one line each.
+    Yields the notes of a calibration.
     """
     adapters = nonlinear_adapters(model, mode, batches, ridge)
     try:

@@ -22,19 +22,12 @@ from pera_lightning.validation import renamed
 
 @dataclass
 class MergeReport:
-    """What a merge did.
+    """What a merge did."""
 
-    Attributes:
-        layers: number of adapted layers merged.
-        mode: "exact", "static" or "calibrated".
-        merge_error: how far the merged model is from the adapted one; None without batches to measure on.
-        notes: one line for each thing that a reader should know.
-    """
-
-    layers: int
-    mode: str = "exact"
-    merge_error: MergeError | None = None
-    notes: list[str] = field(default_factory=list)
+    layers: int  # number of adapted layers merged
+    mode: str = "exact"  # or "static" or "calibrated"
+    merge_error: MergeError | None = None  # against the adapted model; None without batches to measure on
+    notes: list[str] = field(default_factory=list)  # one line for each thing that a reader should know
 
     def __str__(self) -> str:
         lines = [f"Merged {self.layers} layers" + ("" if self.mode == "exact" else f", {self.mode}")]
