@@ -152,7 +152,7 @@ def test_what_a_file_cannot_hold_of_a_text_encoder(base, tmp_path):
         export_diffusers(model, tmp_path / "out")
 
 
-# --- AuroRA, whose dynamic layers are no matrices ---
+# --- AuroRA, whose dynamic layers no matrix equals ---
 
 
 @pytest.mark.parametrize(

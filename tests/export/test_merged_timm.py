@@ -93,10 +93,10 @@ def test_the_folder_tells_how_evaluation_saw_the_images(vit, tmp_path, name):
     seen = transforms.resolve(name, given, base)
     export_timm(network, tmp_path / "out", data_config=as_data_config(vars(seen)))
     theirs = create_transform(**resolve_model_data_config(loaded(tmp_path / "out")), is_training=False)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (23, 31, 3), dtype=np.uint8))
-    ours = transforms.build(name, seen, training=False)(picture)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (23, 31, 3), dtype=np.uint8))
+    ours = transforms.build(name, seen, training=False)(image)
     assert ours.shape == (3, vision.SIZE, vision.SIZE)
-    assert torch.allclose(theirs(picture), ours, atol=1e-5)
+    assert torch.allclose(theirs(image), ours, atol=1e-5)
 
 
 def test_a_network_that_timm_would_build_otherwise_is_found_out(vit, tmp_path):

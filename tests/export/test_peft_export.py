@@ -170,7 +170,7 @@ def test_a_path_that_ends_another(tmp_path):
     assert apart(outputs(theirs, x), outputs(model, x)) <= 1e-5
 
 
-# --- AuroRA, whose dynamic layers are no matrices ---
+# --- AuroRA, whose dynamic layers no matrix equals ---
 
 
 def test_dynamic_aurora_needs_a_method(tmp_path):

@@ -308,7 +308,7 @@ def test_hira_merges_as_peft_does(dtype: torch.dtype) -> None:
 
 
 def test_parts_merge_one_after_the_other_each_in_its_own_mode() -> None:
-    """What is merged already is no reason to refuse the rest, and an exact merge is not called static."""
+    """What is merged already does not keep the rest from it, and an exact merge is not called static."""
     model = nn.ModuleDict({"one": base(), "two": base(1)})
     moved(model["one"], targets=["0"])
     inject(model["two"], HiRA(rank=2), ["0"])

@@ -245,7 +245,7 @@ def test_padding_does_not_count() -> None:
 
 
 def test_images_with_labels_are_told_what_to_do() -> None:
-    """What a DataLoader gives is no call of the model."""
+    """A model cannot be called with what a DataLoader gives."""
     with pytest.raises(ConfigurationError, match=r"Linear, called with the 2 members of a batch, says: "):
         call(nn.Linear(3, 2), (torch.ones(1, 3), torch.tensor([0])))
 

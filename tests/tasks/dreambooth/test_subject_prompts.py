@@ -122,7 +122,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_prompts(tmp_path / "nothing.txt")
     with pytest.raises(DataError, match="is no file: give prompts"):
         read_prompts(tmp_path)
-    with pytest.raises(DataError, match="no text in UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         read_prompts(written(tmp_path, "a café {}", encoding="latin-1"))
     for empty in ("", "\n\n", "# a {}\n"):
         with pytest.raises(DataError, match="has no prompts; write one a line"):
