@@ -95,8 +95,8 @@ def test_fit_resume_and_test(model_folder: Path, questions: Path, tmp_path: Path
     assert result["metrics"]["test/accuracy"] == sum(json.loads(line)["correct"] for line in lines) / 40
 
 
-def five_losses(model_folder: Path, questions: Path, method: object, freeze: str | None = None) -> list[float]:
-    """Losses of five steps of AdamW on the same batches."""
+def three_losses(model_folder: Path, questions: Path, method: object) -> list[float]:
+    """Losses of three steps of AdamW on the same batches."""
     seed_everything(0)
     network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     inject(network, method, TARGETS, seed=0)
@@ -109,13 +109,10 @@ def five_losses(model_folder: Path, questions: Path, method: object, freeze: str
         cache_dir=str(questions / "cache"),
     )
     data.setup("fit")
-    trained = [
-        p for name, p in network.named_parameters() if p.requires_grad and not (freeze and name.endswith(f".{freeze}"))
-    ]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
     network.train()
     found = []
-    for _, batch in zip(range(5), data.train_dataloader(), strict=False):
+    for _, batch in zip(range(3), data.train_dataloader(), strict=False):
         labels = batch.pop("labels")[:, 1:].flatten()
         logits = network(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss = summed_loss(logits, labels) / (labels != -100).sum()
@@ -127,13 +124,11 @@ def five_losses(model_folder: Path, questions: Path, method: object, freeze: str
 
 
 def test_pera_without_products_is_lora(model_folder: Path, questions: Path) -> None:
-    lora = five_losses(model_folder, questions, LoRA(rank=4, alpha=4))
-    linear = five_losses(model_folder, questions, PERA(rank=4, alpha=4, terms="linear"))
-    frozen = five_losses(model_folder, questions, PERA(rank=4, alpha=4), freeze="h")
-    full = five_losses(model_folder, questions, PERA(rank=4, alpha=4))
+    lora = three_losses(model_folder, questions, LoRA(rank=4, alpha=4))
+    linear = three_losses(model_folder, questions, PERA(rank=4, alpha=4, terms="linear"))
+    full = three_losses(model_folder, questions, PERA(rank=4, alpha=4))
     assert lora[-1] < 0.8 * lora[0]
     torch.testing.assert_close(torch.tensor(linear), torch.tensor(lora), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(frozen), torch.tensor(lora), atol=1e-5, rtol=1e-5)
     assert full != lora  # the products do something, or the lines above would say nothing
 
 
