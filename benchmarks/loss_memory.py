@@ -1,7 +1,7 @@
 """What the loss of a language model keeps for the backward, with logits everywhere or only where there is a label.
 
     python benchmarks/loss_memory.py
-    python benchmarks/loss_memory.py --vocabulary 152064 --rows 8 --row-length 256 --answer-length 16
+    python benchmarks/loss_memory.py --vocabulary 152064 --examples 8 --length 256 --answer-length 16
 
 Counted: every tensor that autograd saves from the last hidden states to the loss, by its storage, each storage once;
 the head's weight, which all variants share and which is no activation, is left out. Sizes come from tensors on the meta
@@ -50,34 +50,34 @@ def saved_bytes(compute: Callable[[], Tensor], *, apart: Sequence[Tensor] = ()) 
     return sum(storage.nbytes() for key, storage in kept.items() if key not in excluded)
 
 
-def answers_at_the_end(rows: int, row_length: int, answer_length: int) -> Tensor:
-    """Labels (rows, row_length) of equally long rows that end in their answers."""
-    labels = torch.full((rows, row_length), IGNORE)
-    labels[:, row_length - answer_length :] = 0
+def answers_at_the_end(examples: int, length: int, answer_length: int) -> Tensor:
+    """Labels (examples, length) of equally long examples that end in their answers."""
+    labels = torch.full((examples, length), IGNORE)
+    labels[:, length - answer_length :] = 0
     return labels
 
 
 def measure(
-    *, vocabulary: int, hidden: int, rows: int, row_length: int, answer_length: int, dtype: torch.dtype
+    *, vocabulary: int, hidden: int, examples: int, length: int, answer_length: int, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """A row of results for each way to take the loss.
 
     Args:
         vocabulary: V.
         hidden: width of the last hidden states.
-        rows: B, of the batch.
-        row_length: T, tokens of each row.
-        answer_length: tokens with a label at each row's end.
+        examples: B, of the batch.
+        length: T, tokens of each example.
+        answer_length: tokens with a label at each example's end.
         dtype: of hidden states, head and logits.
     """
     head = nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype).requires_grad_(False)
-    labels = answers_at_the_end(rows, row_length, answer_length)
+    labels = answers_at_the_end(examples, length, answer_length)
     positions = label_positions(labels)  # (K,)
     targets = {
         "all": F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten().to("meta"),  # as transformers shifts them
         "labelled": labels[:, positions + 1].flatten().to("meta"),
     }
-    states = torch.empty(rows, row_length, hidden, device="meta", dtype=dtype, requires_grad=True)
+    states = torch.empty(examples, length, hidden, device="meta", dtype=dtype, requires_grad=True)
 
     def everywhere() -> Tensor:
         return head(states).flatten(0, 1)  # (B T, V)
@@ -96,7 +96,7 @@ def measure(
     }
     sizes = {name: saved_bytes(way, apart=[head.weight]) for name, way in ways.items()}
     first = next(iter(sizes.values()))
-    tokens = {name: rows * (len(positions) if name.startswith("label") else row_length) for name in sizes}
+    tokens = {name: examples * (len(positions) if name.startswith("label") else length) for name in sizes}
     return [
         {"loss": name, "logits": tokens[name], "saved_bytes": size, "share": size / first}
         for name, size in sizes.items()
@@ -119,14 +119,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--row-length", type=int, default=128, help="tokens")
-    parser.add_argument("--answer-length", type=int, default=8, help="tokens with a label, at the end of a row")
+    parser.add_argument("--examples", type=int, default=16, help="in a batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens")
+    parser.add_argument("--answer-length", type=int, default=8, help="tokens with a label, at the end of an example")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of hidden states and logits")
     parser.add_argument("--json", type=Path, help="file for the result")
     given = parser.parse_args(args)
-    if not 0 < given.answer_length < given.row_length:
-        parser.error(f"--answer-length {given.answer_length}: at least 1 and less than --row-length {given.row_length}")
+    if not 0 < given.answer_length < given.length:
+        parser.error(f"--answer-length {given.answer_length}: at least 1 and less than --length {given.length}")
     settings = {key: value for key, value in vars(given).items() if key != "json"}
     results = measure(**{**settings, "dtype": DTYPES[given.dtype]})
     result = {"settings": {**settings, "chunk": CHUNK, "torch": torch.__version__}, "results": results}

@@ -1,10 +1,10 @@
-"""Training tokens a second of length-grouped and of packed batches, against rows padded to a fixed length.
+"""Training tokens a second of length-grouped and of packed batches, against examples padded to a fixed length.
 
-    python benchmarks/text_batching.py --model MODEL_FOLDER --data DATA_FOLDER --rows 256 --batch-size 16
+    python benchmarks/text_batching.py --model MODEL_FOLDER --data DATA_FOLDER --examples 256 --batch-size 16
 
-The same rows, model and adapters; forward and backward of `CausalLMModule`, no optimizer. The batches of the three ways
+The same examples, model and adapters; forward and backward of `CausalLMModule`, no optimizer. Batches of the three ways
 take turns, so that a machine that slows down meanwhile slows all of them. Only real tokens count, never padding. The
-summed losses of all rows are compared as well: the batches differ, the mathematics does not.
+summed losses of all examples are compared as well: the batches differ, the mathematics does not.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ Batch = dict[str, Tensor]
 
 
 def make_batches(
-    rows: Sequence[dict[str, Any]], *, batch_size: int, pad_id: int, length: int, seed: int = 0
+    examples: Sequence[dict[str, Any]], *, batch_size: int, pad_id: int, length: int, seed: int = 0
 ) -> dict[str, list[Batch]]:
-    """The batches of each way, all of the same rows.
+    """The batches of each way, all of the same examples.
 
     Args:
-        rows: examples, none longer than `length`.
-        batch_size: rows in a batch; of packed ones on average.
+        examples: none longer than `length`.
+        batch_size: examples in a batch; of packed ones on average.
         pad_id: fills up.
-        length: to which the reference pads every row.
+        length: to which the reference pads every example.
         seed: of all orders.
     """
-    lengths = [len(row["input_ids"]) for row in rows]
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
+    lengths = [len(example["input_ids"]) for example in examples]
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(examples))
     random = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     grouped = length_grouping.LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
     packed = batching.pack(lengths, batching.capacity_for(lengths, batch_size), seed=seed)
     return {
-        "padded": [batching.collate_padded([rows[k] for k in one], pad_id=pad_id, length=length) for one in random],
-        "grouped": [batching.collate_padded([rows[k] for k in one], pad_id=pad_id) for one in grouped],
-        "packed": [batching.collate_packed([rows[k] for k in one]) for one in packed],
+        "padded": [batching.collate_padded([examples[k] for k in one], pad_id=pad_id, length=length) for one in random],
+        "grouped": [batching.collate_padded([examples[k] for k in one], pad_id=pad_id) for one in grouped],
+        "packed": [batching.collate_packed([examples[k] for k in one]) for one in packed],
     }
 
 
@@ -140,24 +140,24 @@ def build(model: str, *, rank: int, base_dtype: str, device: str) -> CausalLMMod
     return module.to(device).train()
 
 
-def read_rows(
-    data: str, train: list[str], *, model: str, rows: int, length: int, cache_dir: str | None = None
+def read_examples(
+    data: str, train: list[str], *, model: str, examples: int, length: int, cache_dir: str | None = None
 ) -> list[dict[str, Any]]:
-    """Examples drawn from the training rows of some sets, tokenised by the protocol hira.
+    """Examples drawn from the training examples of some sets, tokenised by the protocol hira.
 
     Args:
         data: folder of LLM-Adapters' files.
         train: the sets.
         model: folder or hub id of the tokenizer.
-        rows: how many.
-        length: tokens of a row at most; longer ones are cut.
-        cache_dir: of tokenised rows; by default the usual one.
+        examples: number of examples.
+        length: tokens of an example at most; longer ones are cut.
+        cache_dir: of tokenised examples; by default the usual one.
     """
     options = {"protocol": "hira", "tokenizer": model, "max_length": length, "cache_dir": cache_dir}
     module = CommonsenseDataModule(data, train=train, batching="random", **options)
     module.setup("fit")
     everything = module.train_dataloader().dataset
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(everything))[:rows]
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(everything))[:examples]
     return [everything[int(k)] for k in order]
 
 
@@ -180,26 +180,36 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument("--data", required=True, help="folder of LLM-Adapters' files")
     parser.add_argument("--train", nargs="+", default=["ARC-Easy", "ARC-Challenge", "openbookqa"], help="sets")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=16, help="rows")
-    parser.add_argument("--length", type=int, default=256, help="tokens that the reference pads to; rows are cut there")
+    parser.add_argument("--examples", type=int, default=256, help="how many are drawn")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples in a batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens that the reference pads to, at most")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--base-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cache-dir", help="of tokenised rows; by default the usual one")
+    parser.add_argument("--cache-dir", help="of tokenised examples; by default the usual one")
     parser.add_argument("--json", type=Path, help="file for the result")
     given = parser.parse_args(args)
-    rows = read_rows(
-        given.data, given.train, model=given.model, rows=given.rows, length=given.length, cache_dir=given.cache_dir
+    examples = read_examples(
+        given.data,
+        given.train,
+        model=given.model,
+        examples=given.examples,
+        length=given.length,
+        cache_dir=given.cache_dir,
     )
     module = build(given.model, rank=given.rank, base_dtype=given.base_dtype, device=given.device)
     batches = make_batches(
-        rows, batch_size=given.batch_size, pad_id=pad_token_id(module.tokenizer), length=given.length
+        examples, batch_size=given.batch_size, pad_id=pad_token_id(module.tokenizer), length=given.length
     )
     results = measure(module, batches)
     settings = {key: value for key, value in vars(given).items() if key not in ("json", "cache_dir")}
     result = {
-        "settings": {**settings, "rows": len(rows), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "settings": {
+            **settings,
+            "examples": len(examples),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
         "results": results,
     }
     report(table(results), result, given.json)

@@ -23,6 +23,11 @@ torch.set_num_threads(1)
 torch.ones(1, requires_grad=True).sum().backward()
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the slow tests first: begun last, they would leave the other workers idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def no_leftovers():
     """Undoes what Lightning leaves: the seed in the environment, a log handler on the stderr of an earlier test."""

@@ -20,7 +20,7 @@ def load(name):
 
 # ---- memory of the loss ---------------------------------------------------------------------------------------------
 
-SIZES = {"vocabulary": 300, "hidden": 8, "rows": 2, "row_length": 16, "answer_length": 4}
+SIZES = {"vocabulary": 300, "hidden": 8, "examples": 2, "length": 16, "answer_length": 4}
 
 
 def sizes(dtype=torch.bfloat16, **changes):
@@ -70,7 +70,7 @@ def test_the_memory_table_and_file(tmp_path, capsys):
     assert printed.startswith("| loss |")
     assert "label-only logits, summed_loss" in printed
     with pytest.raises(SystemExit):
-        load("loss_memory").main(["--row-length", "4", "--answer-length", "4"])
+        load("loss_memory").main(["--length", "4", "--answer-length", "4"])
 
 
 # ---- speed of batches -----------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_the_memory_table_and_file(tmp_path, capsys):
 
 @pytest.fixture
 def data(tmp_path):
-    """A set of 130 rows, of which 120 go to validation, in a folder."""
+    """A set of 130 examples, of which 120 go to validation, in a folder."""
     folder = tmp_path / "data" / "openbookqa"
     folder.mkdir(parents=True)
     rows = [
@@ -94,7 +94,7 @@ def data(tmp_path):
     return folder.parent
 
 
-def test_batches_of_the_same_rows(llama, data, tmp_path, capsys):
+def test_batches_of_the_same_examples(llama, data, tmp_path, capsys):
     words = [
         "--cache-dir",
         tmp_path / "cache",
@@ -104,7 +104,7 @@ def test_batches_of_the_same_rows(llama, data, tmp_path, capsys):
         data,
         "--train",
         "openbookqa",
-        "--rows",
+        "--examples",
         10,
         "--batch-size",
         3,
@@ -114,7 +114,7 @@ def test_batches_of_the_same_rows(llama, data, tmp_path, capsys):
     result = load("text_batching").main([str(word) for word in [*words, "--length", 1024]])
     padded, grouped, packed = result["results"]
     assert [row["batches"] for row in result["results"]] == ["padded", "grouped", "packed"]
-    assert result["settings"]["rows"] == 10
+    assert result["settings"]["examples"] == 10
     assert padded["tokens"] == grouped["tokens"] == packed["tokens"]
     assert padded["padding"] > grouped["padding"] > packed["padding"] == 0
     assert padded["ratio"] == 1

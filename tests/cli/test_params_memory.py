@@ -17,10 +17,7 @@ LLAMA = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-SIZES = {
-    "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
-    "70B": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672},
-}
+LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
 MIB, GIB = 2**20, 2**30
 
 
@@ -111,7 +108,7 @@ def test_what_the_batch_costs(memory, small):
 
 
 def test_examples_end_where_the_context_does(memory, tmp_path):
-    shape = {**SIZES["8B"], "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    shape = {**LLAMA_8B, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
     folder = model_folder(tmp_path / "short", **shape, max_position_embeddings=100)
     options = ["--model.model_name", folder, "--adapter.method.rank", "2", "--data.batch_size", "1"]
     assert "1 examples of 100 tokens" in memory(*options)[2][0]
@@ -154,12 +151,11 @@ def test_labels_on_all_tokens_take_no_answer_length(pera, small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", list(SIZES))
-def test_llama_3_on_paper(memory, tmp_path, size):
-    shape = SIZES[size]
-    head, table, _ = memory("--model.model_name", model_folder(tmp_path / size, **shape))
+def test_llama_3_on_paper(memory, tmp_path):
+    shape = LLAMA_8B
+    head, table, _ = memory("--model.model_name", model_folder(tmp_path / "8B", **shape))
     assert head[0] == "Memory per device, GiB"
-    weights = {"8B": 8_030_261_248, "70B": 70_553_706_496}[size] * 2 / GIB
+    weights = 8_030_261_248 * 2 / GIB
     assert table["base weights (bfloat16)"] == pytest.approx([weights, weights, weights / 8, weights / 32], abs=0.06)
     inputs = shape["num_hidden_layers"] * 16 * 512 * shape["hidden_size"] * torch.bfloat16.itemsize / GIB
     assert inputs < kept((head, table)) < 1.2 * inputs

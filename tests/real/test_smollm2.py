@@ -18,15 +18,10 @@ from pera_lightning.tasks.causal_lm.decoding import generate
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.protocols import protocol
 from pera_lightning.tasks.causal_lm.questions import make_questions
-from tests.real.smollm2 import build_smollm2, write_questions
+from tests.real.smollm2 import write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("smollm2")]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +42,7 @@ def options(model: Path, data: Path, folder: Path, steps: int, name: str) -> lis
         "data.cache_dir": folder / "cache",
         "data.validation_size": 4,
         "data.batch_size": 2,
-        "data.eval_batch_size": 20,
+        "data.eval_batch_size": 12,
         "trainer.max_steps": steps,
         "trainer.val_check_interval": 4,
         "trainer.log_every_n_steps": 1,
@@ -90,13 +85,13 @@ def test_fit_resume_and_test(model_folder: Path, questions: Path, tmp_path: Path
     run("test", 8, "whole", "--ckpt_path", "last")
     result = json.loads((tmp_path / "whole" / "results.json").read_text(encoding="utf-8"))
     lines = (tmp_path / "whole" / "predictions" / "score" / "ARC-Easy.jsonl").read_text(encoding="utf-8").splitlines()
-    assert result["n"] == {"test": 40}
-    assert [json.loads(line)["id"] for line in lines] == [f"ARC-Easy/test/{k}" for k in range(40)]
-    assert result["metrics"]["test/accuracy"] == sum(json.loads(line)["correct"] for line in lines) / 40
+    assert result["n"] == {"test": 24}
+    assert [json.loads(line)["id"] for line in lines] == [f"ARC-Easy/test/{k}" for k in range(24)]
+    assert result["metrics"]["test/accuracy"] == sum(json.loads(line)["correct"] for line in lines) / 24
 
 
-def five_losses(model_folder: Path, questions: Path, method: object, freeze: str | None = None) -> list[float]:
-    """Losses of five steps of AdamW on the same batches."""
+def three_losses(model_folder: Path, questions: Path, method: object) -> list[float]:
+    """Losses of three steps of AdamW on the same batches."""
     seed_everything(0)
     network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     inject(network, method, TARGETS, seed=0)
@@ -109,13 +104,10 @@ def five_losses(model_folder: Path, questions: Path, method: object, freeze: str
         cache_dir=str(questions / "cache"),
     )
     data.setup("fit")
-    trained = [
-        p for name, p in network.named_parameters() if p.requires_grad and not (freeze and name.endswith(f".{freeze}"))
-    ]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
     network.train()
     found = []
-    for _, batch in zip(range(5), data.train_dataloader(), strict=False):
+    for _, batch in zip(range(3), data.train_dataloader(), strict=False):
         labels = batch.pop("labels")[:, 1:].flatten()
         logits = network(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss = summed_loss(logits, labels) / (labels != -100).sum()
@@ -127,21 +119,19 @@ def five_losses(model_folder: Path, questions: Path, method: object, freeze: str
 
 
 def test_pera_without_products_is_lora(model_folder: Path, questions: Path) -> None:
-    lora = five_losses(model_folder, questions, LoRA(rank=4, alpha=4))
-    linear = five_losses(model_folder, questions, PERA(rank=4, alpha=4, terms="linear"))
-    frozen = five_losses(model_folder, questions, PERA(rank=4, alpha=4), freeze="h")
-    full = five_losses(model_folder, questions, PERA(rank=4, alpha=4))
+    lora = three_losses(model_folder, questions, LoRA(rank=4, alpha=4))
+    linear = three_losses(model_folder, questions, PERA(rank=4, alpha=4, terms="linear"))
+    full = three_losses(model_folder, questions, PERA(rank=4, alpha=4))
     assert lora[-1] < 0.8 * lora[0]
     torch.testing.assert_close(torch.tensor(linear), torch.tensor(lora), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(frozen), torch.tensor(lora), atol=1e-5, rtol=1e-5)
     assert full != lora  # the products do something, or the lines above would say nothing
 
 
-def test_answers_do_not_hang_on_the_batch(model_folder: Path, questions: Path) -> None:
+def test_answers_do_not_depend_on_the_batch(model_folder: Path, questions: Path) -> None:
     hira = protocol("commonsense", "hira")
     data = CommonsenseDataModule(str(questions), test=["ARC-Easy"], protocol="hira")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    asked = make_questions(hira, tokenizer, data.test_examples()["ARC-Easy"][:8])
+    asked = make_questions(hira, tokenizer, data.test_examples()["ARC-Easy"][:5])
     prompts = [tokenizer("Name one animal.")["input_ids"], *(q.prompt for q in asked)]  # very unlike in length
     network = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     together = generate(network, tokenizer, prompts, hira.decoding)

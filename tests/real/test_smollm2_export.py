@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pera_lightning import export_peft, export_transformers, inject
 from pera_lightning.adapters import PERA
 from pera_lightning.merging.merge import adapted_layers
-from tests.real.smollm2 import build_smollm2
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("smollm2")]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PROMPTS = ["The capital of France is", "Three animals that swim:", "Water boils at"]
 
@@ -48,8 +47,8 @@ def change(one: list, other: list) -> float:
     return max(float((a - b).abs().max()) for (a, _), (b, _) in zip(one, other, strict=True))
 
 
-def test_exports_say_the_same(tmp_path: Path) -> None:
-    folder = build_smollm2(tmp_path / "base")
+def test_exports_say_the_same(model_folder: Path, tmp_path: Path) -> None:
+    folder = model_folder
     model = adapted(folder)
     ours = said(model, folder)
     linear = [layer.adapters["all"].h for _, layer in adapted_layers(model)]

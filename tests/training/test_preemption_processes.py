@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.run_helpers import QUICKSTART, ROOT
+from tests.run_helpers import QUICKSTART
+from tests.training.distributed.node_helpers import environment, free_port, run_together, torchrun_words
 
-STOPS = ((2, "0 1 0"), (6, "1 0 1"), (8, "1 2 0,1"))  # optimizer step; epoch, batch, ranks that have the signal
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# Optimizer step after which a run stops; epoch, batch and ranks of the signal.
+STOPS = {2: "0 1 0", 6: "1 0 1", 8: "1 2 0,1"}
+
+# The command line, run after run in the same processes, each with a signal to some ranks before one batch.
+SIGNALLED = """
+import json, os, signal, sys
+from lightning.pytorch.callbacks import LearningRateMonitor
+from pera_lightning.cli.main import main
+
+def on_train_batch_start(self, trainer, module, batch, batch_idx):
+    epoch, index, ranks = signalled.split()
+    if (trainer.current_epoch, batch_idx) == (int(epoch), int(index)) and str(trainer.global_rank) in ranks.split(","):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+LearningRateMonitor.on_train_batch_start = on_train_batch_start
+for words, signalled in json.loads(os.environ["RUNS"]):
+    try:
+        main(words)
+    except SystemExit as end:  # so a stopped run ends
+        assert not end.code, end.code
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)  # five runs, one after the other
-@pytest.mark.parametrize(("strategy", "stops"), [("ddp", STOPS), ("fsdp2", STOPS[1:2])])
-def test_two_processes_stop_together(tmp_path: Path, strategy: str, stops: tuple[tuple[int, str], ...]) -> None:
-    """The first has the signal, then the second, then both."""
-    script = tmp_path / "signalled.py"
-    script.write_text(SIGNALLED)
+def words(folder: Path, name: str, strategy: str) -> list[str]:
     options = {
         "max_epochs": 2,
         "limit_train_batches": 5,
@@ -30,58 +44,44 @@ def test_two_processes_stop_together(tmp_path: Path, strategy: str, stops: tuple
         "strategy": strategy,
         "enable_progress_bar": "false",
         "enable_model_summary": "false",
-        "logger.init_args.save_dir": tmp_path,
-        "default_root_dir": tmp_path,
+        "logger.init_args.save_dir": folder,
+        "logger.init_args.name": name,
+        "default_root_dir": folder,
     }
-    words = [sys.executable, str(script), "fit", "--config", QUICKSTART, "--ckpt_path=last"]
-    words += [f"--trainer.{key}={value}" for key, value in options.items()]
-
-    def run(name: str, signalled: str = "") -> str:
-        done = run_script([*words, f"--trainer.logger.init_args.name={name}"], SIGNALLED=signalled)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    run("whole")
-    for step, signalled in stops:
-        assert run("cut", signalled).count(f"stopped by a signal after optimizer step {step}: saved") == 1
-    run("cut")
-    ends = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 10
-    for name, value in ends[0]["state_dict"].items():
-        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    fit = ["fit", "--config", str(QUICKSTART), "--ckpt_path=last"]
+    return [*fit, *(f"--trainer.{key}={value}" for key, value in options.items())]
 
 
-# The command line, with a signal to some ranks before one batch.
-SIGNALLED = """
-import os, signal
-from lightning.pytorch.callbacks import LearningRateMonitor
-
-def on_train_batch_start(self, trainer, module, batch, batch_idx):
-    epoch, index, ranks = (os.environ["SIGNALLED"] or "-1 0 -").split()
-    if (trainer.current_epoch, batch_idx) == (int(epoch), int(index)) and str(trainer.global_rank) in ranks.split(","):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-LearningRateMonitor.on_train_batch_start = on_train_batch_start
-from pera_lightning.cli.main import main
-main()
-"""
+def run(folder: Path, runs: list[tuple[list[str], str]], start: object = None) -> str:
+    script = folder / "signalled.py"
+    script.write_text(SIGNALLED)
+    command = [sys.executable, str(script)]
+    if start is not None:
+        command = torchrun_words(command, nodes=1, node=0, port=free_port(), processes=2)
+    (done,) = run_together([(command, environment(RUNS=json.dumps(runs)))], folder, 400)
+    assert done.code == 0, done.text[-2000:]
+    return done.text
 
 
-def run_script(words: list[str], **more: str) -> subprocess.CompletedProcess:
-    """Runs it outside any group of processes, in a session that is ended whole where it takes too long."""
-    ranks = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK")
-    kept = {name: value for name, value in os.environ.items() if name not in ranks}
-    process = subprocess.Popen(
-        words,
-        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
+def test_two_processes_stop_together(tmp_path: Path) -> None:
+    """The first has the signal, then the second, then both; the run goes on as if it had never stopped."""
+    runs = []
+    for strategy in ("ddp", "fsdp2"):
+        runs.append((words(tmp_path, f"{strategy} whole", strategy), "-1 0 -"))
+        runs += [(words(tmp_path, f"{strategy} cut", strategy), signalled) for signalled in (*STOPS.values(), "-1 0 -")]
+    said = run(tmp_path, runs, start="torchrun")
+    for step in STOPS:
+        assert said.count(f"stopped by a signal after optimizer step {step}: saved") == 2  # once of each strategy
+    for strategy in ("ddp", "fsdp2"):
+        files = [tmp_path / f"{strategy} {name}" / "checkpoints" / "last.ckpt" for name in ("whole", "cut")]
+        whole, cut = (torch.load(file, weights_only=True) for file in files)
+        assert whole["global_step"] == cut["global_step"] == 10
+        for name, value in whole["state_dict"].items():
+            assert torch.equal(value, cut["state_dict"][name]), name
+
+
+def test_processes_that_lightning_started(tmp_path: Path) -> None:
+    """Lightning hands the first process's signal on to those that it started."""
+    said = run(tmp_path, [(words(tmp_path, "cut", "ddp"), STOPS[2])])
+    assert said.count("stopped by a signal after optimizer step 2: saved") == 1
+    assert torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2

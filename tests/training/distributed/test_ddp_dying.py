@@ -16,7 +16,6 @@ SOON = 60  # after the death
         ("lightning", 1, "error"),
         ("lightning", 1, "killed"),
         ("lightning", 0, "killed"),
-        ("torchrun", 1, "error"),
         ("torchrun", 0, "killed"),
     ],
 )
