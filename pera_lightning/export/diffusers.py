@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.export.folder import output_folder
 from pera_lightning.export.lora import LoraReport, check_export, exportable, linear_updates
 from pera_lightning.export.low_rank import MAX_ERROR, padded
-from pera_lightning.merging.merge import adapted_layers
+from pera_lightning.merging.merge import MergeOptions, adapted_layers
 from pera_lightning.validation import renamed
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -38,7 +38,7 @@ def export_diffusers(
     rank: int | None = None,
     max_error: float = MAX_ERROR,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[MergeOptions],
 ) -> LoraReport:
     """Writes the adapters of an SDXL network as a LoRA file of diffusers; the network stays as it is.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from pera_lightning.errors import ConfigurationError, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
-from pera_lightning.merging.merge import MergeReport, adapted_layers, merge, merge_and_unload
+from pera_lightning.merging.merge import MergeOptions, MergeReport, adapted_layers, merge, merge_and_unload
 from pera_lightning.validation import renamed
 
 _BESIDES = 32 << 20  # bytes of configuration and tokenizer, at most
@@ -39,7 +39,7 @@ class MergedReport:
 
 @renamed("method", "mode")
 def export_merged(
-    model: nn.Module, folder: str | Path, write: Write, *, overwrite: bool = False, **options: Any
+    model: nn.Module, folder: str | Path, write: Write, *, overwrite: bool = False, **options: Unpack[MergeOptions]
 ) -> MergedReport:
     """Merges a model and writes it. The model is plain afterwards, also where the writing fails: hand over a copy.
 

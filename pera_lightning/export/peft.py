@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from safetensors.torch import save as dump_tensors
@@ -24,7 +24,7 @@ from pera_lightning.export.low_rank import MAX_ERROR
 from pera_lightning.export.peft_config import lora_config, lora_tensors
 from pera_lightning.export.peft_names import WEIGHTS_FILE, heads, plain_modules
 from pera_lightning.injection.inject import Injection
-from pera_lightning.merging.merge import adapted_layers
+from pera_lightning.merging.merge import MergeOptions, adapted_layers
 from pera_lightning.validation import check_choice, renamed
 
 TARGETS = ("peft", "vllm")
@@ -42,7 +42,7 @@ def export_peft(
     max_error: float = MAX_ERROR,
     target: str = "peft",
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[MergeOptions],
 ) -> LoraReport:
     """Writes the adapters of a model as a PEFT folder of plain LoRA; the model stays as it is.
 

@@ -60,7 +60,11 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     modules = plain_modules(model)
     _check_layers(layers, kind, config, model, folder)
     # Besides the layers it holds all tensors of the heads and nothing else.
-    saved, state = heads(config.get("modules_to_save") or [], modules), model.state_dict()
+    given = config.get("modules_to_save") or []
+    saved, state = heads(given, modules), model.state_dict()
+    if given and not saved:
+        lacks = f"{type(model).__name__} has none of that name: load the base with the class that it was trained in"
+        raise CheckpointError(f"{folder} has the heads {listed(given)}, and {lacks}")
     wanted = {name: state[name] for name in state if name.startswith(tuple(f"{path}." for path in saved))}
     check_tensors(rest, wanted, wanted, str(folder / WEIGHTS_FILE))
     _check_ties(rest, model, folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -18,6 +18,15 @@ from pera_lightning.merging.linearised import linearised, nonlinear_adapters
 from pera_lightning.merging.merge_error import Forward, MergeError, batch_list, measure, measuring_notes, merge_error
 from pera_lightning.merging.weights import check_weights, merge_layers, restore
 from pera_lightning.validation import renamed
+
+
+class MergeOptions(TypedDict, total=False):
+    """What an export takes as `merge` does, and describes there."""
+
+    mode: str | None
+    batches: Iterable[Any] | None
+    measure_on: Iterable[Any] | None
+    forward: Forward | None
 
 
 @dataclass
