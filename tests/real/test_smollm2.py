@@ -20,7 +20,7 @@ from pera_lightning.tasks.causal_lm.protocols import protocol
 from pera_lightning.tasks.causal_lm.questions import make_questions
 from tests.real.smollm2 import write_questions
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 

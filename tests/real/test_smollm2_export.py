@@ -14,7 +14,7 @@ from pera_lightning import export_peft, export_transformers, inject
 from pera_lightning.adapters import PERA
 from pera_lightning.merging.merge import adapted_layers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PROMPTS = ["The capital of France is", "Three animals that swim:", "Water boils at"]
 

@@ -18,7 +18,7 @@ from tests.training.distributed.node_helpers import (
     writers,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("nodes")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT = 200
 NODES = ("--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--trainer.devices", "1")
 

@@ -31,8 +31,7 @@ PRECISIONS = {
     "bf16 base, bf16-mixed": ("bfloat16", "bf16-mixed", ["AuroRA", "HiLoRA"]),
 }
 
-# In one worker: the fits that all tests read take minutes, and each worker would run them.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies")]
+pytestmark = pytest.mark.slow
 
 
 def launch(cases, world, folder, timeout=600):
