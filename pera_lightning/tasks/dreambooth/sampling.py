@@ -107,11 +107,7 @@ def sample(
             embeds, pooled = known[prompt]
             with _seeded(int(seed), device) as generator:
                 latents = pipeline(
-                    prompt_embeds=embeds,
-                    pooled_prompt_embeds=pooled,
-                    generator=generator,
-                    output_type="latent",
-                    **how,
+                    prompt_embeds=embeds, pooled_prompt_embeds=pooled, generator=generator, output_type="latent", **how
                 ).images  # (1, 4, h, w)
             images.append(encoders.decode(latents, device))
         return torch.cat(images)

@@ -386,11 +386,7 @@ def test_lightning_trains_on_cached_batches_and_validates_where_there_are_prompt
         ({"validation_seeds": [-1]}, ConfigurationError, "validation_seeds takes .* given \\[-1\\]"),
         ({"prompts": []}, ConfigurationError, "prompts has no prompts"),
         ({"validation_prompts": ["{}", ""]}, ConfigurationError, "validation_prompts has an empty prompt"),
-        (
-            {"prompts": ["a {0} at sea"]},
-            ConfigurationError,
-            r"at sea' has braces that are not \{\}; write \{\} alone",
-        ),
+        ({"prompts": ["a {0} at sea"]}, ConfigurationError, r"at sea' has braces that are not \{\}; write \{\} alone"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):

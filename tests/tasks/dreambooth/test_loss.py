@@ -8,14 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pera_lightning.errors import ConfigurationError, UnknownNameError
-from pera_lightning.tasks.dreambooth.loss import (
-    add_noise,
-    dreambooth_loss,
-    min_snr_weights,
-    offset_noise,
-    snr,
-    target,
-)
+from pera_lightning.tasks.dreambooth.loss import add_noise, dreambooth_loss, min_snr_weights, offset_noise, snr, target
 
 T, GAMMA = 50, 5.0
 SHAPE = (3, 2, 5)  # of an example; its axes differ

@@ -73,10 +73,7 @@ def test_each_image_is_made_by_one_process(photos):
     for rank in (0, 1):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         made.append([(int(b["seed"]), b["prompt"][0]) for b in data.test_dataloader()])
-    assert made == [
-        [(0, "sks dog one"), (0, "sks dog three")],
-        [(0, "sks dog two"), (-1, "sks dog three")],
-    ]
+    assert made == [[(0, "sks dog one"), (0, "sks dog three")], [(0, "sks dog two"), (-1, "sks dog three")]]
 
 
 def test_lists_of_prompts(photos, tmp_path):

@@ -167,10 +167,7 @@ def test_nothing_is_warned_of_where_no_images_are_asked_for(base, photos, tmp_pa
 
 WRONG_VAE = {
     "a whole pipeline": (lambda base: base, r"is a whole pipeline: give \S*/vae$"),
-    "a file": (
-        lambda base: f"{base}/model_index.json",
-        r"vae=\S*model_index.json is a file: give a folder with",
-    ),
+    "a file": (lambda base: f"{base}/model_index.json", r"vae=\S*model_index.json is a file: give a folder with"),
     "no folder": (lambda base: "nowhere/x", r"^vae=nowhere/x: "),
     "another part": (lambda base: f"{base}/unet", r"^vae=\S*unet: .* is of class UNet2DConditionModel"),
 }

@@ -38,10 +38,7 @@ def test_adapters_in_both_text_encoders_are_trained(base, photos, tmp_path):
     for name in names:
         assert seen.gradients[0][name].abs().max() > 0, name
     blocks = {(n.split(".")[1], n.split("layers.")[1].split(".")[0]) for n in names if "layers." in n}
-    assert blocks == {
-        *(("text_encoder", k) for k in "01"),
-        *(("text_encoder_2", k) for k in "012"),
-    }
+    assert blocks == {*(("text_encoder", k) for k in "01"), *(("text_encoder_2", k) for k in "012")}
 
 
 def test_images_and_losses_are_of_the_adapted_text_encoders(base, photos):

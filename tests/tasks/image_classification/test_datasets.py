@@ -27,10 +27,7 @@ SOURCES = {  # rows of every split at its source, written down apart from the ca
         ("Multimodal-Fatima/StanfordCars_train", "train"): 8144,
         ("Multimodal-Fatima/StanfordCars_test", "test"): 8041,
     },
-    "cifar10": {
-        ("Multimodal-Fatima/CIFAR10_train", "train"): 50000,
-        ("Multimodal-Fatima/CIFAR10_test", "test"): 10000,
-    },
+    "cifar10": {("Multimodal-Fatima/CIFAR10_train", "train"): 50000, ("Multimodal-Fatima/CIFAR10_test", "test"): 10000},
     "dtd": {("cansa/Describable-Textures-Dataset-DTD", "train"): 5640},
     "eurosat": {
         ("timm/eurosat-rgb", "train"): 16200,
