@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pera_lightning.data.image_files import image_files
 from pera_lightning.errors import DataError, listed
-from pera_lightning.files import png
+from pera_lightning.files import atomic_write, png
 from pera_lightning.tasks.dreambooth.generate import ImageGenerator
-from pera_lightning.tasks.dreambooth.latent_cache import together, write_in_one_step
+from pera_lightning.tasks.dreambooth.latent_cache import together, writing
 from pera_lightning.tasks.dreambooth.photographs import Photograph, read_photographs
 from pera_lightning.training.distributed import all_gather_object
 
@@ -45,14 +45,12 @@ class ClassImages:
         generated: whether the base model generates them, up to `count`.
 
     Raises:
-        DataError: a folder that is a file, or whose images are of another prompt, or whose record is damaged; fewer
-            images of the user's own than `count`; none at all where `count` is 0.
+        DataError: a folder whose images are of another prompt, or whose record is damaged; fewer images of the user's
+            own than `count`; none at all where `count` is 0.
     """
 
     def __init__(self, folder: str | Path, prompt: str, count: int) -> None:
         self.folder, self.prompt, self.count = Path(folder).expanduser(), prompt, count
-        if self.folder.exists() and not self.folder.is_dir():
-            raise DataError(f"class_folder {folder} is a file; give a folder of class images, or one to be made")
         there = image_files(self.folder) if self.folder.is_dir() else []
         record = self._record()
         self.own = record is None and bool(there)  # images that nobody said were generated
@@ -60,15 +58,12 @@ class ClassImages:
         if record is not None:
             self._check({_PROMPT: prompt}, record)
             there = [name for name in there if _is_number(name)]  # a grid laid beside them is not one
-        if not count and not there:
+        if (not self.generated and len(there) < count) or not (there or count):
             raise DataError(
-                f"class_folder {folder} has no images: put some there, or give num_class_images to have them made"
+                f"class_folder {folder} has {len(there)} images of your own, and num_class_images={count} are wanted: "
+                "add some, change that number, or give an empty folder to have all of them made"
             )
-        if self.own and len(there) < count:
-            raise DataError(
-                f"class_folder {folder} has {len(there)} images of your own, fewer than num_class_images={count}: add "
-                f"{count - len(there)}, lower it, or give an empty folder to have all of them made"
-            )
+        # The user's own, the first of them if fewer are wanted; else the names that generated ones have or will have.
         generated = list(map(class_image_name, range(count)))
         self._files = there if not count else there[:count] if self.own else generated
 
@@ -89,25 +84,23 @@ class ClassImages:
         Refuses a folder with images of another prompt or model, or with images that were sampled otherwise while some
         are missing.
         """
-        claimed = {_PROMPT: self.prompt, **json.loads(json.dumps(dict(made_by)))}
+        claimed = {_PROMPT: self.prompt, **json.loads(json.dumps(dict(made_by)))}  # tuples become lists, as in the file
         record = self._record()
-        if record is not None:
+        if record is None:
+            with writing(self.folder / RECORD):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                atomic_write(self.folder / RECORD, (json.dumps(claimed, indent=1) + "\n").encode())
+        else:
             # Sampling settings matter only while some are missing: all are to be alike.
-            compared = claimed if self.missing() else {name: claimed[name] for name in _WHAT if name in claimed}
-            return self._check(compared, record)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"class_folder {self.folder} cannot be made: {reason}; give another") from error
-        write_in_one_step(self.folder / RECORD, (json.dumps(claimed, indent=1) + "\n").encode())
-        return None
+            self._check(
+                claimed if self.missing() else {name: claimed[name] for name in _WHAT if name in claimed}, record
+            )
 
-    def add(self, number: int, image: Image.Image) -> Path:
+    def add(self, number: int, image: Image.Image) -> None:
         """Writes a class image as PNG atomically, so that a fit that is killed goes on from there."""
         path = self.folder / class_image_name(number)
-        write_in_one_step(path, png(image))
-        return path
+        with writing(path):
+            atomic_write(path, png(image))
 
     def require_all(self) -> None:
         """Raises `DataError` while images are missing."""
@@ -122,13 +115,11 @@ class ClassImages:
         path = self.folder / RECORD
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            return {_PROMPT: record[_PROMPT], **record}
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} cannot be read ({error}); give another class_folder, or delete it") from error
-        if not isinstance(record, dict) or _PROMPT not in record:
-            raise DataError(f"{path} has no {_PROMPT}; give another class_folder, or delete it")
-        return record
 
     def _check(self, wanted: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Refuses images that were generated otherwise."""
@@ -150,15 +141,7 @@ def generate_missing(
 ) -> None:
     """Generates the images that a folder lacks, number n with seed n, by the network as it is; called by all processes.
 
-    Args:
-        classes: the folder.
-        generator: the generator with the base network.
-        is_trained: whether the network was trained already, so that it is not the base any more.
-        rank: rank of this process.
-        world: number of processes.
-
-    Raises:
-        DataError: images are missing and the network is trained; images in the folder that were generated otherwise.
+    A network that is trained (`is_trained`) is not the base any more and generates none: that is a `DataError`.
     """
 
     def look() -> list[int]:

@@ -7,7 +7,7 @@ turns them into latents and embeddings through `latent_cache`, `training_example
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data.base import TaskDataModule, draw_batches
+from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth import photographs as files
@@ -25,7 +26,7 @@ from pera_lightning.tasks.dreambooth import prompts as texts
 from pera_lightning.tasks.dreambooth.class_images import ClassImages, generate_missing
 from pera_lightning.tasks.dreambooth.encoding import encode_photographs
 from pera_lightning.tasks.dreambooth.hub import local_folder
-from pera_lightning.tasks.dreambooth.latent_cache import default_folder, together
+from pera_lightning.tasks.dreambooth.latent_cache import together
 from pera_lightning.tasks.dreambooth.photographs import Photograph
 from pera_lightning.tasks.dreambooth.training_examples import TrainingExamples, collate, load_pixels, look_up
 from pera_lightning.validation import check_choice, check_in_range
@@ -116,7 +117,6 @@ class DreamBoothDataModule(TaskDataModule):
         self._digests: dict[str, str] = {}
         self._classes: ClassImages | None = None
         self._class_images: list[Photograph] = []
-        self._required: Mapping[str, Any] = {}
         self._is_read = False  # for a fit
         self._training: TrainingExamples | None = None
         self._to_generate: dict[str, list[dict[str, Any]]] = {}  # by stage, "validation" or "test"
@@ -129,18 +129,17 @@ class DreamBoothDataModule(TaskDataModule):
         for name, text in {**{name: getattr(self, name) for name in names}, "identifier": identifier}.items():
             if text is not None and not text.strip():
                 raise ConfigurationError(f"{name} is empty; give one, such as 'a photo of sks dog' for a prompt")
-        if (self.class_folder is None) != (self.class_prompt is None):
-            has, lacks = ("class_prompt", "class_folder")[:: 1 if self.class_folder is None else -1]
-            raise ConfigurationError(f"{has} without {lacks}: class images need both; give both or neither")
-        if self.num_class_images and self.class_folder is None:
+        if not (self.class_folder and self.class_prompt) and (
+            self.class_folder or self.class_prompt or self.num_class_images
+        ):
             raise ConfigurationError(
-                f"num_class_images={self.num_class_images} without class_folder and class_prompt; give both, or leave "
-                "it out"
+                f"class images need class_folder and class_prompt; given class_folder={self.class_folder}, "
+                f"class_prompt={self.class_prompt}, num_class_images={self.num_class_images}"
             )
         if self.class_folder is not None:
             # An image in both would be taught as the subject and as its class.
             one, other = (Path(f).expanduser().resolve() for f in (self.instance_folder, self.class_folder))
-            if one == other or one in other.parents or other in one.parents:
+            if one.is_relative_to(other) or other.is_relative_to(one):
                 raise ConfigurationError(
                     f"class_folder {self.class_folder} and instance_folder {self.instance_folder} lie in one another; "
                     "give folders that share no image"
@@ -178,8 +177,7 @@ class DreamBoothDataModule(TaskDataModule):
             stage: "fit" and "test" read the photographs, "fit" the class images, "test" and "predict" the prompts.
         """
         if stage in ("fit", None):
-            self._required = self.requirements()
-            self._check_cacheable(self._required.get("adapts_text_encoders", False))  # before anything is loaded
+            self._check_cacheable(self.requirements().get("adapts_text_encoders", False))  # before anything is loaded
             self._training = None  # what it holds is of an earlier fit's encoders
         if stage in ("fit", "test", None) and not self._photographs:
             self._read_photographs()
@@ -239,7 +237,7 @@ class DreamBoothDataModule(TaskDataModule):
             )
         self._classes = ClassImages(folder, prompt, self.num_class_images)
         self._class_images = self._classes.photographs()
-        if self._classes.own:
+        if self._classes.own:  # those of the base have the size that is asked for
             files.warn_of_unusual(self._class_images, folder, self.size)
 
     def _listed_prompts(self) -> list[str]:
@@ -250,7 +248,7 @@ class DreamBoothDataModule(TaskDataModule):
         return self.prompts
 
     def _fill_prompts(self, stage: str, templates: Sequence[str], seeds: Sequence[int]) -> None:
-        prompts = texts.fill(templates, self.subject)
+        prompts = [template.replace("{}", str(self.subject)) for template in templates]
         if any("{}" in template for template in templates):
             rank_zero_info(f"In {stage} prompts {{}} is {str(self.subject)!r}")
         self._warn_of_bare(prompts, f"{stage} prompts")
@@ -258,7 +256,7 @@ class DreamBoothDataModule(TaskDataModule):
 
     def _warn_of_bare(self, prompts: Sequence[str], of: str) -> None:
         identifier = self.subject.identifier
-        if bare := texts.without(prompts, identifier):
+        if bare := [prompt for prompt in prompts if not texts.names(prompt, identifier)]:
             rank_zero_warn(
                 f"{len(bare)} of {len(prompts)} {of} lack the identifier {identifier!r}, such as {bare[0]!r}: what "
                 "they teach or show is not tied to the subject (identifier= says which word it is)"
@@ -267,27 +265,27 @@ class DreamBoothDataModule(TaskDataModule):
     # --- data sets ---
 
     def _training_examples(self) -> TrainingExamples:
+        required = self.requirements()  # of the network as it is built now
         ranks = {"rank": getattr(self.trainer, "global_rank", 0), "world": getattr(self.trainer, "world_size", 1)}
         given = (self._photographs, self._class_images, self.repeats)
         # 1. Class images: the base generates those that are missing, once.
-        if self._classes is not None and "generator" in self._required:
-            resumed = getattr(self.trainer, "ckpt_path", None) is not None
-            is_trained = resumed or self._required["is_trained"]
-            generate_missing(self._classes, self._required["generator"], is_trained=is_trained, **ranks)
+        if self._classes is not None and "generator" in required:
+            is_trained = getattr(self.trainer, "ckpt_path", None) is not None or required["is_trained"]
+            generate_missing(self._classes, required["generator"], is_trained=is_trained, **ranks)
         elif self._classes is not None:
             together(self._classes.require_all)
         # 2. Without a cache the module encodes each batch in its step.
         if not self.cache:
             return TrainingExamples(*given, partial(load_pixels, size=self.size, crop=self.crop, flip=self.flip))
-        if "encoders" not in self._required:
+        if "encoders" not in required:
             raise ConfigurationError("cache=true needs the trainer's module to have encoders: set cache=false")
         # 3. With one all is encoded before the data set is built of it.
         encoded = encode_photographs(
             [*self._photographs, *self._class_images],
-            self._required["encoders"],
+            required["encoders"],
             getattr(getattr(self.trainer, "strategy", None), "root_device", torch.device("cpu")),
             size=self.size,
-            folder=self.cache_dir or default_folder(),
+            folder=self.cache_dir or cache_folder() / "dreambooth",
             digests=self._digests,
             **ranks,
         )

@@ -52,7 +52,7 @@ class Encoders:
         else:
             self._vae_source = VAESource(vae, "", None, None, dtype, replaces=True)
         self._vae: Any = None
-        self._text: tuple[nn.Module, nn.Module] | None = None
+        self._text: list[nn.Module] | None = None
         self._tokenizers: Any = None
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -112,18 +112,17 @@ class Encoders:
         with _plain(device):
             for prompt in dict.fromkeys(prompts):
                 if prompt not in self._prompts:
-                    self._prompts[prompt] = self._embed(prompt, device)
+                    made = prompt_embeddings(self._load_text(device), self.token_ids([prompt]))
+                    self._prompts[prompt] = made[0].cpu(), made[1].cpu()  # small: they outlive the encoders
             found = [self._prompts[prompt] for prompt in prompts]
             embeds, pooled = (torch.cat(each).to(device) for each in zip(*found, strict=True))
             return embeds, pooled
 
-    def _embed(self, prompt: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def _load_text(self, device: torch.device | str) -> list[nn.Module]:
         if self._text is None:  # or released: a prompt that was not known loads them again
             found = load_text_encoders(self.name, dtype=self.dtype, revision=self.revision, variant=self.variant)
-            self._text = found[0].requires_grad_(False), found[1].requires_grad_(False)
-        encoders = [encoder.to(device) for encoder in self._text]
-        embeds, pooled = prompt_embeddings(encoders, self.token_ids([prompt]))
-        return embeds.cpu(), pooled.cpu()  # a prompt's are small, and outlive the encoders
+            self._text = [encoder.requires_grad_(False) for encoder in found]
+        return [encoder.to(device) for encoder in self._text]
 
     def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Gives token ids (B, 77) of prompts for either text encoder, on the CPU; see `tokenise`."""

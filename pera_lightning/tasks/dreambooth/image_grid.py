@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageOps
 
-from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.errors import ConfigurationError
 
 MOST_ROWS, MOST_COLUMNS, MOST_IMAGES = 200, 40, 2500
 _PAGE, _MOST_CELL, _LEAST_CELL = 8.0, 2.5, 0.75  # inches: width of the page, longer side of an image
@@ -40,7 +40,7 @@ def labelled_grid(
         title: the line at the top; may be empty.
 
     Raises:
-        ConfigurationError: no image, too many, or labels that do not fit the images.
+        ConfigurationError: no image, or too many.
     """
     import matplotlib
     import numpy as np
@@ -51,12 +51,6 @@ def labelled_grid(
 
     rows, columns = len(images), len(images[0]) if images else 0
     check_shape(rows, columns)
-    if any(len(row) != columns for row in images) or (len(row_labels), len(column_labels)) != (rows, columns):
-        lengths = listed(dict.fromkeys(str(len(row)) for row in images))
-        raise ConfigurationError(
-            f"{rows} rows of {lengths} images, {len(row_labels)} row labels and {len(column_labels)} column labels do "
-            "not make a grid"
-        )
     # Cells, in inches: as wide as the page allows, in the proportions of the largest image.
     left = _LABELS if any(row_labels) else 0.1
     there = [image for row in images for image in row if image is not None]
@@ -74,9 +68,13 @@ def labelled_grid(
     dpi = max(_LEAST_DPI, min(most, max(150, max(sides) / longer)))
     # The images as one: each padded to its cell, less the gap around it.
     gap = max(2, round(0.03 * dpi))
-    pixels = [max(1, round(side * dpi) - gap) for side in cell]
+    pixels = max(1, round(cell[0] * dpi) - gap), max(1, round(cell[1] * dpi) - gap)
     blank = Image.new("RGB", (1, 1), _EMPTY).resize(pixels)
-    tiles = [_padded(image, pixels) if image is not None else blank for row in images for image in row]
+    tiles = [
+        blank if image is None else ImageOps.pad(image.convert("RGB"), pixels, Image.Resampling.LANCZOS, color="white")
+        for row in images
+        for image in row
+    ]
     stacked = torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in tiles])  # (B, 3, h, w)
     whole = Image.fromarray(make_grid(stacked, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy())
 
@@ -112,12 +110,8 @@ def useful_side(count: int) -> int:
     return min(round(_MOST_CELL * _MOST_DPI), round((2 * _MOST_PIXELS / count) ** 0.5))
 
 
-def _padded(image: Image.Image, pixels: Sequence[int]) -> Image.Image:
-    return ImageOps.pad(image.convert("RGB"), (pixels[0], pixels[1]), Image.Resampling.LANCZOS, color="white")
-
-
 def _wrapped(label: str, width: float, most: int) -> str:
-    """A label in at most `most` lines (or one for the label and one for its detail) of `width` inches."""
+    """Wraps a label to at most `most` lines (or one for the label and one for its detail) of `width` inches."""
     label = label.encode("utf-8", "replace").decode()  # no font takes half a surrogate pair
     head, _, detail = label.partition("\n")
     letters = max(4, int(width / _LETTER))

@@ -45,12 +45,7 @@ DYNAMIC, STATIC = "", "_static"  # a dynamic AuroRA is tested twice; the ends of
 
 
 class StageImages:
-    """The images of a stage in their folder: each is written when it is generated, the list when all are there.
-
-    Args:
-        folder: the folder; made with the first image.
-        writes: whether anything is written.
-    """
+    """The images of a stage in their folder: each is written when it is generated, the list when all are there."""
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self.folder, self.writes = folder, writes
@@ -59,7 +54,7 @@ class StageImages:
         self._earlier: list[Path] | None = None
 
     def unlist(self) -> None:
-        """Unlists the images of an earlier stage, once; to be called by one rank when the first new one is there."""
+        """Unlists the images of an earlier stage, once; one rank calls it when the first new image is there."""
         if self._earlier is None:
             self._earlier = unlist_images(self.folder) if self.writes else []
 
@@ -78,13 +73,14 @@ class StageImages:
 
     def finish(self, generated: GeneratedImages, title: str = "") -> None:
         """Writes the list of all processes' images and their grid: a row for each prompt, a column for each seed."""
+        # Only now may images of an earlier stage go: another rank may have written a new one under the same name.
         self.remove_earlier(generated.images)
         write_images(self.folder, generated)
         files = {(one.prompt, one.seed): self.folder / one.file for one in generated.images}
         prompts, seeds = list(dict.fromkeys(prompt for prompt, _ in files)), sorted({seed for _, seed in files})
         try:
             check_shape(len(prompts), len(seeds))
-        except ConfigurationError:
+        except ConfigurationError:  # more than a grid shows: the images alone
             return
         cells = {pair: read_image(file, useful_side(len(files))) for pair, file in files.items()}
         rows = [[cells.get((prompt, seed)) for seed in seeds] for prompt in prompts]
@@ -93,21 +89,15 @@ class StageImages:
 
 
 class ImageStagesModule(NormalisedLossModule):
-    """Base of `DreamBoothModule` with its validation, test and prediction.
-
-    Subclasses set `generator` and `trained_steps` in their `__init__`.
-    """
+    """Base of `DreamBoothModule` with its validation, test and prediction; subclasses have what is annotated here."""
 
     generator: ImageGenerator
     trained_steps: int
     _about_data: Mapping[str, Any] = MappingProxyType({})
     _similarity: Similarity | None = None
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
+    def agree(self) -> None:
         self._about_data = self.data_description()
-        self.generator.size = self._about_data.get("size")
-        self.generator.check()
 
     # --- hooks of Lightning ---
 
@@ -162,11 +152,12 @@ class ImageStagesModule(NormalisedLossModule):
         self.release_vae()
         if self.trainer.fast_dev_run:
             return
-        metrics: dict[str, float] = {}
-        each: dict[str, dict[str, dict[str, float]]] = {}
+        metrics: dict[str, float] = {}  # means, by stage and metric
+        each: dict[str, dict[str, dict[str, float]]] = {}  # by stage and file, of all processes
         inference = results.inference_rows(self)
         variants = dict(zip(inference, (DYNAMIC, STATIC), strict=False))  # one or both
         for stage, variant in variants.items():
+            # Each process measures its own images; means are over those of all.
             own = self._images[variant]
             scores = self._scores([image for _, image in own.made], own.folder)
             measured = [(name, image, score) for (name, image), score in zip(own.made, scores, strict=True)]
@@ -179,7 +170,14 @@ class ImageStagesModule(NormalisedLossModule):
         if STATIC not in variants.values():
             self._images[STATIC].remove_earlier()  # of an AuroRA that was tested in this place
         self.log_dict(metrics, sync_dist=True)  # every rank has them; without it Lightning warns
-        self._write_results(metrics, n=len(each["test"]), inference=inference, images=each)
+        protocol = {
+            **results.about(self, "dreambooth"),
+            "sampling": self.generator.sampling(),
+            **{name: self.hparams[name] for name in ("dino", "clip")},
+            "data": self._about_data.get("protocol"),
+        }
+        facts = {"n": len(each["test"]), "inference": inference, "images": each}
+        results.record(self, metrics, protocol=protocol, seconds=time.perf_counter() - self._started, **facts)
 
     # --- what they share ---
 
@@ -240,17 +238,3 @@ class ImageStagesModule(NormalisedLossModule):
         made = [read_image(folder / image.file) for image in images]
         references = self._about_data["reference_images"]()
         return self._similarity.scores(made, [image.prompt for image in images], references)["images"]
-
-    def _write_results(self, metrics: Mapping[str, float], **facts: Any) -> None:
-        folder = self.trainer.log_dir
-        if not self.trainer.is_global_zero or folder is None:
-            return
-        protocol = {
-            **results.about(self, "dreambooth"),
-            "sampling": self.generator.sampling(),
-            **{name: self.hparams[name] for name in ("dino", "clip")},
-            "data": self._about_data.get("protocol"),
-        }
-        facts |= {"protocol": protocol, "seconds": time.perf_counter() - self._started}
-        path = results.write(Path(folder), results.collect(self, metrics, **facts))
-        print(f"Results: {path}", flush=True)

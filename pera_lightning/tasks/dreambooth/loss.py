@@ -13,20 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pera_lightning.errors import ConfigurationError
-from pera_lightning.validation import check_choice, check_positive
-
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-def check_prediction_type(prediction_type: str) -> None:
-    """Raises `ConfigurationError` or `UnknownNameError` for a prediction type without a loss here."""
-    if prediction_type == "sample":
-        raise ConfigurationError(
-            "the scheduler's prediction_type is 'sample', for which there is no loss here; give a model that predicts "
-            f"{' or '.join(PREDICTION_TYPES)}"
-        )
-    check_choice(prediction_type, "prediction_type", PREDICTION_TYPES)
 
 
 def snr(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
@@ -42,8 +29,6 @@ def min_snr_weights(alphas_cumprod: Tensor, t: Tensor, gamma: float, prediction_
     paper, caps their weight. Both are the same weight min(SNR, γ) of x₀'s error. At ᾱₜ = 0 the first is 1, its limit,
     and the second 0.
     """
-    check_prediction_type(prediction_type)
-    check_positive(gamma, "snr_gamma")
     ratio = snr(alphas_cumprod, t)
     if prediction_type == "epsilon":
         return (gamma / ratio).clamp(max=1)  # min(SNR, γ) / SNR; in this order SNR = 0 gives 1, not 0 / 0
@@ -61,7 +46,6 @@ def target(prediction_type: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tens
 
     arXiv 2202.00512, appendix D.
     """
-    check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
         return noise
     alphas = _at(alphas_cumprod, t, x0.ndim)

@@ -45,7 +45,8 @@ class SDXLNetwork(nn.Module):
         if text_encoder is not None and text_encoder_2 is not None:
             self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
             # Of the first encoder only the states before this block are used, of the second the projection too.
-            setattr(last_block(text_encoder), UNUSED, True)
+            blocks = [m for m in text_encoder.modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
+            setattr(blocks[-1], UNUSED, True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,11 +105,6 @@ class SDXLNetwork(nn.Module):
                 recompute_activations(encoder)
 
 
-def last_block(encoder: CLIPTextModel) -> nn.Module:
-    """Finds the last transformer block of a text encoder."""
-    return [module for module in encoder.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")][-1]
-
-
 def load_unet(
     name: str, *, dtype: torch.dtype, revision: str | None = None, variant: str | None = None, weights: bool = True
 ) -> UNet2DConditionModel:
@@ -141,31 +137,22 @@ def load_text_encoders(
 
 def loaded(kind: Any, name: str, part: str, *, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
     """Loads a model with its weights, read straight into `dtype`."""
-    options = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
+    options: dict[str, Any] = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # which diffusers still gives
-            network, found = kind.from_pretrained(
-                name,
-                subfolder=part,
-                revision=revision or "main",
-                variant=variant,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except SafetensorError as error:
-        raise ConfigurationError(f"{part} of model {name}: a file of its weights is damaged; fetch it again") from error
-    except (OSError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+            options |= {"use_safetensors": True, "output_loading_info": True, "variant": variant}
+            network, found = kind.from_pretrained(name, subfolder=part, revision=revision or "main", **options)
+    except (SafetensorError, OSError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         raise failed(error, name, part, variant) from error
-    _check_complete(f"{part} of model {name}" if part else f"model {name}", found)
+    check_complete(f"{part} of model {name}" if part else f"model {name}", found)
     return network.eval()
 
 
-def _check_complete(what: str, found: Mapping[str, Any]) -> None:
+def check_complete(what: str, found: Mapping[str, Any]) -> None:
     """Refuses a base with tensors that no file gave: they would be random and stay so."""
     if missing := sorted(found["missing_keys"]):
         raise ConfigurationError(
             f"{what} has no weights for {len(missing)} of its tensors, which would be random: {listed(missing, 2)}; "
-            "fetch it again"
+            "fetch it again, or give another"
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pera_lightning.errors import ConfigurationError, shorten
+from pera_lightning.tasks.dreambooth.loss import PREDICTION_TYPES
 from pera_lightning.tasks.dreambooth.pipeline_files import read
+from pera_lightning.validation import check_choice
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -36,12 +39,12 @@ def load_scheduler(name: str, revision: str | None = None, prediction_type: str 
         ) from error
 
 
-def noise_alphas(name: str, revision: str | None = None) -> tuple[Tensor, str]:
+def noise_alphas(name: str, revision: str | None = None, prediction_type: str | None = None) -> tuple[Tensor, str]:
     """Reads the noise schedule that a pipeline's UNet is trained with.
 
     Returns:
-        ᾱ (T,) in float32, the share of the signal in the variance, and what is predicted, "epsilon" or another. With
-        ``rescale_betas_zero_snr`` the last ᾱ is zero (arXiv 2305.08891, algorithm 1).
+        ᾱ (T,) in float32, the share of the signal in the variance, and what is predicted: `prediction_type`, else what
+        the scheduler says. With ``rescale_betas_zero_snr`` the last ᾱ is zero (arXiv 2305.08891, algorithm 1).
     """
     from diffusers import DDPMScheduler
 
@@ -52,7 +55,10 @@ def noise_alphas(name: str, revision: str | None = None) -> tuple[Tensor, str]:
             f"model {name} was trained for {type(scheduler).__name__}, which has no schedule of β as DDPM's; give "
             "another base"
         )
+    predicts = prediction_type or config.get("prediction_type") or "epsilon"
+    check_choice(predicts, "prediction_type", PREDICTION_TYPES)
     # The same β as the sampler's, in the scheduler of the training (DDPM).
     options = {key: config[key] for key in _SCHEDULE if key in config}
-    ddpm = DDPMScheduler(rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)), **options)
-    return ddpm.alphas_cumprod.float(), config.get("prediction_type") or "epsilon"
+    with torch.device("cpu"):  # the network may be built on the meta device, where a schedule would have no values
+        ddpm = DDPMScheduler(rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)), **options)
+    return ddpm.alphas_cumprod.float(), predicts

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.pretrained import explained
 
@@ -32,24 +34,17 @@ def find(name: str, file: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         if (Path(name) / file).is_file():
             return Path(name) / file
-        raise ConfigurationError(f"folder {name} has no {file}; {_needed(file)}")
+        raise ConfigurationError(f"folder {name} has no {file}; give a complete one, as diffusers saves it")
     if Path(name).is_file():
         raise ConfigurationError(
-            f"model {name} is a file, and a folder is needed: StableDiffusionXLPipeline.from_single_file(FILE)"
-            ".save_pretrained(FOLDER) writes one"
+            f"model {name} is a file, and a folder is needed: diffusers' from_single_file(FILE).save_pretrained(FOLDER)"
         )
     try:
         return Path(str(cached_file(name, file, revision=revision or "main")))
     except (OSError, ValueError) as error:
         if "does not appear to have a file named" in str(error):
-            raise ConfigurationError(f"repository {name} has no {file}; {_needed(file)}") from error
+            raise ConfigurationError(f"repository {name} has no {file}; give a complete one") from error
         raise explained(error, name, "model") from error
-
-
-def _needed(file: str) -> str:
-    if file == INDEX:
-        return "give a whole pipeline of Stable Diffusion XL, as diffusers saves it"
-    return "it is not complete: fetch it again"
 
 
 def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
@@ -113,24 +108,15 @@ def failed(error: Exception, name: str, part: str, variant: str | None) -> Confi
     """Explains in one line why a network's weights could not be loaded."""
     what = f"{part} of model {name}" if part else f"model {name}"
     text = str(error)
-    if "deserializing" in text or "Unable to load weights" in text or "git-lfs" in text:
+    if isinstance(error, SafetensorError) or any(
+        words in text for words in ("deserializing", "Unable to load weights", "git-lfs")
+    ):
         return ConfigurationError(f"{what}: a file of its weights is damaged; fetch it again")
     if "no file named" in text or "not appear to have a file" in text:
-        if variant is None:
-            return ConfigurationError(f"{what}: it has no weights in safetensors' format{_variants(name, part)}")
-        have = _variants(name, part) or "; leave variant out, or see which the repository has"
-        return ConfigurationError(f"{what}: it has no weights of variant={variant!r}{have}")
+        of = "in safetensors' format" if variant is None else f"of variant={variant!r}"
+        there = sorted(file.name for file in (Path(name) / part).glob("*.safetensors*"))
+        return ConfigurationError(f"{what}: it has no weights {of}; it has {listed(there, 3) or 'none'}: see variant")
     return explained(error, name, "model")
-
-
-def _variants(name: str, part: str) -> str:
-    """Says which variants of weights a folder has, as the end of a sentence; "" if that is not known."""
-    files = sorted(file.name for file in (Path(name) / part).glob("*.safetensors*"))
-    found = {match[1] for file in files if (match := re.search(r"\.([^.]+)\.(?:safetensors|index)", file))}
-    found = {word for word in found if not re.search(r"-of-\d+$", word)}
-    plain = any(re.match(r"[^.]+\.safetensors", file) for file in files)
-    have = [*(["variant=null"] if plain else []), *(f"variant={word!r}" for word in sorted(found))]
-    return f"; there is {' and '.join(have)}" if have else ""
 
 
 def identity(name: str, file: str, parts: Iterable[str], revision: str | None = None) -> str:

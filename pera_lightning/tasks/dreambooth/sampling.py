@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 
 class _Denoiser(nn.Module):
-    """The network as the pipeline calls a UNet. It goes through the network's own forward, which gathers its shards.
-
-    Args:
-        network: hidden from `nn.Module`, so that the pipeline cannot move or change it.
-        device: where the pipeline computes.
-    """
+    """The network as the pipeline calls a UNet. It goes through the network's own forward, which gathers its shards."""
 
     def __init__(self, network: SDXLNetwork, device: torch.device) -> None:
         super().__init__()
+        # In a tuple, which hides it from `nn.Module`: the pipeline cannot move or change it.
         self._network, self.device, self.dtype = (network,), device, network.dtype
 
     @property
@@ -41,14 +37,8 @@ class _Denoiser(nn.Module):
     def forward(
         self, latents: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, added_cond_kwargs: dict, **_: Any
     ) -> tuple[Tensor]:
-        out = self._network[0](
-            latents,
-            t,
-            added_cond_kwargs["time_ids"],
-            prompt_embeds=encoder_hidden_states,
-            pooled_prompt_embeds=added_cond_kwargs["text_embeds"],
-        )
-        return (out,)
+        texts = {"prompt_embeds": encoder_hidden_states, "pooled_prompt_embeds": added_cond_kwargs["text_embeds"]}
+        return (self._network[0](latents, t, added_cond_kwargs["time_ids"], **texts),)
 
 
 @torch.no_grad()
@@ -87,13 +77,18 @@ def sample(
     Returns:
         (B, 3, height, width) in [0, 1], float32, on the device.
     """
+    from diffusers import StableDiffusionXLPipeline
+
     check_size(height, width)
     scheduler = sampler(encoders, steps, prediction_type)
     device = torch.device(device)
     network = unet if isinstance(unet, SDXLNetwork) else SDXLNetwork(unet)
     embed = embeddings or (lambda texts: encoders.prompts(texts, device))
     with _evaluating(network):
-        pipeline = _pipeline(_Denoiser(network, device), scheduler)
+        parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        denoiser = _Denoiser(network, device)
+        pipeline = StableDiffusionXLPipeline(**parts, unet=denoiser, scheduler=scheduler, add_watermarker=False)
+        pipeline.set_progress_bar_config(disable=True)
         how = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
         # Guidance leads away from the empty prompt: two predictions a step.
         if guidance_scale > 1:
@@ -106,9 +101,8 @@ def sample(
                 known[prompt] = embed([prompt])
             embeds, pooled = known[prompt]
             with _seeded(int(seed), device) as generator:
-                latents = pipeline(
-                    prompt_embeds=embeds, pooled_prompt_embeds=pooled, generator=generator, output_type="latent", **how
-                ).images  # (1, 4, h, w)
+                texts = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+                latents = pipeline(**texts, generator=generator, output_type="latent", **how).images  # (1, 4, h, w)
             images.append(encoders.decode(latents, device))
         return torch.cat(images)
 
@@ -120,15 +114,6 @@ def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) 
     if not 1 <= steps <= most:
         raise ConfigurationError(f"{steps} sampling steps, and there are 1 to {most}; 20 to 50 are usual")
     return scheduler
-
-
-def _pipeline(denoiser: _Denoiser, scheduler: Any) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipeline = StableDiffusionXLPipeline(**parts, unet=denoiser, scheduler=scheduler, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @contextlib.contextmanager

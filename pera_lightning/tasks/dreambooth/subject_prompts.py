@@ -47,9 +47,6 @@ def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
         subject: what the prompts are for, which decides between the lists of the data set's file: the name of a
             subject ("dog6") or words that end with a class ("sks dog"). Other files have one list for all.
 
-    Returns:
-        One or more templates; a line of one's own may do without `{}`.
-
     Raises:
         DataError: the file is missing, no text, has no prompts or a malformed one.
         ConfigurationError: the data set's file and no subject, or none of its table.
@@ -61,9 +58,7 @@ def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
     # Python code of the data set's repository, or plain text.
     if any(_CALL in line or line.casefold() == _TABLE for line in lines):
         return _of_data_set(path, lines, subject)
-    found = [
-        _checked(path, number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")
-    ]
+    found = [_checked(path, n, line) for n, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     if not found:
         raise DataError(f"{path} has no prompts; write one a line, with {SUBJECT} where the subject stands")
     return found
@@ -97,10 +92,7 @@ def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]
         elif _CALL in line:
             found = _PROMPT.fullmatch(line)
             if found is None or "{0} {1}" not in found["text"] or section not in prompts:
-                raise DataError(
-                    f"{path}, line {number}: {line!r} is no prompt of the data set under the head of a list; take "
-                    "its prompts_and_classes.txt as it is, or write one prompt a line with {}"
-                )
+                raise DataError(f"{path}, line {number}: {line!r} is not as in the data set; take its file as it is")
             # "{0} {1}" are the identifier and the class, which {} stands for together.
             prompts[section].append(_checked(path, number, found["text"].replace("{0} {1}", SUBJECT)))
     kind = "live" if _class_of(path, subject, classes) in LIVE_CLASSES else "object"
@@ -112,12 +104,7 @@ def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]
 def _class_of(path: Path, subject: str | None, classes: dict[str, str]) -> str:
     """Finds the class of a subject: that of the longest name that its words end with ("sks backpack dog" is no dog)."""
     known = {**{kind: kind for kind in classes.values()}, **classes}
-    if subject is None:
-        raise ConfigurationError(
-            f"{path} has one list of prompts for objects and one for live subjects; say what the subject is, one of "
-            f"{listed(dict.fromkeys(classes.values()))}"
-        )
-    words = _words(subject)
+    words = _words(subject or "")
     ends = [name for name in known if f" {words}".endswith(f" {name}")]
     if not ends:
         raise ConfigurationError(

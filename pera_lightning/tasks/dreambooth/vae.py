@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth.networks import loaded
-from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR, INDEX, check_sdxl, identity, read
+from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR, check_sdxl, identity, read
 
 
 class VAESource(NamedTuple):
@@ -38,32 +37,19 @@ class VAESource(NamedTuple):
 
 def load_vae(source: VAESource) -> Any:
     """Loads a frozen VAE."""
-    if not source.replaces:
-        return _loaded(source)
-    given = Path(source.name)
-    if (given / INDEX).is_file():
-        raise ConfigurationError(f"vae={given} is a whole pipeline: give {given / 'vae'}")
-    if given.is_file():
-        raise ConfigurationError(f"vae={given} is a file: give a folder with config.json and its weights")
-    try:
-        return _loaded(source)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"vae={source.name}: {error}") from error
-
-
-def _loaded(source: VAESource) -> Any:
     from diffusers import AutoencoderKL
 
     # From its configuration, before any weights are fetched.
-    config = read(source.name, source.config_file, source.revision)
-    kind = config.get("_class_name")
-    channels = config.get("latent_channels", CHANNELS)
+    try:
+        config = read(source.name, source.config_file, source.revision)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"vae of {source.name}: {error}") from error
     factor = 2 ** (len(config.get("block_out_channels", [])) - 1)  # every block but one halves height and width
-    if kind != "AutoencoderKL" or (channels, factor) != (CHANNELS, FACTOR):
-        what = f"is of class {kind}" if kind != "AutoencoderKL" else f"has {channels} channels for {factor} pixels"
+    found = config.get("_class_name"), config.get("latent_channels", CHANNELS), factor
+    if found != ("AutoencoderKL", CHANNELS, FACTOR):
         raise ConfigurationError(
-            f"the VAE of {source.name} {what}; an AutoencoderKL with {CHANNELS} channels for {FACTOR} pixels is "
-            "needed: give vae= another, or leave it out"
+            f"the VAE of {source.name} is a {found[0]} with {found[1]} channels for {factor} pixels; an AutoencoderKL "
+            f"with {CHANNELS} channels for {FACTOR} pixels is needed: give vae= another, or leave it out"
         )
     if not source.replaces:
         check_sdxl(source.name, source.revision)

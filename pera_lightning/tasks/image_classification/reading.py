@@ -29,12 +29,7 @@ class ImageDataset:
 
     @cached_property
     def kind(self) -> str:
-        """What the name means: "catalogue", "digits", "folder" or "hub".
-
-        Raises:
-            UnknownNameError: for a name that is none of them.
-            ConfigurationError: for options that would be ignored.
-        """
+        """What the name means: "catalogue", "digits", "folder" or "hub"; a name that is none of them is refused."""
         if canonical(self.name):
             kind = "catalogue"
         elif self.name.lower() == "digits":
@@ -66,12 +61,10 @@ class ImageDataset:
     def hub_splits(self) -> dict[str, HubSplit]:
         """Where the splits are that come from the hub; empty for what is local."""
         if self.kind == "catalogue":
-            entry = CATALOGUE[canonical(self.name) or ""]
-            found = {"train": entry.train, "validation": entry.validation, "test": entry.test}
-            return {split: place for split, place in found.items() if place is not None}
+            return dict(CATALOGUE[canonical(self.name) or ""].splits)
         if self.kind == "hub":
-            named = {split: self.hub[f"{split}_split"] for split in ("train", "validation", "test")}
-            named["train"] = named["train"] or "train"
+            given = {split: self.hub[f"{split}_split"] for split in ("train", "validation", "test")}
+            named = {**given, "train": given["train"] or "train"}  # "train" stays first
             return {split: HubSplit(self.name, name) for split, name in named.items() if name is not None}
         return {}
 
@@ -81,19 +74,17 @@ class ImageDataset:
             hub.load_table(place.repository, self.hub["config_name"], place.split)
 
     def read(self) -> dict[str, sources.ImageSource]:
-        """The splits that exist, their labels read and their pictures left where they are; "train" comes first."""
+        """The splits that exist, their labels read and their images left where they are; "train" comes first."""
         if self.kind == "digits":
             return {"train": sources.digits_source()}
         if self.kind == "folder":
             return sources.folder_sources(self.name)
+        columns = self.hub["image_column"] or "image", self.hub["label_column"] or "label"
         found: dict[str, sources.ImageSource] = {}
         for split, place in self.hub_splits().items():
-            found[split] = hub.hub_source(
-                place.repository,
-                place.split,
-                config_name=self.hub["config_name"],
-                image_column=self.hub["image_column"] or "image",
-                label_column=self.hub["label_column"] or "label",
-                training_names=found["train"].class_names if found else None,
-            )
+            table = hub.load_table(place.repository, self.hub["config_name"], place.split)
+            where = f"data set {place.repository}, split {place.split!r}"
+            # All splits take the numbering of the classes in training, which is read first.
+            training_names = found["train"].class_names if found else None
+            found[split] = hub.hub_source(table, where, *columns, training_names)
         return found

@@ -293,12 +293,12 @@ def test_unets_of_another_make_are_refused(tmp_path, changes, words):
 
 def test_folders_that_are_not_there_or_not_whole(folder, tmp_path):
     refused("there is no such folder", unet_of, tmp_path / "nowhere")
-    refused("has no model_index.json; give a whole pipeline", unet_of, f"{folder}/unet")
+    refused("has no model_index.json; give a complete one", unet_of, f"{folder}/unet")
     refused("cannot be reached", unet_of, "someone/of-the-hub")
     (tmp_path / "model.safetensors").write_bytes(b"0")
     refused("is a file, and a folder is needed: .*from_single_file", unet_of, tmp_path / "model.safetensors")
     whole = save_tiny(tmp_path / "part", parts=["unet", "text_encoder"])
-    refused("has no text_encoder_2/config.json; it is not complete", unet_of, whole)
+    refused("has no text_encoder_2/config.json; give a complete one", unet_of, whole)
     refused("has no tokenizer/tokenizer_config.json", load_tokenizers, str(whole))
     refused("has no scheduler/scheduler_config.json", noise_alphas, str(whole))
     (whole / "model_index.json").write_text('{"_class_name": ')
@@ -334,10 +334,12 @@ def test_variants(folder, tmp_path):
     network = unet_of(tmp_path, torch.bfloat16, variant="fp16")
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(network.conv_in.weight, unet_of(folder).conv_in.weight.half().bfloat16())
-    assert "there is variant='fp16'" in refused("unet of .* no weights in safetensors' format", unet_of, tmp_path)
-    assert "there is variant=null" in refused("no weights of variant='fp8'", unet_of, folder, variant="fp8")
+    assert ".fp16.safetensors" in refused("unet of .* no weights in safetensors' format", unet_of, tmp_path)
+    assert "diffusion_pytorch_model.safetensors" in refused(
+        "no weights of variant='fp8'", unet_of, folder, variant="fp8"
+    )
     options = {"dtype": torch.float32, "variant": "fp8"}
-    assert "there is variant=null" in refused("text_encoder of .*variant='fp8'", load_text_encoders, folder, **options)
+    assert "model.safetensors" in refused("text_encoder of .*variant='fp8'", load_text_encoders, folder, **options)
 
 
 def test_damaged_tokenizers_are_named(tmp_path):

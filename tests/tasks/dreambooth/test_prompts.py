@@ -8,9 +8,8 @@ import torch
 
 from pera_lightning.errors import DataError
 from pera_lightning.tasks.dreambooth import subject_prompts
-from pera_lightning.tasks.dreambooth.prompts import fill as filled
 from pera_lightning.tasks.dreambooth.prompts import generation_examples, subject_of
-from tests.tasks.dreambooth.data_helpers import PROMPT, data_module, fill
+from tests.tasks.dreambooth.data_helpers import data_module, fill
 
 CLASS = {"class_prompt": "a photo of dog"}
 
@@ -87,7 +86,7 @@ def test_lists_of_prompts(photos, tmp_path):
     assert prompts(prompts=str(tmp_path / "mine.txt")) == ["sks dog on a hill"]
     with pytest.raises(DataError, match=r"none\.txt is no file: give prompts as a list, or a file with one"):
         prompts(prompts=str(tmp_path / "none.txt"))
-    assert filled(["{}, {}"], subject_of(PROMPT)) == ["sks dog, sks dog"]
+    assert prompts(prompts=["{}, {}"]) == ["sks dog, sks dog"]
     assert len({row["name"] for row in generation_examples(["x"] * 120, [0, 1])}) == 240
 
 

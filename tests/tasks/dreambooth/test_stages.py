@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pera_lightning.adapters import PERA, AuroRA
-from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.errors import ConfigurationError, DataError, UnknownNameError
 from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
 from pera_lightning.tasks.dreambooth.image_folder import read_images
 from tests.tasks.dreambooth.fits import CLASS, TEXT, UNET, base_fixture, data, fit, make_trainer, module, photos_fixture
@@ -75,7 +75,7 @@ def test_a_fit_is_refused_before_anything_is_computed(base, photos, tmp_path, mo
     with pytest.raises(ConfigurationError, match="needs bitsandbytes"):
         fit(tmp_path, module(base, optimizer="adamw8bit"), data(photos, tmp_path / "cache"))
     sampled = save_tiny(tmp_path / "base", unet=SHALLOW, scheduler={"prediction_type": "sample"})
-    with pytest.raises(ConfigurationError, match="prediction_type is 'sample'"):
+    with pytest.raises(UnknownNameError, match="prediction_type='sample' does not exist; one of epsilon"):
         fit(tmp_path, module(sampled), data(photos, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
@@ -166,10 +166,10 @@ def test_nothing_is_warned_of_where_no_images_are_asked_for(base, photos, tmp_pa
 
 
 WRONG_VAE = {
-    "a whole pipeline": (lambda base: base, r"is a whole pipeline: give \S*/vae$"),
-    "a file": (lambda base: f"{base}/model_index.json", r"vae=\S*model_index.json is a file: give a folder with"),
-    "no folder": (lambda base: "nowhere/x", r"^vae=nowhere/x: "),
-    "another part": (lambda base: f"{base}/unet", r"^vae=\S*unet: .* is of class UNet2DConditionModel"),
+    "a pipeline": (lambda base: base, r"^vae of \S*: folder \S* has no config.json"),
+    "a file": (lambda base: f"{base}/model_index.json", r"^vae of \S*model_index.json: .* is a file, and a folder"),
+    "no folder": (lambda base: "nowhere/x", r"^vae of nowhere/x: "),
+    "another part": (lambda base: f"{base}/unet", r"^the VAE of \S*unet is a UNet2DConditionModel"),
 }
 
 

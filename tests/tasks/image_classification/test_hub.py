@@ -72,8 +72,8 @@ def test_a_test_split_without_labels_can_be_predicted_only(hub):
         ({"image_column": "img"}, "no column 'img': give image_column, one of image, label"),
         ({"image_column": "label"}, "column 'label' holds no images but int64"),
         ({"label_column": "image"}, "column 'image' holds no classes"),
-        ({"test_split": "strange"}, "has c that training lacks; every split needs the same classes"),
-        ({"test_split": "empty"}, "'empty' has no rows"),
+        ({"test_split": "strange"}, "and training differ in c; every split needs the same classes"),
+        ({"test_split": "empty"}, "'empty' has no examples"),
         ({"test_split": "rare"}, "no training image of b, but test has some"),
     ],
 )
@@ -86,13 +86,13 @@ def test_hub_data_that_does_not_serve(hub, arguments, message):
         image_module("org/name", **arguments)
 
 
-def test_a_row_without_a_picture_is_named(hub):
+def test_an_example_without_an_image_is_named(hub):
     hub.add("org/name", "train", [0, 1] * 10)
-    with pytest.raises(DataError, match=r"image of row \d+ cannot be read \(the row has no image\)"):
+    with pytest.raises(DataError, match=r"image \d+ cannot be read \(the example has no image\)"):
         next(iter(image_module("org/name").val_dataloader()))
 
 
-def test_pictures_as_plain_bytes_are_decoded(hub, tmp_path):
+def test_images_as_plain_bytes_are_decoded(hub, tmp_path):
     fill(tmp_path / "x", 1)
     row = {"bytes": (tmp_path / "x" / "00.png").read_bytes(), "path": None}
     features = datasets.Features(

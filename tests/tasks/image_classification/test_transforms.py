@@ -142,7 +142,7 @@ def test_unsuitable_models():
         ("center", {"interpolation": "bicubik"}, UnknownNameError, "closest: bicubic"),
         ("center", {"image_size": 0}, ConfigurationError, "image_size=0: a positive integer"),
         ("center", {"mean": [0.5]}, ConfigurationError, "three numbers"),
-        ("center", {"std": [0.5, 0.5, 0.0]}, ConfigurationError, "std must be above 0"),
+        ("center", {"std": [0.5, 0.5, 0.0]}, ConfigurationError, "std takes three numbers .* above 0"),
         ("center", {"crop_pct": 1.5}, ConfigurationError, "crop_pct"),
         ("none", {"crop_pct": 0.9}, ConfigurationError, "crops nothing"),
     ],
