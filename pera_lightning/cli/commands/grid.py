@@ -80,7 +80,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def read_options(args: Sequence[str]) -> Namespace:
-    """Reads the options of `grid`; `ConfigurationError` says in argparse's words what is wrong with them."""
+    """Reads the options of `grid`; argparse's complaints become a `ConfigurationError`."""
     parser = _Parser(prog="python cli.py grid", description=(run.__doc__ or "").splitlines()[0], allow_abbrev=False)
     many = {"nargs": "+", "action": "extend"}
     parser.add_argument("--runs", **many, required=True, metavar="RUN", help="folders of runs that predict was run for")
@@ -116,7 +116,7 @@ def column_labels(columns: Sequence[Column]) -> list[str]:
     for column in columns:
         adapter = column.generated.adapter
         methods.append("no adapter" if adapter is None else str(adapter.get("class_path", "?")).rpartition(".")[2])
-    # Folders of runs are often named alike (version_0): parents are added until the names differ.
+    # Folders of runs are often called the same (version_0): parents are added until the names differ.
     parts = [column.folder.resolve().parent.parts for column in columns]
     depth = next(k for k in range(1, 1 + max(map(len, parts))) if len({one[-k:] for one in parts}) == len(parts))
     return [
@@ -145,9 +145,8 @@ def chosen(pairs: Sequence[Pair], prompts: Sequence[str] | None, seeds: Sequence
         there = list(dict.fromkeys(str(pair[k]) for pair in pairs))
         for word in words or ():
             if word not in there:
-                raise ConfigurationError(
-                    f"{option} {word}: not in all runs; they have {listed(there)}{closest(word, there)}"
-                )
+                have = f"{listed(there)}{closest(word, there)}"
+                raise ConfigurationError(f"{option} {word}: not in all runs; they have {have}")
         wanted.append(list(words or there))
     left = [pair for pair in pairs if pair[0] in wanted[0] and str(pair[1]) in wanted[1]]
     if not left:

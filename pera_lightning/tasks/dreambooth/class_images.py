@@ -56,26 +56,23 @@ class ClassImages:
         self.own = record is None and bool(there)  # images that nobody said were generated
         self.generated = not self.own and count > 0
         if record is not None:
-            self._check({_PROMPT: prompt}, record)
+            self._check({_PROMPT: prompt}, record)  # before anything takes long
             there = [name for name in there if _is_number(name)]  # a grid laid beside them is not one
         if (not self.generated and len(there) < count) or not (there or count):
-            raise DataError(
-                f"class_folder {folder} has {len(there)} images of your own, and num_class_images={count} are wanted: "
-                "add some, change that number, or give an empty folder to have all of them made"
-            )
-        # The user's own, the first of them if fewer are wanted; else the names that generated ones have or will have.
-        generated = list(map(class_image_name, range(count)))
-        self._files = there if not count else there[:count] if self.own else generated
+            has = f"has {len(there)} images of your own, and num_class_images={count}"
+            raise DataError(f"class_folder {folder} {has}: add some, or give an empty folder to have all of them made")
+        # The names that generated ones have, or will have.
+        self._generated = list(map(class_image_name, range(count))) if count else there
 
     def photographs(self) -> list[Photograph]:
         """Lists the images to train with, in their order, with those still `missing`."""
-        if self.own:
-            return read_photographs(str(self.folder), self.prompt, "class_folder")[: len(self._files)]
-        return [Photograph(self.folder / name, self.prompt) for name in self._files]
+        if self.own:  # with their captions; the first of them if fewer are wanted
+            return read_photographs(str(self.folder), self.prompt, "class_folder")[: self.count or None]
+        return [Photograph(self.folder / name, self.prompt) for name in self._generated]
 
     def missing(self) -> list[int]:
         """Gives the numbers of the images that are still to be generated."""
-        wanted = range(self.count if self.generated else 0)
+        wanted = range(self.count if self.generated else 0)  # the user's own are never added to
         return [number for number in wanted if not (self.folder / class_image_name(number)).is_file()]
 
     def claim(self, made_by: Mapping[str, Any]) -> None:
@@ -92,9 +89,8 @@ class ClassImages:
                 atomic_write(self.folder / RECORD, (json.dumps(claimed, indent=1) + "\n").encode())
         else:
             # Sampling settings matter only while some are missing: all are to be alike.
-            self._check(
-                claimed if self.missing() else {name: claimed[name] for name in _WHAT if name in claimed}, record
-            )
+            names = claimed if self.missing() else _WHAT
+            self._check({name: claimed[name] for name in names if name in claimed}, record)
 
     def add(self, number: int, image: Image.Image) -> None:
         """Writes a class image as PNG atomically, so that a fit that is killed goes on from there."""
@@ -105,35 +101,30 @@ class ClassImages:
     def require_all(self) -> None:
         """Raises `DataError` while images are missing."""
         if missing := self.missing():
-            raise DataError(
-                f"{len(missing)} of {self.count} class images are missing in {self.folder}, from "
-                f"{class_image_name(missing[0])} on: the fit generates them at its start, where all processes must see "
-                "them"
-            )
+            lacks = f"{len(missing)} of {self.count} class images are missing in {self.folder}"
+            raise DataError(f"{lacks}: the fit generates them at its start, in a folder that all processes must see")
 
     def _record(self) -> dict[str, Any] | None:
         path = self.folder / RECORD
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             return {_PROMPT: record[_PROMPT], **record}
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):  # not made by us, or not made yet
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} cannot be read ({error}); give another class_folder, or delete it") from error
 
     def _check(self, wanted: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Refuses images that were generated otherwise."""
-        wrong = [name for name in wanted if record.get(name) != wanted[name]]
+        wrong = [name for name in wanted if record.get(name) != wanted[name]]  # what the record lacks too
         if wrong:
             were = listed([f"{name} {record.get(name)!r}, not {wanted[name]!r}" for name in wrong], 3)
-            raise DataError(
-                f"class_folder {self.folder} holds images made with {were}; give another class_folder, or delete it"
-            )
+            raise DataError(f"class_folder {self.folder} holds images made with {were}; give another, or delete it")
 
 
 def _is_number(name: str) -> bool:
-    stem = name.removesuffix(".png")
-    return stem.isdecimal() and name == class_image_name(int(stem))
+    stem = name.removesuffix(".png")  # "00012.png"
+    return stem.isdecimal() and name == class_image_name(int(stem))  # with as many zeros
 
 
 def generate_missing(
@@ -148,16 +139,13 @@ def generate_missing(
         # Only the first process: others may look when the first has generated some already.
         missing = classes.missing() if rank == 0 else []
         if missing and is_trained:
-            raise DataError(
-                f"{len(missing)} of {classes.count} class images are missing in {classes.folder}, and a trained "
-                "network cannot generate them: start the fit without --ckpt_path, or give another class_folder with "
-                "images of your own"
-            )
+            lacks = f"{len(missing)} of {classes.count} class images are missing in {classes.folder}"
+            raise DataError(f"{lacks}, and a trained network makes none: fit without --ckpt_path, or give your own")
         if rank == 0 and classes.generated:
             classes.claim(generator.made_by())
         return missing
 
-    missing = all_gather_object(together(look))[0]
+    missing = all_gather_object(together(look))[0]  # the first process's list, the same for all
     if missing and rank == 0:
         print(f"Class images: {len(missing)} of {classes.count} are generated by the base", flush=True)
     if missing:
@@ -166,9 +154,9 @@ def generate_missing(
     def generate() -> None:
         # Each process a share of them; under FSDP2 all together each one, which the first writes.
         for number in missing if generator.is_sharded else missing[rank::world]:
-            image = generator.generate([classes.prompt], [number])[0]
+            image = generator.generate([classes.prompt], [number])[0]  # its number is its seed
             if rank == 0 or not generator.is_sharded:
                 classes.add(number, image)
 
-    together(generate)
-    together(classes.require_all)
+    together(generate)  # one that fails stops all
+    together(classes.require_all)  # files of other machines may not be seen here

@@ -129,9 +129,8 @@ class DreamBoothDataModule(TaskDataModule):
         for name, text in {**{name: getattr(self, name) for name in names}, "identifier": identifier}.items():
             if text is not None and not text.strip():
                 raise ConfigurationError(f"{name} is empty; give one, such as 'a photo of sks dog' for a prompt")
-        if not (self.class_folder and self.class_prompt) and (
-            self.class_folder or self.class_prompt or self.num_class_images
-        ):
+        given = [bool(self.class_folder), bool(self.class_prompt), self.num_class_images > 0]
+        if any(given) and not all(given[:2]):
             raise ConfigurationError(
                 f"class images need class_folder and class_prompt; given class_folder={self.class_folder}, "
                 f"class_prompt={self.class_prompt}, num_class_images={self.num_class_images}"
@@ -140,10 +139,8 @@ class DreamBoothDataModule(TaskDataModule):
             # An image in both would be taught as the subject and as its class.
             one, other = (Path(f).expanduser().resolve() for f in (self.instance_folder, self.class_folder))
             if one.is_relative_to(other) or other.is_relative_to(one):
-                raise ConfigurationError(
-                    f"class_folder {self.class_folder} and instance_folder {self.instance_folder} lie in one another; "
-                    "give folders that share no image"
-                )
+                folders = f"class_folder {self.class_folder} and instance_folder {self.instance_folder}"
+                raise ConfigurationError(f"{folders} lie in one another; give folders that share no image")
         texts.check_seeds(self.validation_seeds, "validation_seeds")
         texts.check_seeds(self.seeds, "seeds")
         if self.validation_prompts:
@@ -186,7 +183,10 @@ class DreamBoothDataModule(TaskDataModule):
         if stage in ("fit", "validate", None) and "validation" not in self._to_generate:
             self._fill_prompts("validation", self.validation_prompts, self.validation_seeds)
         if stage in ("test", "predict", None) and "test" not in self._to_generate:
-            self._fill_prompts("test", self._listed_prompts(), self.seeds)
+            listed = subject_prompts.PROMPTS if self.prompts is None else self.prompts
+            if isinstance(listed, str):
+                listed = subject_prompts.read_prompts(listed, str(self.subject))
+            self._fill_prompts("test", listed, self.seeds)
 
     def train_dataloader(self) -> DataLoader:
         """Generates the class images that are missing, encodes what is cached, and shuffles the examples.
@@ -208,9 +208,7 @@ class DreamBoothDataModule(TaskDataModule):
         """The images to generate at test, one a batch."""
         return self._generation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The same images as at test."""
-        return self._generation_loader("test")
+    predict_dataloader = test_dataloader
 
     # --- setup ---
 
@@ -225,27 +223,18 @@ class DreamBoothDataModule(TaskDataModule):
     def _read_training(self) -> None:
         files.warn_of_unusual(self._photographs, self.instance_folder, self.size)
         self._warn_of_bare([one.caption for one in self._photographs], f"captions of {self.instance_folder}")
-        if self.class_folder is not None and self.class_prompt is not None:
-            self._read_class_images(self.class_folder, self.class_prompt)
         self._is_read = True
-
-    def _read_class_images(self, folder: str, prompt: str) -> None:
-        if texts.names(prompt, self.subject.identifier):
+        if self.class_folder is None or self.class_prompt is None:
+            return
+        if texts.names(self.class_prompt, self.subject.identifier):
             rank_zero_warn(
-                f"class_prompt {prompt!r} has the identifier {self.subject.identifier!r} too, so class "
+                f"class_prompt {self.class_prompt!r} has the identifier {self.subject.identifier!r} too, so class "
                 "images would unlearn the subject; leave it out there, or give identifier="
             )
-        self._classes = ClassImages(folder, prompt, self.num_class_images)
+        self._classes = ClassImages(self.class_folder, self.class_prompt, self.num_class_images)
         self._class_images = self._classes.photographs()
         if self._classes.own:  # those of the base have the size that is asked for
-            files.warn_of_unusual(self._class_images, folder, self.size)
-
-    def _listed_prompts(self) -> list[str]:
-        if self.prompts is None:
-            return list(subject_prompts.PROMPTS)
-        if isinstance(self.prompts, str):
-            return subject_prompts.read_prompts(self.prompts, str(self.subject))
-        return self.prompts
+            files.warn_of_unusual(self._class_images, self.class_folder, self.size)
 
     def _fill_prompts(self, stage: str, templates: Sequence[str], seeds: Sequence[int]) -> None:
         prompts = [template.replace("{}", str(self.subject)) for template in templates]
@@ -305,12 +294,7 @@ class DreamBoothDataModule(TaskDataModule):
 
     # --- what others ask for ---
 
-    @property
-    def uses_prior(self) -> bool:
-        """Whether class images are trained on."""
-        return self.class_folder is not None
-
-    measuring_note = "measured on training images: there are no others"
+    measuring_note = "measured on training images, the only ones"
 
     def calibration_batches(self, count: int) -> list[Any]:
         """Draws photographs without class images, from the middle."""
@@ -325,7 +309,7 @@ class DreamBoothDataModule(TaskDataModule):
         self._require_photographs()
         once: dict[str, Photograph] = {}
         for one in self._photographs:
-            once.setdefault(self._digests[one.id], one)
+            once.setdefault(self._digests[one.id], one)  # of equal ones the first
         return [preprocessing.crop_to(preprocessing.open_image(one.path), self.size)[0] for one in once.values()]
 
     def description(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def encode_photographs(
     Every process must call it, and has all of it afterwards. Equal images, and equal captions, share their tensors.
 
     Args:
-        photographs: the images; all files are there.
+        photographs: the images.
         encoders: the VAE and the frozen text encoders.
         device: where they compute.
         size: height and width in pixels.
@@ -95,6 +95,7 @@ def encode_photographs(
             image, time_ids = crop_to(open_image(images[key].path), size)
             made = latents(encoders, to_pixels(image)[None], [images[key].id], device)
             made["time_ids"] = time_ids[None]
+        # A batch of one: its axis goes.
         return {name: value[0].detach().to("cpu", torch.float32).contiguous() for name, value in made.items()}
 
     keys = [*dict.fromkeys(image_keys.values()), *captions]

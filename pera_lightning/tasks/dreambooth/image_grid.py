@@ -1,6 +1,6 @@
-"""Labelled image grids: torchvision's `make_grid` sets the images side by side, matplotlib writes the labels.
+"""Labelled image grids: matplotlib writes the labels, Pillow sets the images beside them.
 
-Both are imported when a grid is drawn, so that `grid` refuses wrong input without loading torch.
+matplotlib is imported when a grid is drawn, so that `grid` refuses wrong input at once.
 """
 
 from __future__ import annotations
@@ -35,49 +35,33 @@ def labelled_grid(
 
     Args:
         images: rows of equal length; None leaves a cell empty.
-        row_labels: the labels at the left, one a row; all may be empty.
-        column_labels: the labels above, one a column; all may be empty.
-        title: the line at the top; may be empty.
-
-    Raises:
-        ConfigurationError: no image, or too many.
+        row_labels: the labels at the left, one a row; all may be empty, as may those above and the title.
+        column_labels: the labels above, one a column.
+        title: the line at the top.
     """
     import matplotlib
     import numpy as np
-    import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
 
     rows, columns = len(images), len(images[0]) if images else 0
     check_shape(rows, columns)
-    # Cells, in inches: as wide as the page allows, in the proportions of the largest image.
+    # 1. Cells, in inches: as wide as the page allows, in the proportions of the largest image.
     left = _LABELS if any(row_labels) else 0.1
     there = [image for row in images for image in row if image is not None]
     sides = [max((getattr(image, side) for image in there), default=1) for side in ("width", "height")]
     longer = min(_MOST_CELL, max(_LEAST_CELL, (_PAGE - left) / columns * max(1.0, sides[1] / sides[0])))
     cell = [max(0.3, longer * side / max(sides)) for side in sides]
-    # Labels, wrapped to their cells.
+    # 2. Labels, wrapped to their cells; the row of those above is as high as the longest.
     above = [_wrapped(label, cell[0], 4) for label in column_labels]
     beside = [_wrapped(label, left, max(2, int(cell[1] / _LINE))) for label in row_labels]
     head = _wrapped(title, columns * cell[0], 2)
     top = 0.1 + _LINE * max(label.count("\n") + bool(label) for label in above) + 2 * _LINE * bool(head)
     width, height = left + columns * cell[0] + 0.1, top + rows * cell[1] + 0.1
-    # Dots per inch: no more than the images have, and within the limits of the whole.
+    # 3. Dots per inch: no more than the images have, and within the limits of the entire grid.
     most = min(_MOST_DPI, (_MOST_PIXELS / (width * height)) ** 0.5, _MOST_SIDE / max(width, height))
     dpi = max(_LEAST_DPI, min(most, max(150, max(sides) / longer)))
-    # The images as one: each padded to its cell, less the gap around it.
-    gap = max(2, round(0.03 * dpi))
-    pixels = max(1, round(cell[0] * dpi) - gap), max(1, round(cell[1] * dpi) - gap)
-    blank = Image.new("RGB", (1, 1), _EMPTY).resize(pixels)
-    tiles = [
-        blank if image is None else ImageOps.pad(image.convert("RGB"), pixels, Image.Resampling.LANCZOS, color="white")
-        for row in images
-        for image in row
-    ]
-    stacked = torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in tiles])  # (B, 3, h, w)
-    whole = Image.fromarray(make_grid(stacked, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy())
-
+    # 4. The page with its labels, drawn by matplotlib on axes that the images cover.
     figure = Figure(figsize=(width, height), dpi=dpi)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((left / width, 0.1 / height, columns * cell[0] / width, rows * cell[1] / height))
@@ -92,17 +76,22 @@ def labelled_grid(
         figure.text(left / width + columns * cell[0] / width / 2, 1 - 0.05 / height, head, ha="center", va="top")
         canvas.draw()
     page = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    page.paste(whole, (round(left * dpi), round(top * dpi)))  # pixel by pixel, which matplotlib would resample
+    # 5. The images, each padded to its cell less the gap around it: pixel by pixel, which matplotlib would resample.
+    gap = max(2, round(0.03 * dpi))
+    pixels = max(1, round(cell[0] * dpi) - gap), max(1, round(cell[1] * dpi) - gap)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            tile = Image.new("RGB", pixels, _EMPTY) if image is None else image.convert("RGB")
+            place = round((left + j * cell[0]) * dpi + gap / 2), round((top + i * cell[1]) * dpi + gap / 2)
+            page.paste(ImageOps.pad(tile, pixels, Image.Resampling.LANCZOS, color="white"), place)
     return page
 
 
 def check_shape(rows: int, columns: int) -> None:
     """Raises `ConfigurationError` for a grid of no images, or of more than can be seen."""
     if not (0 < rows <= MOST_ROWS and 0 < columns <= MOST_COLUMNS and rows * columns <= MOST_IMAGES):
-        raise ConfigurationError(
-            f"a grid of {rows} x {columns} images cannot be drawn: 1 to {MOST_ROWS} rows and {MOST_COLUMNS} columns, "
-            f"and at most {MOST_IMAGES} images; choose among them"
-        )
+        most = f"{MOST_ROWS} rows, {MOST_COLUMNS} columns and {MOST_IMAGES} images at most"
+        raise ConfigurationError(f"a grid of {rows} x {columns} images cannot be drawn: {most}; choose among them")
 
 
 def useful_side(count: int) -> int:

@@ -108,9 +108,7 @@ class ImageStagesModule(NormalisedLossModule):
         metrics = {name: self.hparams[name] for name in ("dino", "clip")}
         if any(metrics.values()) and not self.trainer.fast_dev_run:
             if "reference_images" not in self._about_data:
-                raise ConfigurationError(
-                    "the data module has no reference_images to compare with: set dino and clip null"
-                )
+                raise ConfigurationError("the data module has no reference_images to compare with: set dino, clip null")
             if self._similarity is None:  # before the images, which take long
                 from pera_lightning.tasks.dreambooth.similarity import Similarity
 
@@ -159,7 +157,7 @@ class ImageStagesModule(NormalisedLossModule):
         for stage, variant in variants.items():
             # Each process measures its own images; means are over those of all.
             own = self._images[variant]
-            scores = self._scores([image for _, image in own.made], own.folder)
+            scores = self._scores(own)
             measured = [(name, image, score) for (name, image), score in zip(own.made, scores, strict=True)]
             everywhere = merge_shards(all_gather_object(measured))
             each[stage] = {image.file: score for _, image, score in everywhere}
@@ -231,10 +229,10 @@ class ImageStagesModule(NormalisedLossModule):
         images.finish(self._listed(made), title)
         return made
 
-    def _scores(self, images: Sequence[GeneratedImage], folder: Path) -> list[dict[str, float]]:
-        """Measures how like the subject's photographs, and its prompt, each image is."""
-        if not images or self._similarity is None:
-            return [{} for _ in images]
-        made = [read_image(folder / image.file) for image in images]
+    def _scores(self, own: StageImages) -> list[dict[str, float]]:
+        """Measures how like the subject's photographs, and its prompt, each image of this process is."""
+        if not own.made or self._similarity is None:
+            return [{} for _ in own.made]
+        images = [read_image(own.folder / image.file) for _, image in own.made]
         references = self._about_data["reference_images"]()
-        return self._similarity.scores(made, [image.prompt for image in images], references)["images"]
+        return self._similarity.scores(images, [image.prompt for _, image in own.made], references)["images"]

@@ -33,7 +33,7 @@ def cache_key(kind: str, content: Mapping[str, Any], settings: Mapping[str, Any]
     Args:
         kind: "image" or "prompt"; the name begins with it.
         content: what is encoded, as primitives.
-        settings: what the encoders are, as `Encoders.settings` says it.
+        settings: what encodes it, see `Encoders.settings`.
     """
     # Sorted, so that the order of the settings does not matter; with a format number, so that a later one can differ.
     facts = [_FORMAT, kind, dict(content), dict(settings)]

@@ -18,7 +18,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 def snr(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """Computes signal-to-noise ratios ᾱₜ / (1 - ᾱₜ), (B,); 0 where ᾱₜ is."""
-    alphas = _at(alphas_cumprod, t)
+    alphas = _at(alphas_cumprod, t)  # (B,)
     return alphas / (1 - alphas)
 
 
@@ -29,7 +29,7 @@ def min_snr_weights(alphas_cumprod: Tensor, t: Tensor, gamma: float, prediction_
     paper, caps their weight. Both are the same weight min(SNR, γ) of x₀'s error. At ᾱₜ = 0 the first is 1, its limit,
     and the second 0.
     """
-    ratio = snr(alphas_cumprod, t)
+    ratio = snr(alphas_cumprod, t)  # (B,)
     if prediction_type == "epsilon":
         return (gamma / ratio).clamp(max=1)  # min(SNR, γ) / SNR; in this order SNR = 0 gives 1, not 0 / 0
     return ratio.clamp(max=gamma) * (1 - _at(alphas_cumprod, t))  # 1 / (SNR + 1) is 1 - ᾱ
@@ -85,7 +85,7 @@ def spread_timesteps(count: int, levels: int, total: int, generator: torch.Gener
         total: T.
         generator: a generator on the CPU.
     """
-    place = torch.arange(levels).repeat(count) + torch.rand(count * levels, generator=generator)
+    place = torch.arange(levels).repeat(count) + torch.rand(count * levels, generator=generator)  # in [0, levels)
     return (place / levels * total).long().clamp(max=total - 1)
 
 
@@ -114,8 +114,8 @@ def dreambooth_loss(
     """
     losses = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
     if weights is not None:
-        losses = losses * weights.to(losses)
-    instances, priors = (~is_prior).sum(), is_prior.sum()
+        losses = losses * weights.to(losses)  # a weight an example
+    instances, priors = (~is_prior).sum(), is_prior.sum()  # tensors, for no value is known to fake ones
     count = torch.where(instances > 0, instances, priors)
     # λ times a mean over priors, and times what the sum will be divided by; infinite and unused without priors.
     of_prior = prior_weight * count / priors

@@ -103,15 +103,11 @@ class DreamBoothModule(ImageStagesModule):
         **shared: Any,
     ) -> None:
         super().__init__(lr=lr, lr_schedule=lr_schedule, base_dtype=base_dtype, **shared)
-        for name, value in (("snr_gamma", snr_gamma), ("text_encoder_lr", text_encoder_lr)):
-            if value is not None:
-                check_positive(value, name)
-        for name, value in (
-            ("noise_offset", noise_offset),
-            ("prior_weight", prior_weight),
-            ("guidance_scale", guidance_scale),
-        ):
-            check_in_range(value, name, ge=0)
+        for name in ("snr_gamma", "text_encoder_lr"):
+            if self.hparams[name] is not None:
+                check_positive(self.hparams[name], name)
+        for name in ("noise_offset", "prior_weight", "guidance_scale"):
+            check_in_range(self.hparams[name], name, ge=0)
         if text_encoder_lr is not None and not adapt_text_encoders:
             raise ConfigurationError(f"text_encoder_lr={text_encoder_lr} needs adapt_text_encoders=true")
         if prediction_type is not None:
@@ -139,10 +135,8 @@ class DreamBoothModule(ImageStagesModule):
         if self.hparams["adapt_text_encoders"] and self.adapter_injection is not None:
             plain = [n for n in _TEXT_ENCODERS if not any(p.requires_grad for p in getattr(network, n).parameters())]
             if plain:
-                raise ConfigurationError(
-                    f"adapt_text_encoders=true, but no target names a layer of {listed(plain)}: add q_proj, k_proj, "
-                    "v_proj and out_proj to adapter.targets, or leave it out"
-                )
+                found = f"adapt_text_encoders=true, but no target names a layer of {listed(plain)}"
+                raise ConfigurationError(f"{found}: add q_proj, k_proj, v_proj and out_proj to adapter.targets")
         if self.hparams["activation_checkpointing"]:
             network.recompute_activations()
         if self.hparams["compile"]:
@@ -165,9 +159,7 @@ class DreamBoothModule(ImageStagesModule):
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ConfigurationError(
-                "optimizer=adamw8bit needs bitsandbytes (pip install bitsandbytes); or take adamw"
-            ) from error
+            raise ConfigurationError("optimizer=adamw8bit needs bitsandbytes: pip install it, or take adamw") from error
         return AdamW8bit(groups)
 
     # --- training ---
@@ -304,12 +296,13 @@ class DreamBoothModule(ImageStagesModule):
         if not isinstance(data, DreamBoothDataModule):
             return super().example_batch(data)
         height, width = data.size
-        count = data.batch_size * (2 if data.uses_prior else 1)
+        uses_prior = data.class_folder is not None
+        count = data.batch_size * (2 if uses_prior else 1)
         latents = (4, height // 8, width // 8)
         shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **self.text_shapes()}
         batch = {name: torch.empty(count, *shape, device="meta") for name, shape in shapes.items()}
         batch |= {name: value.long() for name, value in batch.items() if name.startswith("input_ids")}
         batch["is_prior"] = torch.arange(count) >= data.batch_size  # its values decide what is computed
-        kinds = f", {data.batch_size} of them of the class" if data.uses_prior else ""
+        kinds = f", {data.batch_size} of them of the class" if uses_prior else ""
         besides = "" if data.cache else "; the VAE, which stays where latents are not cached, comes on top"
         return batch, f"{count} images of {height}x{width} pixels{kinds}{besides}"

@@ -26,13 +26,7 @@ if TYPE_CHECKING:
 
 
 class SDXLNetwork(nn.Module):
-    """The UNet and, if they are adapted, both text encoders.
-
-    Args:
-        unet: the network that predicts the noise, or what else the schedule asks for.
-        text_encoder: the first encoder, with the narrower states.
-        text_encoder_2: the second encoder, with the projection.
-    """
+    """The UNet and, if they are adapted, both text encoders."""
 
     def __init__(
         self,
@@ -86,7 +80,7 @@ class SDXLNetwork(nn.Module):
             encoders = (self.text_encoder, self.text_encoder_2)
             prompt_embeds, pooled_prompt_embeds = prompt_embeddings(encoders, (input_ids, input_ids_2))
         if noisy is None:
-            return prompt_embeds, pooled_prompt_embeds
+            return prompt_embeds, pooled_prompt_embeds  # for images: embedded once, not in each step
         # The UNet computes in the dtype of what it is given. Sizes stay in float32, where they are exact.
         dtype = self.dtype
         conditions = {"text_embeds": pooled_prompt_embeds.to(dtype), "time_ids": time_ids}  # type: ignore[union-attr]
@@ -99,7 +93,7 @@ class SDXLNetwork(nn.Module):
 
     def recompute_activations(self) -> None:
         """Computes the activations of each block again in the backward instead of keeping them."""
-        self.unet.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing()  # non-reentrant, as diffusers has it
         for encoder in (getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")):
             if encoder is not None:
                 recompute_activations(encoder)
@@ -131,7 +125,7 @@ def load_text_encoders(
             made.append(loaded(kind, name, part, dtype=dtype, revision=revision, variant=variant))
         else:
             config = CLIPTextConfig.from_dict(read(name, f"{part}/config.json", revision))
-            made.append(kind(config).to(dtype).eval())
+            made.append(kind(config).to(dtype).eval())  # random weights
     return made[0], made[1]
 
 
@@ -146,13 +140,11 @@ def loaded(kind: Any, name: str, part: str, *, dtype: torch.dtype, revision: str
     except (SafetensorError, OSError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         raise failed(error, name, part, variant) from error
     check_complete(f"{part} of model {name}" if part else f"model {name}", found)
-    return network.eval()
+    return network.eval()  # as from_pretrained, whatever the library
 
 
 def check_complete(what: str, found: Mapping[str, Any]) -> None:
     """Refuses a base with tensors that no file gave: they would be random and stay so."""
     if missing := sorted(found["missing_keys"]):
-        raise ConfigurationError(
-            f"{what} has no weights for {len(missing)} of its tensors, which would be random: {listed(missing, 2)}; "
-            "fetch it again, or give another"
-        )
+        lost = f"has no weights for {len(missing)} of its tensors, which would be random"
+        raise ConfigurationError(f"{what} {lost}: {listed(missing, 2)}; fetch it again, or give another")

@@ -33,10 +33,8 @@ def load_scheduler(name: str, revision: str | None = None, prediction_type: str 
             raise ValueError("there is no such class")
         return maker.from_config(config)
     except (ValueError, NotImplementedError, ImportError, TypeError) as error:
-        raise ConfigurationError(
-            f"scheduler {kind} of model {name} cannot be made by diffusers {diffusers.__version__}: "
-            f"{shorten(str(error))[:200]}"
-        ) from error
+        why = f"cannot be made by diffusers {diffusers.__version__}: {shorten(str(error))[:200]}"
+        raise ConfigurationError(f"scheduler {kind} of model {name} {why}") from error
 
 
 def noise_alphas(name: str, revision: str | None = None, prediction_type: str | None = None) -> tuple[Tensor, str]:
@@ -51,10 +49,8 @@ def noise_alphas(name: str, revision: str | None = None, prediction_type: str | 
     scheduler = load_scheduler(name, revision)
     config = scheduler.config
     if "beta_schedule" not in config:
-        raise ConfigurationError(
-            f"model {name} was trained for {type(scheduler).__name__}, which has no schedule of β as DDPM's; give "
-            "another base"
-        )
+        kind = type(scheduler).__name__
+        raise ConfigurationError(f"model {name} is for {kind}, which has no schedule of β as DDPM's; give another")
     predicts = prediction_type or config.get("prediction_type") or "epsilon"
     check_choice(predicts, "prediction_type", PREDICTION_TYPES)
     # The same β as the sampler's, in the scheduler of the training (DDPM).

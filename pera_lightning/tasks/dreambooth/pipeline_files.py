@@ -36,9 +36,8 @@ def find(name: str, file: str, revision: str | None = None) -> Path:
             return Path(name) / file
         raise ConfigurationError(f"folder {name} has no {file}; give a complete one, as diffusers saves it")
     if Path(name).is_file():
-        raise ConfigurationError(
-            f"model {name} is a file, and a folder is needed: diffusers' from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+        how = "from_single_file(FILE).save_pretrained(FOLDER)"
+        raise ConfigurationError(f"model {name} is a file, and a folder is needed: diffusers' {how}")
     try:
         return Path(str(cached_file(name, file, revision=revision or "main")))
     except (OSError, ValueError) as error:
@@ -51,12 +50,9 @@ def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """Reads a JSON file of a folder or repository; see `find`."""
     path = find(name, file, revision)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(f"{path} is damaged: {error}; fetch it again") from error
-    if not isinstance(found, dict):
-        raise ConfigurationError(f"{path} is no JSON object; fetch it again")
-    return found
 
 
 def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -70,14 +66,12 @@ def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
         raise ConfigurationError(f"model {name} is a {kind}, and Stable Diffusion XL ({PIPELINES[0]}) is needed")
     lacking = [part for part in ("text_encoder", "text_encoder_2") if not any(index.get(part) or [])]
     if lacking:
-        raise ConfigurationError(
-            f"model {name} has no {' and no '.join(lacking)}, as a refiner of Stable Diffusion XL: give the base model"
-        )
+        raise ConfigurationError(f"model {name} has no {listed(lacking)}, as a refiner of SDXL: give the base model")
     # The UNet's inputs are as wide as the text encoders and the six sizes make them; inpainting has more channels.
     unet = read(name, "unet/config.json", revision)
     one, two = (read(name, f"{part}/config.json", revision) for part in ("text_encoder", "text_encoder_2"))
-    width = one.get("hidden_size", 0) + two.get("hidden_size", 0)
-    time_width = unet.get("addition_time_embed_dim") or 0
+    width = one.get("hidden_size", 0) + two.get("hidden_size", 0)  # their states lie side by side
+    time_width = unet.get("addition_time_embed_dim") or 0  # of each of the six sizes
     expected = {
         "addition_embed_type": "text_time",
         "cross_attention_dim": width,
@@ -87,15 +81,13 @@ def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
     }
     wrong = [f"{key}={unet.get(key)!r} for {value!r}" for key, value in expected.items() if not _is(unet, key, value)]
     if wrong:
-        raise ConfigurationError(
-            f"model {name}: its UNet is none of Stable Diffusion XL with these text encoders: {listed(wrong, 2)}"
-        )
+        raise ConfigurationError(f"model {name}: its UNet is not SDXL's for these text encoders: {listed(wrong, 2)}")
     return index
 
 
 def _is(config: dict[str, Any], key: str, value: Any) -> bool:
     found = config.get(key, CHANNELS if key.endswith("_channels") else None)  # diffusers' default
-    return all(x == value for x in found) if isinstance(found, list) else found == value
+    return all(x == value for x in found) if isinstance(found, list) else found == value  # one a block
 
 
 def check_size(height: int, width: int) -> None:
@@ -127,15 +119,15 @@ def identity(name: str, file: str, parts: Iterable[str], revision: str | None = 
     """
     path = find(name, file, revision)
     if not Path(name).is_dir():
-        commit = re.search(r"snapshots/([^/]+)/", path.as_posix())
+        commit = re.search(r"snapshots/([^/]+)/", path.as_posix())  # in the hub's cache
         return commit[1] if commit else revision or "main"
     # A folder has no commit: its files are hashed.
     digest = hashlib.sha256()
     for part in parts:
         for found in sorted(p for p in (Path(name) / part).iterdir() if p.is_file() and not p.name.startswith(".")):
-            size = found.stat().st_size
+            size = found.stat().st_size  # bytes
             digest.update(f"{part}/{found.name}:{size}\n".encode())
-            step = max(_BLOCK, size // _BLOCKS)
+            step = max(_BLOCK, size // _BLOCKS)  # small files are read in full
             with found.open("rb") as stream:
                 for start in range(0, size, step):
                     stream.seek(start)

@@ -38,7 +38,7 @@ def names(prompt: str, identifier: str) -> bool:
 
 
 def _as_words(words: str) -> str:
-    return rf"(?<!\w){re.escape(words)}(?!\w)"
+    return rf"(?<!\w){re.escape(words)}(?!\w)"  # "sks" is not in "sksy"
 
 
 def subject_of(prompt: str, identifier: str | None = None, class_prompt: str | None = None) -> Subject:
@@ -48,14 +48,14 @@ def subject_of(prompt: str, identifier: str | None = None, class_prompt: str | N
     else the first word after "a photo of a".
     """
     # 1. What the prompt has after "a photo of a" and before a comma, "in", "on" and the like.
-    noun = _noun(prompt)
+    noun = _noun(prompt)  # "sks dog"
     # 2. The identifier: what the class prompt lacks, else the first word.
     if identifier is None:
         identifier = _beyond(noun.split(), _noun(class_prompt or "").split()) or noun.partition(" ")[0] or prompt
     if not names(prompt, identifier):
-        return Subject(identifier, noun)
+        return Subject(identifier, noun)  # the noun alone says what it is
     # 3. The class: what comes after it.
-    after = re.split(_as_words(identifier), prompt, maxsplit=1, flags=re.IGNORECASE)[1]
+    after = re.split(_as_words(identifier), prompt, maxsplit=1, flags=re.IGNORECASE)[1]  # " dog in the park"
     return Subject(identifier, _ENDING.sub("", after).strip())
 
 
@@ -65,7 +65,7 @@ def _noun(prompt: str) -> str:
 
 def _beyond(words: Sequence[str], of_class: Sequence[str]) -> str:
     """Gives the words before the end that two prompts share; none if they share none."""
-    shared = 0
+    shared = 0  # words at the end that both have
     while shared < min(len(words), len(of_class)) and words[-1 - shared].lower() == of_class[-1 - shared].lower():
         shared += 1
     return " ".join(words[: len(words) - shared]) if shared else ""
@@ -88,7 +88,7 @@ def check_seeds(seeds: Sequence[int], argument: str) -> None:
 
 def generation_examples(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Lists an image each: ``prompt``, ``seed``, ``name``, a file stem of its own; all seeds of a prompt first."""
-    digits = max(2, len(str(len(prompts) - 1)))
+    digits = max(2, len(str(len(prompts) - 1)))  # so that names sort as the prompts
     return [
         {"prompt": prompt, "seed": seed, "name": f"{number:0{digits}d}-{_stem(prompt)}-seed{seed}"}
         for number, prompt in enumerate(prompts)

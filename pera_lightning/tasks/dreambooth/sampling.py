@@ -79,7 +79,7 @@ def sample(
     """
     from diffusers import StableDiffusionXLPipeline
 
-    check_size(height, width)
+    check_size(height, width)  # before anything is computed
     scheduler = sampler(encoders, steps, prediction_type)
     device = torch.device(device)
     network = unet if isinstance(unet, SDXLNetwork) else SDXLNetwork(unet)
@@ -88,7 +88,7 @@ def sample(
         parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         denoiser = _Denoiser(network, device)
         pipeline = StableDiffusionXLPipeline(**parts, unet=denoiser, scheduler=scheduler, add_watermarker=False)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(disable=True)  # Lightning shows the stage's
         how = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
         # Guidance leads away from the empty prompt: two predictions a step.
         if guidance_scale > 1:
@@ -98,13 +98,13 @@ def sample(
         images = []
         for prompt, seed in zip(prompts, seeds, strict=True):  # one by one, so that the batch decides nothing
             if prompt not in known:
-                known[prompt] = embed([prompt])
+                known[prompt] = embed([prompt])  # once for all seeds
             embeds, pooled = known[prompt]
             with _seeded(int(seed), device) as generator:
                 texts = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
                 latents = pipeline(**texts, generator=generator, output_type="latent", **how).images  # (1, 4, h, w)
             images.append(encoders.decode(latents, device))
-        return torch.cat(images)
+        return torch.cat(images)  # (B, 3, height, width)
 
 
 def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) -> Any:
@@ -119,7 +119,7 @@ def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) 
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
     """Puts a network in eval mode, and each module's own mode back afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
+    modes = [(module, module.training) for module in network.modules()]  # one may be in eval mode by choice
     network.eval()
     try:
         yield
@@ -134,8 +134,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     # Noise from the CPU is the same whatever device computes the image.
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.random.default_generator.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # for samplers that add noise in each step
         for each in cuda:
             with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
+                torch.cuda.manual_seed(seed)  # the device's own
+        yield torch.Generator().manual_seed(seed)  # for the first noise

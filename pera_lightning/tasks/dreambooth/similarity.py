@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BATCH = 32  # images or prompts at once
-# transformers' names of networks whose first token stands for the whole image
+# transformers' names of networks whose first token stands for the entire image
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # files that describe one
 
@@ -94,13 +94,11 @@ class _Network:
             options["add_pooling_layer"] = False  # DINO has none, and a random one would be made
         network, found = _had(AutoModel.from_pretrained, name, f"{what} model", **options)
         check_complete(f"{what} model {name}", found)
-        self.network = network.eval().requires_grad_(False).to(device)
+        self.network = network.eval().requires_grad_(False).to(device)  # used, never trained
         # 2. Its image processor: without a file transformers takes the defaults of the type.
         folder = Path(name)
         if folder.is_dir() and not any((folder / file).is_file() for file in PROCESSORS):
-            raise ConfigurationError(
-                f"folder {name} of the {what} model has no image processor ({PROCESSORS[0]}); add that of the model"
-            )
+            raise ConfigurationError(f"folder {name} of the {what} model has no image processor ({PROCESSORS[0]})")
         self.processor = _had(AutoImageProcessor.from_pretrained, name, f"{what} image processor")
         if kind != "clip":
             return
@@ -108,10 +106,8 @@ class _Network:
         self.tokenizer = _had(AutoTokenizer.from_pretrained, name, "CLIP tokenizer")
         tokens, known = len(self.tokenizer), network.config.text_config.vocab_size
         if not len(self.tokenizer.all_special_ids) < tokens <= known:
-            raise ConfigurationError(
-                f"the tokenizer of CLIP model {name} has {tokens} tokens, and the model {known}; add the model's own "
-                "(tokenizer.json, or vocab.json and merges.txt)"
-            )
+            has = f"has {tokens} tokens, and the model {known}"
+            raise ConfigurationError(f"the tokenizer of CLIP model {name} {has}; add the model's own (tokenizer.json)")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embeds images: (n, D) of length 1, float64 on the CPU."""
@@ -126,7 +122,7 @@ class _Network:
         """Embeds processed images (B, 3, H, W): (B, D), CLIP's projection or the state of the class token."""
         if self.network.config.model_type == "clip":
             return _tensor(self.network.get_image_features(pixel_values=pixels))
-        return self.network(pixel_values=pixels).last_hidden_state[:, 0]
+        return self.network(pixel_values=pixels).last_hidden_state[:, 0]  # of (B, tokens, D)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeds texts: (n, D) of length 1, float64 on the CPU; equal texts are computed once."""
@@ -137,7 +133,7 @@ class _Network:
             ids = ids.to(self.network.device)
             return _tensor(self.network.get_text_features(ids["input_ids"], attention_mask=ids["attention_mask"]))
 
-        unique = list(dict.fromkeys(texts))
+        unique = list(dict.fromkeys(texts))  # prompts come once a seed
         return self._normalised(embed, unique)[[unique.index(text) for text in texts]]
 
     @torch.no_grad()
@@ -145,7 +141,7 @@ class _Network:
         """Embeds items batch by batch, outside of any autocast, and scales embeddings to length 1."""
         with torch.autocast(self.network.device.type, enabled=False):
             batches = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-        return F.normalize(torch.cat(batches).cpu().double(), dim=-1)
+        return F.normalize(torch.cat(batches).cpu().double(), dim=-1)  # (n, D)
 
 
 def _tensor(features: Any) -> Tensor:

@@ -167,10 +167,8 @@ class ImageDataModule(TaskDataModule):
         """Shuffled and augmented ``(images, labels)``."""
         images = self._images("train", training=True)
         if self.drop_last and len(images) < self.batch_size:
-            raise ConfigurationError(
-                f"drop_last leaves no batch: {self.dataset} has {len(images)} training images, and batch_size is "
-                f"{self.batch_size}; lower it"
-            )
+            counts = f"{len(images)} training images, and batch_size is {self.batch_size}"
+            raise ConfigurationError(f"drop_last leaves no batch: {counts}; lower it")
         return self.make_loader(images, shuffle=True, batch_size=self.batch_size, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader:
@@ -181,10 +179,8 @@ class ImageDataModule(TaskDataModule):
         """``(images, labels)`` in a fixed order; a test split without labels is refused."""
         images = self._images("test")
         if unknown := int((images.labels < 0).sum()):
-            raise DataError(
-                f"{unknown} of {len(images)} test images of {self.dataset} have no label; give another test_split, or "
-                "predict"
-            )
+            lack = f"{unknown} of {len(images)} test images of {self.dataset} have no label"
+            raise DataError(f"{lack}; give another test_split, or predict")
         return self._evaluated(images)
 
     def predict_dataloader(self) -> DataLoader:
@@ -204,9 +200,8 @@ class ImageDataModule(TaskDataModule):
     def _check_fractions(self, existing: Iterable[str]) -> None:
         for split in existing:
             if (fraction := self.fractions.get(split)) is not None:
-                raise ConfigurationError(
-                    f"{split}_fraction={fraction} would do nothing: {self.dataset} has its own {split} split"
-                )
+                why = f"{self.dataset} has its own {split} split"
+                raise ConfigurationError(f"{split}_fraction={fraction} would do nothing: {why}")
 
     def _build(self) -> None:
         """Reads the sources, cuts the splits and keeps the chosen classes."""

@@ -45,7 +45,7 @@ class CatalogueEntry:
 
 
 def _entry(sizes: tuple[int, int, int], classes: int, **repositories: str) -> CatalogueEntry:
-    """An entry whose splits are called alike in their repositories."""
+    """An entry whose splits have the same names in their repositories."""
     return CatalogueEntry({split: HubSplit(name, split) for split, name in repositories.items()}, sizes, classes)
 
 

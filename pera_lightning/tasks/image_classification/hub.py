@@ -59,10 +59,6 @@ def hub_source(
         image_column: column of the images.
         label_column: column of the classes: class labels, integers or text.
         training_names: class names of the training split; None for that split itself.
-
-    Raises:
-        DataError: for a column that is missing or of another type, an empty split, or classes that are not those of
-            training.
     """
     import datasets
 
@@ -87,11 +83,7 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str]]:
     """Reads a label column in the numbering of the training split.
 
-    Args:
-        table: table of n examples.
-        column: name of the column: class labels (numbered as declared), or integers or text (in sorted order).
-        training_names: class names of the training split; None for that split itself.
-        where: words for the data in messages.
+    Class labels are numbered as declared, integers and text in sorted order.
 
     Returns:
         (n,) int64, -1 for a label that is missing or negative; and the class names.

@@ -61,9 +61,9 @@ class ImageClassificationModule(AdapterModule):
     ) -> None:
         super().__init__(**shared)
         check_in_range(label_smoothing, "label_smoothing", ge=0, lt=1)
-        for name, value in (("num_classes", num_classes), ("image_size", image_size)):
-            if value is not None:
-                check_positive_int(value, name)
+        for name in ("num_classes", "image_size"):
+            if self.hparams[name] is not None:
+                check_positive_int(self.hparams[name], name)
         self.class_names: list[str] | None = None  # by label, where the data have them
         self._data_config: dict[str, Any] | None = None
         self._started = 0.0
@@ -140,9 +140,7 @@ class ImageClassificationModule(AdapterModule):
             if not str(error).startswith("Input "):  # how timm refuses a size
                 raise
             size = "x".join(map(str, images.shape[-2:]))
-            raise ConfigurationError(
-                f"images of {size} pixels: {error}; give the model's image_size the same size"
-            ) from error
+            raise ConfigurationError(f"images of {size} pixels: {error}; set the model's image_size to it") from error
 
     # --- training and evaluation ---
 
@@ -222,7 +220,7 @@ class ImageClassificationModule(AdapterModule):
             heads = self._create(pretrained=False).pretrained_cfg["classifier"]
         head = heads if isinstance(heads, str) else heads[0]  # distilled networks have two
         if f"{head}.weight" not in state:
-            raise ConfigurationError(f"there is no trained {head} to tell how many classes there are: give num_classes")
+            raise ConfigurationError(f"without a trained {head} the number of classes is not known: give num_classes")
         self.hparams["num_classes"] = len(state[f"{head}.weight"])
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def timm_name(model_name: str) -> str:
     name, _, tag = model_name.partition(".")
     if not timm.is_model(name):
         near = closest(name, timm.list_models())
-        raise ConfigurationError(f"model_name={model_name!r} is no model of timm, folder or hf-hub: id{near}")
+        raise ConfigurationError(f"model_name={model_name!r} is not a model of timm, a folder or an hf-hub: id{near}")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
     if tag and tag not in tags:
         raise ConfigurationError(f"model_name={model_name!r}: {name} has the weights {', '.join(tags) or 'none'}")
@@ -52,7 +52,5 @@ def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.M
             raise ConfigurationError(f"image_size={image_size}: {name} takes any size, leave it out") from None
         raise
     except (OSError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"model_name={model_name!r} cannot be loaded: {shorten(str(error))[:200]}; give a timm folder, or set "
-            "HF_ENDPOINT to a hub that can be reached"
-        ) from None
+        why = f"cannot be loaded: {shorten(str(error))[:200]}"
+        raise ConfigurationError(f"model_name={model_name!r} {why}; give a timm folder, or set HF_ENDPOINT") from None

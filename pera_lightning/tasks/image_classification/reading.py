@@ -42,10 +42,8 @@ class ImageDataset:
             kind = "folder"  # that is missing, which reading it says
         else:
             known = [*CATALOGUE, "digits"]
-            raise UnknownNameError(
-                f"unknown data set {self.name!r}; there are {', '.join(known)}, data sets of the hub as org/name, and "
-                f"local folders{closest(self.name, known)}"
-            )
+            there = f"{', '.join(known)}, data sets of the hub as org/name, and local folders"
+            raise UnknownNameError(f"unknown data set {self.name!r}; there are {there}{closest(self.name, known)}")
         ignored = [option for option, value in self.hub.items() if value is not None and kind != "hub"]
         if ignored:
             raise ConfigurationError(f"{listed(ignored)}: for data sets of the hub (org/name) only, not {self.name}")

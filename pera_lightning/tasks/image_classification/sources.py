@@ -166,7 +166,7 @@ def read_class_folders(folder: Path, *, root: Path) -> FolderSource:
         raise DataError(f"{folder} must hold a folder of images for each of at least two classes; it holds {found}")
     files: list[str] = []
     labels: list[int] = []
-    for label, path in enumerate(classes):
+    for label, path in enumerate(classes):  # numbered by name
         own = image_files(path)
         if not own:
             raise DataError(f"class folder {path} has no images ({', '.join(SUFFIXES)}); add some or remove it")
@@ -190,10 +190,8 @@ def folder_sources(folder: str) -> dict[str, ImageSource]:
         return {"train": read_class_folders(root, root=root)}
     folders = {splits.get(name, ""): name for name in names}
     if "" in folders or len(folders) < len(names) or "train" not in folders:
-        known = "train/, validation/ (or val/, valid/) and test/"
-        raise DataError(
-            f"{root} has the folders {listed(names)}; needed are train/ and no others than {known}, each once"
-        )
+        known = "train/ and no others than validation/ (or val/, valid/) and test/, each once"
+        raise DataError(f"{root} has the folders {listed(names)}; needed are {known}")
     found: dict[str, ImageSource] = {}
     for split in SPLIT_FOLDERS:
         if split in folders:

@@ -120,9 +120,7 @@ def check_given(
         check_positive_int(image_size, "image_size")
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
-            raise ConfigurationError(
-                f"{name} takes three numbers (red, green, blue), std above 0; given {list(values)}"
-            )
+            raise ConfigurationError(f"{name} takes three numbers (red, green, blue), std above 0; given {values}")
     if interpolation is not None:
         check_choice(interpolation, "interpolation", INTERPOLATIONS)
     if crop_pct is not None:
@@ -155,20 +153,11 @@ def resolve(transform: str, given: Mapping[str, Any], data_config: Mapping[str, 
     needed = ("size", "mean", "std", "interpolation", *(("crop_pct",) if chosen.crops else ()))
     missing = ["image_size" if name == "size" else name for name in needed if found.get(name) is None]
     if missing:
-        raise ConfigurationError(
-            f"transform {transform!r} needs {', '.join(missing)}, and no model with a data_config says: give them to "
-            "the data module"
-        )
+        lacks = f"needs {', '.join(missing)}, and no model with a data_config says"
+        raise ConfigurationError(f"transform {transform!r} {lacks}: give them to the data module")
     size = found["size"]
     if chosen.square and size[0] != size[1]:
-        raise ConfigurationError(
-            f"transform {transform!r} makes square images, the model takes {size[0]}x{size[1]}; give image_size, or "
-            "use the transform 'timm' or 'none'"
-        )
-    return Preprocessing(
-        size=(int(size[0]), int(size[1])),
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        interpolation=str(found["interpolation"]),
-        crop_pct=float(found["crop_pct"]) if chosen.crops else None,
-    )
+        takes = f"the model takes {size[0]}x{size[1]}"
+        raise ConfigurationError(f"transform {transform!r} makes square images, {takes}; give image_size, or 'timm'")
+    crop_pct = float(found["crop_pct"]) if chosen.crops else None
+    return Preprocessing(tuple(size), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], crop_pct)

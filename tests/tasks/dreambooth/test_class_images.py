@@ -114,7 +114,7 @@ OTHERWISE = {
 def test_missing_images_are_not_made_otherwise_than_those_there(base, photos, tmp_path, classes, name):
     options, words = OTHERWISE[name]
     (classes / "00001.png").unlink()
-    with pytest.raises(DataError, match=f"holds images made with {words}; give another class_folder") as error:
+    with pytest.raises(DataError, match=f"holds images made with {words}; give another, or delete it") as error:
         run(base, photos, tmp_path, classes, **options)
     assert "\n" not in str(error.value)
     assert not (classes / "00001.png").exists()

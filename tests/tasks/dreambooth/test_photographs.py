@@ -238,14 +238,6 @@ def test_a_flip_comes_before_the_crop():
 def test_resolutions():
     assert sides(64) == (64, 64)
     assert sides([64, 128]) == (64, 128)
-    for given, message in [
-        (100, "divisible by 8, .*given 100: take 96 or 104"),
-        ([64, 65], "given 65: take 64 or 72"),
-        (4, "given 4: take 8$"),
-        (0, "given 0: take 8$"),
-        (-8, "given -8: take 8$"),
-        ([64], r"one side or \[height, width\], in pixels; given \[64\]"),
-        ([8, 8, 8], "given"),
-    ]:
-        with pytest.raises(ConfigurationError, match=message):
+    for given in (100, [64, 65], 4, 0, -8, [64], [8, 8, 8]):
+        with pytest.raises(ConfigurationError, match=r"one side or \[height, width\] in pixels, multiples of 8; given"):
             sides(given)

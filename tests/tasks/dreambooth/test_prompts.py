@@ -14,11 +14,6 @@ from tests.tasks.dreambooth.data_helpers import data_module, fill
 CLASS = {"class_prompt": "a photo of dog"}
 
 
-@pytest.fixture
-def photos(tmp_path):
-    return fill(tmp_path / "sks", 3)
-
-
 @pytest.mark.parametrize(
     ("prompt", "given", "subject"),
     [
@@ -84,7 +79,7 @@ def test_lists_of_prompts(photos, tmp_path):
     assert ours == [one.replace("{}", "sks dog") for one in subject_prompts.PROMPTS]
     (tmp_path / "mine.txt").write_text("# mine\n{} on a hill\n")
     assert prompts(prompts=str(tmp_path / "mine.txt")) == ["sks dog on a hill"]
-    with pytest.raises(DataError, match=r"none\.txt is no file: give prompts as a list, or a file with one"):
+    with pytest.raises(DataError, match=r"none\.txt is not a file: give prompts as a list, or a file with one"):
         prompts(prompts=str(tmp_path / "none.txt"))
     assert prompts(prompts=["{}, {}"]) == ["sks dog, sks dog"]
     assert len({row["name"] for row in generation_examples(["x"] * 120, [0, 1])}) == 240

@@ -107,7 +107,7 @@ def test_a_trained_network_makes_no_class_images_and_leaves_no_mark(base, photos
     network, classes = module(base), tmp_path / "class"
     fit(tmp_path, network, data(photos))
     rows = data(photos, class_folder=str(classes), class_prompt=CLASS, num_class_images=2)
-    with pytest.raises(DataError, match=r"2 of 2 class images are missing .* give another class_folder with"):
+    with pytest.raises(DataError, match=r"2 of 2 class images are missing .*, or give your own"):
         fit(tmp_path, network, rows)
     assert not classes.exists()
 
@@ -142,7 +142,7 @@ class Bare(LightningDataModule):
 
 
 def test_measures_without_photographs_are_refused_before_images_are_made(base, tmp_path):
-    with pytest.raises(ConfigurationError, match="no reference_images to compare with: set dino and clip null"):
+    with pytest.raises(ConfigurationError, match="no reference_images to compare with: set dino, clip null"):
         make_trainer(tmp_path).test(module(base, clip="gone/model"), datamodule=Bare(), verbose=False)
     assert not files(tmp_path)
 

@@ -79,7 +79,9 @@ def test_the_data_sets_file_by_subject(tmp_path, subject, expected):
 
 @pytest.mark.parametrize("subject", ["sks gnu", "polecat", "cat toys", "", None])
 def test_a_subject_of_no_known_class(tmp_path, subject):
-    with pytest.raises(ConfigurationError, match=r"does not say whether .* is an object or alive.*one prompt a line"):
+    with pytest.raises(
+        ConfigurationError, match=r"does not say whether .* is an object or alive.*end the subject with"
+    ):
         read_prompts(written(tmp_path, MINIATURE), subject)
 
 
@@ -112,10 +114,10 @@ def test_other_braces_are_no_subject(tmp_path, line):
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(
-        DataError, match=r"nothing.txt is no file: give prompts as a list, or a file with one prompt a line"
+        DataError, match=r"nothing.txt is not a file: give prompts as a list, or a file with one prompt a line"
     ):
         read_prompts(tmp_path / "nothing.txt")
-    with pytest.raises(DataError, match="is no file: give prompts"):
+    with pytest.raises(DataError, match="is not a file: give prompts"):
         read_prompts(tmp_path)
     with pytest.raises(DataError, match="no text in UTF-8"):
         read_prompts(written(tmp_path, "a café {}", encoding="latin-1"))
