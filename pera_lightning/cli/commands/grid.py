@@ -64,10 +64,10 @@ def run(args: Sequence[str]) -> None:
     if len(labels) != len(columns):
         raise ConfigurationError(f"--labels has {len(labels)} and --runs {len(columns)}: give a label for each run")
     rows = chosen(common(columns), options.prompts, options.seeds)
-    check_shape(len(rows), len(columns))
+    check_shape(len(rows), len(columns))  # before images are read
     # Images are read at the size that a page shows, so that many of them fit into memory.
     side = useful_side(len(rows) * len(columns))
-    files = [column.pairs for column in columns]
+    files = [column.pairs for column in columns]  # by prompt and seed
     images = [[read_image(pairs[row], side) for pairs in files] for row in rows]
     grid = labelled_grid(images, [f"{shorten(prompt)}\nseed {seed}" for prompt, seed in rows], labels)
     try:
@@ -127,7 +127,7 @@ def column_labels(columns: Sequence[Column]) -> list[str]:
 
 def common(columns: Sequence[Column]) -> list[Pair]:
     """Gives the prompts and seeds that all runs have, in the first one's order; `DataError` if there are none."""
-    everywhere = set.intersection(*(set(column.pairs) for column in columns))
+    everywhere = set.intersection(*(set(column.pairs) for column in columns))  # prompts and seeds
     if not everywhere:
         # What each run has, so that the reader sees which prompts or seeds differ.
         held = []
@@ -147,7 +147,7 @@ def chosen(pairs: Sequence[Pair], prompts: Sequence[str] | None, seeds: Sequence
             if word not in there:
                 have = f"{listed(there)}{closest(word, there)}"
                 raise ConfigurationError(f"{option} {word}: not in all runs; they have {have}")
-        wanted.append(list(words or there))
+        wanted.append(list(words or there))  # by default all, in their order
     left = [pair for pair in pairs if pair[0] in wanted[0] and str(pair[1]) in wanted[1]]
     if not left:
         raise ConfigurationError("no image that all runs have is of --prompts and of --seeds: leave one out")
@@ -166,7 +166,7 @@ def notes(columns: Sequence[Column]) -> list[str]:
         if any(value != values[0] for value in values):
             given = listed((f"{one.run} {value}" for one, value in zip(columns, values, strict=True)), 10)
             found.append(f"the runs differ in {name}: {given}")
-    shared = len(common(columns))
+    shared = len(common(columns))  # rows of the grid, if none are chosen
     more = [f"{len(one.pairs) - shared} of {one.run}'s {len(one.pairs)}" for one in columns if len(one.pairs) > shared]
     if more:
         found.append(f"left out, as not all runs have their prompt and seed: {listed(more)}")

@@ -7,6 +7,7 @@ prompt and how. A folder with images and without that file holds the user's own 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RECORD = "class_images.json"
+_NUMBER = re.compile(r"\d{5,}\.png")  # see `class_image_name`
 _PROMPT = "prompt"
 _WHAT = (_PROMPT, "model_name")  # what images are of and by; how they were sampled matters while some are missing only
 
@@ -57,7 +59,7 @@ class ClassImages:
         self.generated = not self.own and count > 0
         if record is not None:
             self._check({_PROMPT: prompt}, record)  # before anything takes long
-            there = [name for name in there if _is_number(name)]  # a grid laid beside them is not one
+            there = [name for name in there if _NUMBER.fullmatch(name)]  # a grid laid beside them is not one
         if (not self.generated and len(there) < count) or not (there or count):
             has = f"has {len(there)} images of your own, and num_class_images={count}"
             raise DataError(f"class_folder {folder} {has}: add some, or give an empty folder to have all of them made")
@@ -120,11 +122,6 @@ class ClassImages:
         if wrong:
             were = listed([f"{name} {record.get(name)!r}, not {wanted[name]!r}" for name in wrong], 3)
             raise DataError(f"class_folder {self.folder} holds images made with {were}; give another, or delete it")
-
-
-def _is_number(name: str) -> bool:
-    stem = name.removesuffix(".png")  # "00012.png"
-    return stem.isdecimal() and name == class_image_name(int(stem))  # with as many zeros
 
 
 def generate_missing(

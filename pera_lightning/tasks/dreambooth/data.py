@@ -165,7 +165,7 @@ class DreamBoothDataModule(TaskDataModule):
     def prepare_data(self) -> None:
         """Fetches, on one process, what the hub holds; keeps nothing."""
         if getattr(getattr(self.trainer, "state", None), "fn", None) not in ("validate", "predict"):
-            local_folder(self.instance_folder, "instance_folder")
+            local_folder(self.instance_folder, "instance_folder")  # other processes then find it in the cache
 
     def setup(self, stage: str | None = None) -> None:
         """Reads names, captions and prompts; images are loaded or encoded in `train_dataloader`.
@@ -181,7 +181,7 @@ class DreamBoothDataModule(TaskDataModule):
         if stage in ("fit", None) and not self._is_read:
             self._read_training()
         if stage in ("fit", "validate", None) and "validation" not in self._to_generate:
-            self._fill_prompts("validation", self.validation_prompts, self.validation_seeds)
+            self._fill_prompts("validation", self.validation_prompts, self.validation_seeds)  # none by default
         if stage in ("test", "predict", None) and "test" not in self._to_generate:
             listed = subject_prompts.PROMPTS if self.prompts is None else self.prompts
             if isinstance(listed, str):
@@ -198,7 +198,7 @@ class DreamBoothDataModule(TaskDataModule):
             self._training = self._training_examples()
         workers = 0 if self.cache else self.num_workers  # what is in memory needs none
         options = {"batch_size": self.batch_size, "num_workers": workers, "collate_fn": collate}
-        return self.make_loader(self._training, shuffle=True, **options)
+        return self.make_loader(self._training, shuffle=True, **options)  # Lightning adds a distributed sampler
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The images to generate at validation, one a batch."""
@@ -217,7 +217,7 @@ class DreamBoothDataModule(TaskDataModule):
         found = files.read_photographs(str(self._root), self.instance_prompt, "instance_folder")
         for one in found:
             preprocessing.open_image(one.path)  # finds damage beyond the header before class images are generated
-        self._digests = {one.id: files.file_sha256(one.path) for one in found}
+        self._digests = {one.id: files.file_sha256(one.path) for one in found}  # for cache and protocol
         self._photographs = found
 
     def _read_training(self) -> None:
@@ -262,7 +262,7 @@ class DreamBoothDataModule(TaskDataModule):
             is_trained = getattr(self.trainer, "ckpt_path", None) is not None or required["is_trained"]
             generate_missing(self._classes, required["generator"], is_trained=is_trained, **ranks)
         elif self._classes is not None:
-            together(self._classes.require_all)
+            together(self._classes.require_all)  # somebody else's module generates none
         # 2. Without a cache the module encodes each batch in its step.
         if not self.cache:
             return TrainingExamples(*given, partial(load_pixels, size=self.size, crop=self.crop, flip=self.flip))
@@ -286,7 +286,7 @@ class DreamBoothDataModule(TaskDataModule):
         if examples := self._to_generate[stage]:
             return self.make_loader(**padded_shard(examples, self.trainer, texts.blank), batch_size=1, num_workers=0)
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # none were asked for
-        return []
+        return []  # Lightning then skips the stage
 
     def _require_photographs(self) -> None:
         if not self._photographs:
@@ -329,6 +329,7 @@ class DreamBoothDataModule(TaskDataModule):
 
     def protocol(self) -> dict[str, Any]:
         """Says what is trained on and what images are generated of, as primitives; photographs once they are read."""
+        # By names below the folder, which another machine has elsewhere.
         names = {one.id: one.path.relative_to(self._root).as_posix() for one in self._photographs}
         return {
             "instance_folder": self.instance_folder,

@@ -130,9 +130,8 @@ class Encoders:
             self._tokenizers = load_tokenizers(self.name, self.revision)
         return tokenise(self._tokenizers, prompts)
 
-    def unconditional(self, device: torch.device | str, embed: Callable[[list[str]], Any] | None = None) -> Any:
+    def unconditional(self, embed: Callable[[list[str]], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Gives what guidance leads away from: embeddings of the empty prompt, or zeros if the pipeline says so."""
-        embed = embed or (lambda texts: self.prompts(texts, device))
         embeds, pooled = embed([""])
         if read(self.name, INDEX, self.revision).get("force_zeros_for_empty_prompt", True):
             return torch.zeros_like(embeds), torch.zeros_like(pooled)  # as SDXL's own does

@@ -46,7 +46,7 @@ class ImageGenerator:
 
     def sampling(self) -> dict[str, Any]:
         """Says how images are sampled, as primitives."""
-        side = self.network.unet.config.sample_size * FACTOR
+        side = self.network.unet.config.sample_size * FACTOR  # pixels of what SDXL was trained on: 1024
         height, width = self.size or (side, side)
         how = {"steps": self.settings["sampling_steps"], "guidance_scale": self.settings["guidance_scale"]}
         return {"height": height, "width": width, **how, "prediction_type": self.prediction_type}

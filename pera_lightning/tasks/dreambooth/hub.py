@@ -19,7 +19,7 @@ def local_folder(name: str, argument: str) -> str:
         return name
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]
+    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]  # no other files are fetched
     try:
         return snapshot_download(name, repo_type="dataset", allow_patterns=[*patterns, "*.txt", METADATA])
     except Exception as error:  # of the hub's client and the HTTP library of that: no common base

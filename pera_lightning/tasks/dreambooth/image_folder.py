@@ -99,7 +99,7 @@ def write_images(folder: str | Path, generated: GeneratedImages) -> Path:
 def read_images(folder: str | Path) -> GeneratedImages:
     """Reads `images.json`; `read_image` opens the images."""
     file = Path(folder) / FILE
-    text = read_text(file)
+    text = read_text(file)  # a missing or foreign file is refused there
     try:
         found = json.loads(text)
         images = tuple(GeneratedImage(**one) for one in found.pop("images"))
@@ -120,7 +120,7 @@ def read_image(path: Path, side: int | None = None) -> Image.Image:
     """Reads a generated image into memory, its longer side scaled down to `side` pixels."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # now, so that damage is told here
             if side is not None:
                 image.thumbnail((side, side), Image.Resampling.LANCZOS)
             return image

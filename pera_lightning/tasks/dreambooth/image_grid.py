@@ -102,7 +102,7 @@ def useful_side(count: int) -> int:
 def _wrapped(label: str, width: float, most: int) -> str:
     """Wraps a label to at most `most` lines (or one for the label and one for its detail) of `width` inches."""
     label = label.encode("utf-8", "replace").decode()  # no font takes half a surrogate pair
-    head, _, detail = label.partition("\n")
+    head, _, detail = label.partition("\n")  # the prompt and its seed, the method and its run
     letters = max(4, int(width / _LETTER))
     below = textwrap.wrap(detail, letters, max_lines=max(1, most // 2), placeholder="…")
     lines = textwrap.wrap(head, letters, max_lines=max(1, most - len(below)), placeholder="…")

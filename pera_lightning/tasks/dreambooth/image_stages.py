@@ -82,7 +82,7 @@ class StageImages:
             check_shape(len(prompts), len(seeds))
         except ConfigurationError:  # more than a grid shows: the images alone
             return
-        cells = {pair: read_image(file, useful_side(len(files))) for pair, file in files.items()}
+        cells = {pair: read_image(file, useful_side(len(files))) for pair, file in files.items()}  # of all processes
         rows = [[cells.get((prompt, seed)) for seed in seeds] for prompt in prompts]
         self.grid = labelled_grid(rows, prompts, [f"seed {seed}" for seed in seeds], title)
         save_image(self.grid, self.folder / GRID)
@@ -125,7 +125,7 @@ class ImageStagesModule(NormalisedLossModule):
         self._generate(batch)
         with static_inference(self) as acts:
             if acts:
-                self._generate(batch, STATIC)
+                self._generate(batch, STATIC)  # the same prompts and seeds
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Returns ``{"file", "prompt", "seed"}`` of each image."""
@@ -159,7 +159,7 @@ class ImageStagesModule(NormalisedLossModule):
             own = self._images[variant]
             scores = self._scores(own)
             measured = [(name, image, score) for (name, image), score in zip(own.made, scores, strict=True)]
-            everywhere = merge_shards(all_gather_object(measured))
+            everywhere = merge_shards(all_gather_object(measured))  # in the order of the examples
             each[stage] = {image.file: score for _, image, score in everywhere}
             for metric in everywhere[0][2] if everywhere else ():
                 metrics[f"{stage}/{metric}"] = float(np.mean([score[metric] for *_, score in everywhere]))
@@ -191,7 +191,7 @@ class ImageStagesModule(NormalisedLossModule):
         self._acted, self._started = False, time.perf_counter()
         # Once and on every rank: Lightning broadcasts `log_dir`, and a rank may have no image in a step.
         root = Path(trainer.log_dir or trainer.default_root_dir)
-        step = f"step_{self.trained_steps:06d}" if stage == "validate" else ""
+        step = f"step_{self.trained_steps:06d}" if stage == "validate" else ""  # so that folders sort by step
         writes = not (trainer.fast_dev_run or trainer.sanity_checking)
         self._images = {end: StageImages(root / f"{FOLDERS[stage]}{end}" / step, writes) for end in (DYNAMIC, STATIC)}
 
@@ -205,8 +205,8 @@ class ImageStagesModule(NormalisedLossModule):
         self._acted = True
         if not examples:
             return []
-        _, prompts, seeds = zip(*examples, strict=True)
-        images = self.generator.generate(prompts, [max(seed, 0) for seed in seeds])
+        _, prompts, seeds = zip(*examples, strict=True)  # names are for those that are kept
+        images = self.generator.generate(prompts, [max(seed, 0) for seed in seeds])  # a filler has no seed
         if self.trainer.is_global_zero:  # not before there is a new image: a stage that fails leaves the earlier ones
             for one in self._images.values():
                 one.unlist()
@@ -223,7 +223,7 @@ class ImageStagesModule(NormalisedLossModule):
         """Lists the images of all processes, on the first, and returns them there."""
         self.release_vae()
         images = self._images[DYNAMIC]
-        made = [image for _, image in merge_shards(all_gather_object(images.made))]
+        made = [image for _, image in merge_shards(all_gather_object(images.made))]  # a collective call
         if not made or not images.writes or not self.trainer.is_global_zero:
             return []
         images.finish(self._listed(made), title)

@@ -56,7 +56,7 @@ def read(folder: Path, key: str) -> Tensors | None:
 
     path = folder / f"{key}{_SUFFIX}"
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(path.read_bytes())  # float32, on the CPU
     except FileNotFoundError:
         return None
     except Exception as error:  # of safetensors, or of a disk
@@ -88,7 +88,7 @@ def together(work: Callable[[], Any]) -> Any:
         failure = error
     reasons = all_gather_object(None if failure is None else shorten(str(failure)) or type(failure).__name__)
     if failure is not None:
-        raise failure
+        raise failure  # with its own traceback
     if failed := [f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]:
         raise DataError(listed(failed, 1))
     return result
@@ -124,6 +124,7 @@ def cached(
     def share() -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        # Every world-th key: the shares of the processes are disjoint.
         for key in keys[rank::world]:
             get(key)
 

@@ -23,8 +23,8 @@ from pera_lightning.tasks.dreambooth.encoders import Encoders
 from pera_lightning.tasks.dreambooth.generate import ImageGenerator
 from pera_lightning.tasks.dreambooth.image_stages import ImageStagesModule
 from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_text_encoders, load_unet
-from pera_lightning.tasks.dreambooth.noise_schedule import noise_alphas
-from pera_lightning.tasks.dreambooth.sampling import sampler
+from pera_lightning.tasks.dreambooth.noise_schedule import load_scheduler, noise_alphas
+from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import with_own_rate
 from pera_lightning.training.precision import DTYPES
@@ -124,7 +124,7 @@ class DreamBoothModule(ImageStagesModule):
         how = {"dtype": DTYPES[h["base_dtype"]], "revision": h["revision"], "variant": h["variant"], "weights": weights}
         # First what is refused without weights: a prediction without a loss, and more steps than the sampler has.
         self.schedule = noise_alphas(h["model_name"], h["revision"], h["prediction_type"])
-        sampler(self.encoders, h["sampling_steps"], self.schedule[1])
+        load_scheduler(h["model_name"], h["revision"], steps=h["sampling_steps"])
         unet = load_unet(h["model_name"], **how)
         if not h["adapt_text_encoders"]:
             return SDXLNetwork(unet)
@@ -132,6 +132,7 @@ class DreamBoothModule(ImageStagesModule):
 
     def finish_network(self) -> None:
         network = self.model
+        # An encoder that is made part of the network and not adapted would only cost memory.
         if self.hparams["adapt_text_encoders"] and self.adapter_injection is not None:
             plain = [n for n in _TEXT_ENCODERS if not any(p.requires_grad for p in getattr(network, n).parameters())]
             if plain:
@@ -140,7 +141,7 @@ class DreamBoothModule(ImageStagesModule):
         if self.hparams["activation_checkpointing"]:
             network.recompute_activations()
         if self.hparams["compile"]:
-            network.unet.compile()
+            network.unet.compile()  # in place: names of parameters stay
 
     @property
     def generator(self) -> ImageGenerator:
@@ -179,7 +180,7 @@ class DreamBoothModule(ImageStagesModule):
         """Frees the encoders' memory: class images are generated, and what is cached is encoded."""
         # Not in on_fit_start: with max_epochs=-1 Lightning makes the train loader, which encodes, only after that.
         prompts = self._about_data.get("prompts", {})
-        asked = [*prompts.get("validation", ())]
+        asked = [*prompts.get("validation", ())]  # of images during the fit
         if not self._about_data.get("cached", False):
             asked += prompts.get("train", ())
         if freed := self.generator.embed_beforehand(asked) + self.release_vae():
@@ -187,7 +188,7 @@ class DreamBoothModule(ImageStagesModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.trained_steps += 1
+        self.trained_steps += 1  # steps, not batches: Lightning calls this once an accumulation
 
     def encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Encodes what a batch brings unencoded: pixels into latents, prompts into embeddings or token ids."""
@@ -202,14 +203,6 @@ class DreamBoothModule(ImageStagesModule):
             return {**batch, "input_ids": one.to(self.device), "input_ids_2": two.to(self.device)}
         batch |= encoding.embeddings(self.encoders, prompts, self.device)
         return batch
-
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives names and shapes of what an encoded batch says of each prompt."""
-        if self.hparams["adapt_text_encoders"]:
-            return {"input_ids": (TOKENS,), "input_ids_2": (TOKENS,)}
-        config = self.model.unet.config  # type: ignore[union-attr]
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {"prompt_embeds": (TOKENS, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
 
     def _shared_step(
         self, batch: Mapping[str, Any], t: Tensor | None = None, generator: torch.Generator | None = None
@@ -230,9 +223,9 @@ class DreamBoothModule(ImageStagesModule):
         # Diffusion: the UNet sees latents with noise of a timestep each, and predicts the noise (or v).
         noise = diffusion_loss.offset_noise(mean.shape, self.hparams["noise_offset"], **how).to(mean.device)
         if t is None:
-            t = torch.randint(len(alphas), mean.shape[:1], device=mean.device)
-        noisy = diffusion_loss.add_noise(latents, noise, alphas, t)
-        text = {name: batch[name] for name in _TEXT if name in batch}
+            t = torch.randint(len(alphas), mean.shape[:1], device=mean.device)  # (B,), uniform
+        noisy = diffusion_loss.add_noise(latents, noise, alphas, t)  # (B, 4, h, w)
+        text = {name: batch[name] for name in _TEXT if name in batch}  # embeddings, or token ids
         prediction = self.model(noisy, t, batch["time_ids"], **text)  # type: ignore[misc]
         target = diffusion_loss.target(predicts, latents, noise, alphas, t)
         # Each image by its own min-SNR weight; then class images by the prior's.
@@ -269,17 +262,16 @@ class DreamBoothModule(ImageStagesModule):
         spread = {name: value.repeat_interleave(_LEVELS, 0) for name, value in encoded.items()}
         t = diffusion_loss.spread_timesteps(len(batch["ids"]), _LEVELS, len(self.schedule[0]), generator)
         summed, count, prediction = self._shared_step(spread, t.to(self.device), generator)
-        return prediction.movedim(1, -1).flatten(0, -2), summed / count
+        return prediction.movedim(1, -1).flatten(0, -2), summed / count  # (B * levels * h * w, 4)
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
         from pera_lightning.export.diffusers_pipeline import write_pipeline
 
-        h = self.hparams
-        how = {name: h[name] for name in ("revision", "variant", "prediction_type")}
-        notes = write_pipeline(self.model, folder, h["model_name"], **how)
-        if h["vae"] is not None:
-            self.encoders.write_vae(folder / "vae")
-            notes.append(f"the VAE is {h['vae']}")
+        how = {name: self.hparams[name] for name in ("revision", "variant", "prediction_type")}
+        notes = write_pipeline(self.model, folder, self.hparams["model_name"], **how)
+        if (vae := self.hparams["vae"]) is not None:
+            self.encoders.write_vae(folder / "vae")  # in place of the repository's
+            notes.append(f"the VAE is {vae}")
         return notes
 
     def how_to_load(self, folder: Path) -> str:
@@ -298,8 +290,14 @@ class DreamBoothModule(ImageStagesModule):
         height, width = data.size
         uses_prior = data.class_folder is not None
         count = data.batch_size * (2 if uses_prior else 1)
-        latents = (4, height // 8, width // 8)
-        shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **self.text_shapes()}
+        latents = (CHANNELS, height // FACTOR, width // FACTOR)
+        # Of each prompt token ids for both encoders, or embeddings: the UNet takes the pooled one beside six sizes.
+        config = self.model.unet.config  # type: ignore[union-attr]
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        text = {"prompt_embeds": (TOKENS, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
+        if self.hparams["adapt_text_encoders"]:
+            text = dict.fromkeys(("input_ids", "input_ids_2"), (TOKENS,))
+        shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **text}
         batch = {name: torch.empty(count, *shape, device="meta") for name, shape in shapes.items()}
         batch |= {name: value.long() for name, value in batch.items() if name.startswith("input_ids")}
         batch["is_prior"] = torch.arange(count) >= data.batch_size  # its values decide what is computed

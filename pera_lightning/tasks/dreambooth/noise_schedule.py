@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
-def load_scheduler(name: str, revision: str | None = None, prediction_type: str | None = None) -> SchedulerMixin:
-    """Makes the scheduler that the pipeline samples with."""
+def load_scheduler(
+    name: str, revision: str | None = None, prediction_type: str | None = None, steps: int = 1
+) -> SchedulerMixin:
+    """Makes the scheduler that the pipeline samples with, once it is known to take that many steps."""
     import diffusers
 
     # The class that the pipeline names, in diffusers' version here.
@@ -31,10 +33,14 @@ def load_scheduler(name: str, revision: str | None = None, prediction_type: str 
     try:
         if maker is None:
             raise ValueError("there is no such class")
-        return maker.from_config(config)
+        scheduler = maker.from_config(config)
     except (ValueError, NotImplementedError, ImportError, TypeError) as error:
         why = f"cannot be made by diffusers {diffusers.__version__}: {shorten(str(error))[:200]}"
         raise ConfigurationError(f"scheduler {kind} of model {name} {why}") from error
+    most = scheduler.config.get("num_train_timesteps", steps)
+    if not 1 <= steps <= most:
+        raise ConfigurationError(f"{steps} sampling steps, and there are 1 to {most}; 20 to 50 are usual")
+    return scheduler
 
 
 def noise_alphas(name: str, revision: str | None = None, prediction_type: str | None = None) -> tuple[Tensor, str]:

@@ -51,11 +51,7 @@ def read_photographs(folder: str, prompt: str, argument: str) -> list[Photograph
 
 
 def read_captions(root: Path, files: Sequence[str]) -> dict[str, str]:
-    """Reads captions from ``metadata.jsonl`` (``file_name``, ``text``) and from ``NAME.txt`` beside the images.
-
-    Returns:
-        The captions that exist, by file, line breaks folded.
-    """
+    """Reads captions by file, from ``metadata.jsonl`` (``file_name``, ``text``) and ``NAME.txt`` beside the images."""
     captions = _metadata(root, files) if (root / METADATA).is_file() else {}
     for name in files:
         beside = (root / name).with_suffix(".txt")  # a.txt for a.png

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth.networks import SDXLNetwork
 from pera_lightning.tasks.dreambooth.noise_schedule import load_scheduler
 from pera_lightning.tasks.dreambooth.pipeline_files import check_size
@@ -79,8 +78,8 @@ def sample(
     """
     from diffusers import StableDiffusionXLPipeline
 
-    check_size(height, width)  # before anything is computed
-    scheduler = sampler(encoders, steps, prediction_type)
+    check_size(height, width)
+    scheduler = load_scheduler(encoders.name, encoders.revision, prediction_type, steps)
     device = torch.device(device)
     network = unet if isinstance(unet, SDXLNetwork) else SDXLNetwork(unet)
     embed = embeddings or (lambda texts: encoders.prompts(texts, device))
@@ -92,7 +91,7 @@ def sample(
         how = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
         # Guidance leads away from the empty prompt: two predictions a step.
         if guidance_scale > 1:
-            embeds, pooled = encoders.unconditional(device, embed)
+            embeds, pooled = encoders.unconditional(embed)
             how |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
         known: dict[str, tuple[Tensor, Tensor]] = {}
         images = []
@@ -105,15 +104,6 @@ def sample(
                 latents = pipeline(**texts, generator=generator, output_type="latent", **how).images  # (1, 4, h, w)
             images.append(encoders.decode(latents, device))
         return torch.cat(images)  # (B, 3, height, width)
-
-
-def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) -> Any:
-    """Makes the repository's scheduler, once it is known to take that many steps."""
-    scheduler = load_scheduler(encoders.name, encoders.revision, prediction_type)
-    most = scheduler.config.get("num_train_timesteps", steps)
-    if not 1 <= steps <= most:
-        raise ConfigurationError(f"{steps} sampling steps, and there are 1 to {most}; 20 to 50 are usual")
-    return scheduler
 
 
 @contextlib.contextmanager

@@ -34,20 +34,12 @@ class Similarity:
     Not an `nn.Module`, so that a Lightning module that holds one neither counts, saves nor shards it.
 
     Args:
-        dino: hub id or folder of a vision transformer, by default the paper's ViT-S/16; None leaves out `dino`.
+        dino: hub id or folder of a vision transformer, the paper's is ViT-S/16; None leaves out `dino`.
         clip: hub id or folder of a CLIP model; None leaves out `clip_i` and `clip_t`.
         device: where they are held.
-
-    Raises:
-        ConfigurationError: a model that cannot be had or is of another kind.
     """
 
-    def __init__(
-        self,
-        dino: str | None = "facebook/dino-vits16",
-        clip: str | None = "openai/clip-vit-base-patch32",
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, dino: str | None, clip: str | None, device: torch.device | str = "cpu") -> None:
         self._images: dict[str, _Network] = {}
         if dino is not None:
             self._images["dino"] = _Network(dino, "DINO", DINO_TYPES, device)

@@ -46,10 +46,6 @@ def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
             prompts_and_classes.txt.
         subject: what the prompts are for, which decides between the lists of the data set's file: the name of a
             subject ("dog6") or words that end with a class ("sks dog"). Other files have one list for all.
-
-    Raises:
-        DataError: the file is missing, no text, has no prompts or a malformed one.
-        ConfigurationError: the data set's file and no subject, or none of its table.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -61,6 +61,6 @@ def look_up(photograph: Photograph, encoded: Mapping[str, Mapping[str, Tensor]])
 
 def collate(pairs: Sequence[Sequence[Example]]) -> dict[str, Any]:
     """Collates b pairs into b examples of the subject and then, if there are any, b of its class; tensors stacked."""
-    examples = [example for kind in zip(*pairs, strict=True) for example in kind]
+    examples = [example for kind in zip(*pairs, strict=True) for example in kind]  # the subject's, then the class's
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     return {name: torch.stack(column) if isinstance(column[0], Tensor) else column for name, column in columns.items()}

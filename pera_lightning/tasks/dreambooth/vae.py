@@ -40,6 +40,6 @@ def shift_and_scale(vae: Any, device: torch.device | str) -> tuple[Any, Any]:
     config = vae.config
     means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if means is None or stds is None:
-        return 0.0, config.scaling_factor
+        return 0.0, config.scaling_factor  # broadcast over (B, 4, h, w), as the other
     shift, std = (torch.tensor(x, device=device, dtype=torch.float32).view(1, -1, 1, 1) for x in (means, stds))
     return shift, config.scaling_factor / std

@@ -98,7 +98,8 @@ class ImageDataModule(TaskDataModule):
     ) -> None:
         super().__init__()
         self.dataset, self.classes, self.transform = dataset, classes, transform
-        self.given = transforms.check_given(transform, image_size, mean, std, interpolation, crop_pct)
+        sizes = {"image_size": image_size, "interpolation": interpolation, "crop_pct": crop_pct}
+        self.given = transforms.check_given(transform, mean=mean, std=std, **sizes)
         self.batch_size, self.drop_last, self.num_workers = batch_size, drop_last, num_workers
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.fractions = {"validation": validation_fraction, "test": test_fraction}
@@ -153,7 +154,7 @@ class ImageDataModule(TaskDataModule):
     def prepare_data(self) -> None:
         """Downloads, on one process, what the hub holds; keeps nothing."""
         self._check_fractions(self._read.hub_splits())
-        self._read.download()
+        self._read.tables()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads labels and file names and makes the splits, once; for "predict" (or None) also `predict_folder`."""
@@ -161,7 +162,7 @@ class ImageDataModule(TaskDataModule):
             self._build()
         if self.predict_folder is not None and stage in ("predict", None) and self._to_predict is None:
             self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
-        splits.record_run(self.trainer, self._read.short_name, self.split_record)
+        splits.record_run(self.trainer, self._read.short_name, self.split_record)  # each run has its own folder
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented ``(images, labels)``."""
@@ -187,8 +188,8 @@ class ImageDataModule(TaskDataModule):
         """``(images, labels, ids)`` of `predict_folder`, else of the test split."""
         if self._to_predict is None:
             return self._evaluated(self._images("test", with_identifier=True))
-        source, transform = self._to_predict, self._transform(training=False)
-        every = np.arange(len(source.files))
+        source, transform = self._to_predict, transforms.build(self.transform, self.preprocessing(), training=False)
+        every = np.arange(len(source.files))  # all files, in the order of their names
         return self._evaluated(sources.ImageExamples(source, every, source.labels, transform, with_identifier=True))
 
     def calibration_batches(self, count: int) -> list[Any]:
@@ -206,7 +207,7 @@ class ImageDataModule(TaskDataModule):
     def _build(self) -> None:
         """Reads the sources, cuts the splits and keeps the chosen classes."""
         found, kind = self._read.read(), self._read.kind
-        self._check_fractions(found)
+        self._check_fractions(found)  # also for folders, whose splits are known only now
         if kind == "catalogue":
             counts = {split: len(source.labels) for split, source in found.items()}
             if note := datasets.count_note(datasets.canonical(self.dataset) or "", counts):
@@ -229,7 +230,7 @@ class ImageDataModule(TaskDataModule):
             labels = found.get(split, found["train"]).labels[indices[split]]
             if self.classes is not None:
                 chosen = np.isin(labels, kept)
-                indices[split], labels = indices[split][chosen], labels[chosen]
+                indices[split], labels = indices[split][chosen], labels[chosen]  # examples of other classes go
             if split != "test" and (labels < 0).any():
                 raise DataError(f"{int((labels < 0).sum())} {split} images of {self.dataset} have no label")
             if not len(labels):
@@ -241,18 +242,16 @@ class ImageDataModule(TaskDataModule):
                 raise DataError(f"{self.dataset}: no training image of {of}, but {split} has some")
         self._sources, self._indices, self._kept = found, indices, kept
 
-    def _transform(self, training: bool) -> transforms.Transform:
-        return transforms.build(self.transform, self.preprocessing(), training=training)
-
     def _images(self, split: str, *, training: bool = False, with_identifier: bool = False) -> sources.ImageExamples:
         if not self._sources:
             raise ConfigurationError(f"the images of {self.dataset} are there after setup(); call it first")
         # A split that was cut has its images in the training source; classes are numbered anew.
         source = self._sources.get(split, self._sources["train"])
         number = np.full(len(source.class_names) + 1, -1, dtype=np.int64)  # the last one serves -1, unknown
-        number[self._kept] = np.arange(len(self._kept))
+        number[self._kept] = np.arange(len(self._kept))  # original label -> label
         indices = self._indices[split]
-        labels, transform = number[source.labels[indices]], self._transform(training)
+        labels = number[source.labels[indices]]
+        transform = transforms.build(self.transform, self.preprocessing(), training=training)
         return sources.ImageExamples(source, indices, labels, transform, with_identifier=with_identifier)
 
     def _evaluated(self, images: sources.ImageExamples) -> DataLoader:
@@ -286,7 +285,7 @@ class ImageDataModule(TaskDataModule):
             source = self._sources.get(split, self._sources["train"])
             chosen: str | list[Any] = own.tolist()
             if len(own) == len(source.labels):
-                chosen = "all"
+                chosen = "all"  # short where a split is taken as it is
             elif isinstance(source, sources.FolderSource):
                 chosen = [source.identifier(index) for index in own.tolist()]
             indices[split] = {"of": split if split in self._sources else "train", "rows": chosen}

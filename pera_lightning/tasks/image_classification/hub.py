@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pera_lightning.data import hub
 from pera_lightning.data.image_files import to_rgb
 from pera_lightning.errors import DataError, listed
 from pera_lightning.tasks.image_classification.sources import same_classes
@@ -36,11 +35,6 @@ class HubSource:
     def identifier(self, index: int) -> str:
         """The index in the table."""
         return str(index)
-
-
-def load_table(repository: str, config_name: str | None, split: str) -> datasets.Dataset:
-    """Loads a split; see `pera_lightning.data.hub`."""
-    return hub.load_table(repository, config_name, split, instead="a local folder of class folders")
 
 
 def _words(kind: object) -> str:
@@ -91,7 +85,7 @@ def read_labels(
     import datasets
 
     kind = table.features[column]
-    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()  # reads no image
     if isinstance(kind, datasets.ClassLabel):
         own = list(kind.names)
         if training_names is not None:

@@ -147,11 +147,11 @@ class ImageClassificationModule(AdapterModule):
     def _shared_step(self, batch: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, logits (B, classes) in float32, labels (B,)."""
         images, labels = batch[0], batch[1]
-        logits = self(images).float()
+        logits = self(images).float()  # metrics and loss in float32
         return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])
+        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])  # smoothed in training only
         self.check_loss(loss, batch_idx)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
@@ -187,11 +187,11 @@ class ImageClassificationModule(AdapterModule):
         for stage in inference:
             values = self.metrics[f"{stage}_classes"].compute()
             per_class[stage] = dict(zip(names, values["accuracy_per_class"].tolist(), strict=True))
-            n = int(values["confusion"].sum())
+            n = int(values["confusion"].sum())  # of all processes
             self._draw(f"{stage}/confusion", values["confusion"], names)
             for logger in self.loggers:
                 logger.log_metrics({f"{stage}_class/{k}": v for k, v in per_class[stage].items()}, self.global_step)
-            self.metrics[f"{stage}_classes"].reset()
+            self.metrics[f"{stage}_classes"].reset()  # Lightning resets only what is logged
         seconds = time.perf_counter() - self._started
         scores = {k: v.item() for s in inference for k, v in self.metrics[s].compute().items()}
         protocol = {**results.about(self, "image_classification"), "data": self.data_description().get("protocol")}

@@ -44,7 +44,7 @@ def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.M
     import timm
 
     name = timm_name(model_name)
-    options = {} if image_size is None else {"img_size": image_size}
+    options = {} if image_size is None else {"img_size": image_size}  # not all architectures take one
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:

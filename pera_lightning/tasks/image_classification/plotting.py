@@ -16,9 +16,9 @@ def confusion_figure(matrix: Tensor, names: list[str], title: str) -> Figure:
     """Draws a confusion matrix of counts (classes, classes), rows true, columns predicted, coloured by rows' shares."""
     from matplotlib.figure import Figure
 
-    shares = matrix.float() / matrix.sum(1, keepdim=True).clamp(min=1)
+    shares = matrix.float() / matrix.sum(1, keepdim=True).clamp(min=1)  # a class without examples has none
     count = len(names)
-    figure = Figure(figsize=(min(14, 3 + 0.45 * count),) * 2, layout="constrained")
+    figure = Figure(figsize=(min(14, 3 + 0.45 * count),) * 2, layout="constrained")  # inches
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted", ylabel="true")

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pera_lightning.data.hub import load_table
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest, listed
 from pera_lightning.tasks.image_classification import hub, sources
 from pera_lightning.tasks.image_classification.datasets import CATALOGUE, HubSplit, canonical
+
+if TYPE_CHECKING:
+    import datasets
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -53,7 +58,7 @@ class ImageDataset:
     def short_name(self) -> str:
         """What the file of its splits is called."""
         if self.kind == "folder":
-            return Path(self.name).expanduser().absolute().name
+            return Path(self.name).expanduser().absolute().name  # "." has none of its own
         return canonical(self.name) or self.name
 
     def hub_splits(self) -> dict[str, HubSplit]:
@@ -66,10 +71,13 @@ class ImageDataset:
             return {split: HubSplit(self.name, name) for split, name in named.items() if name is not None}
         return {}
 
-    def download(self) -> None:
-        """Downloads what the hub holds."""
-        for place in self.hub_splits().values():
-            hub.load_table(place.repository, self.hub["config_name"], place.split)
+    def tables(self) -> dict[str, datasets.Dataset]:
+        """The splits that come from the hub, downloaded if they are not in its cache."""
+        config, instead = self.hub["config_name"], "a local folder of class folders"
+        return {
+            split: load_table(place.repository, config, place.split, instead=instead)
+            for split, place in self.hub_splits().items()
+        }
 
     def read(self) -> dict[str, sources.ImageSource]:
         """The splits that exist, their labels read and their images left where they are; "train" comes first."""
@@ -79,9 +87,9 @@ class ImageDataset:
             return sources.folder_sources(self.name)
         columns = self.hub["image_column"] or "image", self.hub["label_column"] or "label"
         found: dict[str, sources.ImageSource] = {}
-        for split, place in self.hub_splits().items():
-            table = hub.load_table(place.repository, self.hub["config_name"], place.split)
-            where = f"data set {place.repository}, split {place.split!r}"
+        places = self.hub_splits()
+        for split, table in self.tables().items():
+            where = f"data set {places[split].repository}, split {places[split].split!r}"
             # All splits take the numbering of the classes in training, which is read first.
             training_names = found["train"].class_names if found else None
             found[split] = hub.hub_source(table, where, *columns, training_names)

@@ -120,7 +120,7 @@ def without_label(item: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def collate_identified(items: list[tuple[Any, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Makes a batch of ``(image, label, identifier)``: (B, 3, H, W), (B,) and a list of B names."""
-    images, labels = default_collate([item[:2] for item in items])
+    images, labels = default_collate([item[:2] for item in items])  # names stay a list
     return images, labels, [item[2] for item in items]
 
 
@@ -129,7 +129,7 @@ def digits_source() -> ArraySource:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
     return ArraySource(pixels, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
 
 
@@ -146,7 +146,7 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
         else:
             there = f"numbers 0 to {len(names) - 1}" if isinstance(one, int) and not numeric else listed(names)
             raise DataError(f"no class {one!r}; there are {there}{closest(str(one), names)}")
-    if len(set(found)) < len(found):
+    if len(set(found)) < len(found):  # by name and number, or twice by one
         raise ConfigurationError(f"classes has one twice: {wanted}")
     return found
 

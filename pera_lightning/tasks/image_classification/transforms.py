@@ -101,35 +101,28 @@ def build(transform: str, of: Preprocessing, *, training: bool) -> Transform:
     return v2.Compose([*first, *last])
 
 
-def check_given(
-    transform: str,
-    image_size: int | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-    interpolation: str | None,
-    crop_pct: float | None,
-) -> dict[str, Any]:
+def check_given(transform: str, **values: Any) -> dict[str, Any]:
     """Checks what the user gave for a `Preprocessing`, and returns it by the names of its fields.
 
-    Raises:
-        ConfigurationError: for a value out of range, or one that the transform would ignore.
-        UnknownNameError: for an unknown transform or interpolation.
+    Args:
+        transform: a name of `TRANSFORMS`.
+        values: image_size, mean, std, interpolation and crop_pct; those that are None are not given.
     """
     check_choice(transform, "transform", tuple(TRANSFORMS))
-    if image_size is not None:
-        check_positive_int(image_size, "image_size")
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
-            raise ConfigurationError(f"{name} takes three numbers (red, green, blue), std above 0; given {values}")
-    if interpolation is not None:
-        check_choice(interpolation, "interpolation", INTERPOLATIONS)
-    if crop_pct is not None:
-        check_in_range(crop_pct, "crop_pct", gt=0, le=1)
-        if not TRANSFORMS[transform].crops:
-            raise ConfigurationError(f"transform {transform!r} crops nothing, so crop_pct={crop_pct} would do nothing")
-    size = None if image_size is None else (image_size, image_size)
-    fields = {"size": size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
-    return {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
+    if "image_size" in given:
+        check_positive_int(given["image_size"], "image_size")
+        given["size"] = (given["image_size"], given.pop("image_size"))
+    for name in sorted({"mean", "std"} & given.keys()):
+        if len(given[name]) != 3 or (name == "std" and min(given[name]) <= 0):
+            raise ConfigurationError(f"{name} takes three numbers (red, green, blue), std above 0; given {given[name]}")
+    if "interpolation" in given:
+        check_choice(given["interpolation"], "interpolation", INTERPOLATIONS)
+    if "crop_pct" in given:
+        check_in_range(given["crop_pct"], "crop_pct", gt=0, le=1)
+        if not TRANSFORMS[transform].crops:  # nothing accepts what it ignores
+            raise ConfigurationError(f"transform {transform!r} crops nothing, so crop_pct would do nothing")
+    return given
 
 
 def resolve(transform: str, given: Mapping[str, Any], data_config: Mapping[str, Any] | None) -> Preprocessing:
