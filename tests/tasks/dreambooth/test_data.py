@@ -15,7 +15,7 @@ from pera_lightning.tasks.dreambooth import subject_prompts
 from pera_lightning.tasks.dreambooth.data import DreamBoothDataModule
 from pera_lightning.tasks.dreambooth.preprocessing import crop_to, to_pixels
 from pera_lightning.training.data_order import Progress, make_resumable
-from tests.tasks.dreambooth.data_helpers import PROMPT, Generator, StandIn, attach, data_module, drawn, fill, picture
+from tests.tasks.dreambooth.data_helpers import PROMPT, Generator, StandIn, attach, data_module, drawn, fill, photograph
 
 CLASS = {"class_prompt": "a photo of dog"}
 
@@ -46,7 +46,7 @@ def test_a_training_batch(photos):
         assert not batch["is_prior"].any()
         captions |= dict(zip(batch["ids"], batch["prompts"], strict=True))
         for pixels, name in zip(batch["pixel_values"], batch["ids"], strict=True):
-            expected, _ = crop_to(picture(32, 48, seed=int(name[-6:-4])), (16, 32))
+            expected, _ = crop_to(photograph(32, 48, seed=int(name[-6:-4])), (16, 32))
             assert torch.equal(pixels, to_pixels(expected))
     assert captions == {str(photos / f"0{n}.png"): text for n, text in enumerate((PROMPT, "sks dog asleep", PROMPT))}
 
@@ -294,7 +294,7 @@ def test_references_are_what_the_network_sees_each_content_once(photos):
     images = data.reference_images()
     assert [image.size for image in images] == [(32, 16)] * 3
     for number, image in enumerate(images):
-        assert np.array_equal(np.asarray(image), np.asarray(crop_to(picture(32, 48, number), (16, 32))[0]))
+        assert np.array_equal(np.asarray(image), np.asarray(crop_to(photograph(32, 48, number), (16, 32))[0]))
 
 
 def test_the_protocol_says_what_was_trained_on(photos):

@@ -10,7 +10,7 @@ from pera_lightning.errors import DataError
 from pera_lightning.tasks.dreambooth import latent_cache as dreambooth_cache
 from pera_lightning.tasks.dreambooth.class_images import ClassImages, class_image_name
 from pera_lightning.tasks.dreambooth.latent_cache import cache_key, cached
-from tests.tasks.dreambooth.data_helpers import CPU, PROMPT, StandIn, data_module, drawn, fill, picture
+from tests.tasks.dreambooth.data_helpers import CPU, PROMPT, StandIn, data_module, drawn, fill, photograph
 
 MADE_BY = {"model_name": "tiny", "steps": 4, "size": (16, 16)}
 
@@ -58,7 +58,7 @@ def test_another_run_computes_only_what_is_new(tmp_path):
     ]:
         _, encoders = encoded(photos, folder, **changed)
         assert (encoders.images, encoders.texts) == expected, changed
-    picture(32, 48, 9).save(photos / "zz.png")
+    photograph(32, 48, 9).save(photos / "zz.png")
     _, encoders = encoded(photos, folder)
     assert encoders.images == 1
 
@@ -139,7 +139,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, what, messag
 
 def test_a_photograph_that_is_damaged_in_its_middle_is_named_before_anything_is_made(tmp_path):
     photos = fill(tmp_path / "dog", 2)
-    picture(64, 64).save(photos / "half.jpg")
+    photograph(64, 64).save(photos / "half.jpg")
     (photos / "half.jpg").write_bytes((photos / "half.jpg").read_bytes()[:-200])
     with pytest.raises(DataError, match=r"image .*half.jpg cannot be read \(.*\); replace or remove it"):
         data_module(photos)
@@ -216,7 +216,7 @@ def test_a_run_that_was_killed_makes_only_what_is_missing(tmp_path):
     assert first.missing() == [0, 1, 2, 3]
     first.claim(MADE_BY)
     for number in (0, 2):
-        first.add(number, picture(16, 16, number))
+        first.add(number, photograph(16, 16, number))
     assert files(folder) == ["00000.png", "00002.png", "class_images.json"]
     record = json.loads((folder / "class_images.json").read_text())
     assert record == {"prompt": "a photo of dog", "model_name": "tiny", "steps": 4, "size": [16, 16]}
@@ -227,11 +227,11 @@ def test_a_run_that_was_killed_makes_only_what_is_missing(tmp_path):
     with pytest.raises(DataError, match=r"2 of 4 class images are missing in .*: the fit generates them"):
         again.require_all()
     for number in again.missing():
-        again.add(number, picture(16, 16, number))
+        again.add(number, photograph(16, 16, number))
     again.require_all()
     assert ClassImages(folder, "a photo of dog", 3).missing() == []
     assert len(ClassImages(folder, "a photo of dog", 3).photographs()) == 3
-    picture(16, 16).save(folder / "grid.png")  # laid beside them, and none of them
+    photograph(16, 16).save(folder / "grid.png")  # laid beside them, and none of them
     assert [one.path.name for one in ClassImages(folder, "a photo of dog", 0).photographs()] == [
         class_image_name(number) for number in range(4)
     ]
@@ -248,7 +248,7 @@ def test_images_of_another_prompt_or_model_are_refused(tmp_path):
     with pytest.raises(DataError, match="made with steps 4, not 5; give another, or"):
         images.claim({**MADE_BY, "steps": 5})
     for number in (0, 1):
-        images.add(number, picture(16, 16, number))
+        images.add(number, photograph(16, 16, number))
     images.claim({**MADE_BY, "steps": 5})  # none is missing: nothing is mixed
     with pytest.raises(DataError, match="made with model_name 'tiny', not 'large'; give"):
         images.claim({**MADE_BY, "model_name": "large"})
@@ -290,6 +290,6 @@ def test_a_writer_that_is_killed_leaves_no_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        images.add(0, picture(16, 16))
+        images.add(0, photograph(16, 16))
     assert files(tmp_path) == ["class_images.json"]
     assert ClassImages(tmp_path, "a photo of dog", 2).missing() == [0, 1]

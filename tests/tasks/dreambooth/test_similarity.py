@@ -65,14 +65,14 @@ def saved(tmp_path_factory):
     return {**{kind: save_dino(folder / kind, kind) for kind in KINDS}, "clip": save_clip(folder / "clip")}
 
 
-def picture(seed, size=(32, 32)):
+def photograph(seed, size=(32, 32)):
     """Coarse random blocks: they survive every resampling."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-IMAGES = [picture(1), picture(2, (48, 32)), picture(3, (40, 64)), picture(4, (100, 90))]
-REFERENCES = [picture(5), picture(6, (64, 48)), picture(7, (33, 77))]
+IMAGES = [photograph(1), photograph(2, (48, 32)), photograph(3, (40, 64)), photograph(4, (100, 90))]
+REFERENCES = [photograph(5), photograph(6, (64, 48)), photograph(7, (33, 77))]
 
 
 def cosine(a, b):
@@ -148,29 +148,29 @@ def test_images_are_processed_as_the_model_says(saved):
         with torch.no_grad():
             return network(torch.tensor(pixels).T.reshape(1, 3, 32, 32)).last_hidden_state[0, 0].tolist()
 
-    scores = Similarity(saved["vit"], None).scores([picture(1)], ["a"], [picture(5)])
-    assert scores["dino"] == pytest.approx(cosine(embedded(picture(1)), embedded(picture(5))), abs=1e-5)
+    scores = Similarity(saved["vit"], None).scores([photograph(1)], ["a"], [photograph(5)])
+    assert scores["dino"] == pytest.approx(cosine(embedded(photograph(1)), embedded(photograph(5))), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_like_itself(saved, kind):
     similarity = Similarity(saved[kind], saved["clip"])
-    scores = similarity.scores([picture(3)], ["a dog"], [picture(3)])
+    scores = similarity.scores([photograph(3)], ["a dog"], [photograph(3)])
     assert scores["dino"] == pytest.approx(1, abs=1e-6)
     assert scores["clip_i"] == pytest.approx(1, abs=1e-6)
-    other = similarity.scores([picture(3)], ["a dog"], [picture(4)])
+    other = similarity.scores([photograph(3)], ["a dog"], [photograph(4)])
     assert max(other["dino"], other["clip_i"]) < 0.999
 
 
 def test_many_images_in_parts(saved, monkeypatch):
     """What a part holds changes nothing, and no part is larger than said."""
     similarity = Similarity(saved["vit"], saved["clip"])
-    images = [picture(seed, (32 + seed, 40)) for seed in range(11)]
+    images = [photograph(seed, (32 + seed, 40)) for seed in range(11)]
     prompts = [f"dog {seed % 4}" for seed in range(11)]
     whole = similarity.scores(images, prompts, REFERENCES)
     monkeypatch.setattr(image_similarity, "BATCH", 3)
     sizes = seen(similarity, monkeypatch)
-    parts = similarity.scores(images, prompts, [picture(seed) for seed in range(20, 25)])
+    parts = similarity.scores(images, prompts, [photograph(seed) for seed in range(20, 25)])
     assert max(sizes["dino"]) == max(sizes["clip_i"]) == 3
     assert sum(sizes["dino"]) == sum(sizes["clip_i"]) == 11 + 5
     assert column(parts, "clip_t") == pytest.approx(column(whole, "clip_t"), abs=1e-5)
@@ -196,9 +196,9 @@ def seen(similarity, monkeypatch):
 
 def test_grey_and_transparent_images(saved):
     similarity = Similarity(saved["vit"], saved["clip"])
-    grey = picture(1).convert("L")
-    scores = similarity.scores([grey, picture(2).convert("RGBA")], ["a", "b"], [grey.convert("RGB")])
-    expected = similarity.scores([grey.convert("RGB"), picture(2)], ["a", "b"], [grey])
+    grey = photograph(1).convert("L")
+    scores = similarity.scores([grey, photograph(2).convert("RGBA")], ["a", "b"], [grey.convert("RGB")])
+    expected = similarity.scores([grey.convert("RGB"), photograph(2)], ["a", "b"], [grey])
     assert scores == expected
 
 

@@ -113,7 +113,7 @@ def test_a_trained_network_makes_no_class_images_and_leaves_no_mark(base, photos
 
 
 class Gallery(CSVLogger):
-    """Takes pictures, as Lightning's WandbLogger does."""
+    """Takes images, as Lightning's WandbLogger does."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -123,7 +123,7 @@ class Gallery(CSVLogger):
         self.taken.append((key, step, [image.size for image in images]))
 
 
-def test_a_logger_that_takes_pictures_has_the_grid(base, photos, tmp_path):
+def test_a_logger_that_takes_images_has_the_grid(base, photos, tmp_path):
     logger = Gallery(tmp_path)
     fit(tmp_path, module(base), data(photos, validation_prompts=["a {}"]), logger=logger)
     with Image.open(next(tmp_path.rglob("step_000003/grid.png"))) as grid:

@@ -5,7 +5,7 @@ import pytest
 
 from pera_lightning.errors import DataError
 from pera_lightning.tasks.image_classification.data import ImageDataModule
-from tests.tasks.image_classification.image_helpers import FakeHub, fill, image_module, pictures, sizes
+from tests.tasks.image_classification.image_helpers import FakeHub, fill, image_module, photographs, sizes
 
 
 @pytest.fixture
@@ -16,9 +16,9 @@ def hub(monkeypatch):
 def test_hub_ids_with_their_own_columns_and_splits(hub):
     names = ("text", "kind")
     columns = {"image_column": "text", "label_column": "kind", "config_name": "big"}
-    hub.add("org/name", "learn", [0, 1] * 10, images=pictures(20), columns=names)
-    hub.add("org/name", "check", [0, 1], images=pictures(2), columns=names)
-    hub.add("org/name", "final", [1, 0, 1], images=pictures(3), columns=names)
+    hub.add("org/name", "learn", [0, 1] * 10, images=photographs(20), columns=names)
+    hub.add("org/name", "check", [0, 1], images=photographs(2), columns=names)
+    hub.add("org/name", "final", [1, 0, 1], images=photographs(3), columns=names)
     data = image_module(
         "org/name", train_split="learn", validation_split="check", test_split="final", num_workers=2, **columns
     )
@@ -55,7 +55,7 @@ def test_plain_label_columns_are_numbered_in_sorted_order(hub, kind, labels, nam
 
 def test_a_test_split_without_labels_can_be_predicted_only(hub):
     hub.add("org/name", "train", [0, 1] * 10)
-    hub.add("org/name", "test", [-1, -1], images=pictures(2))
+    hub.add("org/name", "test", [-1, -1], images=photographs(2))
     data = image_module("org/name", test_split="test")
     assert next(iter(data.predict_dataloader()))[1].tolist() == [-1, -1]
     with pytest.raises(DataError, match="2 of 2 test images of org/name have no label"):
