@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.tasks.dreambooth.data_helpers import fill
-
 
 @pytest.fixture
 def photos(tmp_path):
     """A folder of three small photographs."""
+    from tests.tasks.dreambooth.data_helpers import fill  # not above: pytest's capture does not survive Lightning there
+
     return fill(tmp_path / "sks", 3)
