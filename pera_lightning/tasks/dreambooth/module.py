@@ -123,8 +123,9 @@ class DreamBoothModule(ImageStagesModule):
         h = self.hparams
         how = {"dtype": DTYPES[h["base_dtype"]], "revision": h["revision"], "variant": h["variant"], "weights": weights}
         # First what is refused without weights: a prediction without a loss, and more steps than the sampler has.
-        self.schedule = noise_alphas(h["model_name"], h["revision"], h["prediction_type"])
-        load_scheduler(h["model_name"], h["revision"], steps=h["sampling_steps"])
+        with torch.device("cpu"):  # on the meta device, where networks may be built, a schedule would have no values
+            self.schedule = noise_alphas(h["model_name"], h["revision"], h["prediction_type"])
+            load_scheduler(h["model_name"], h["revision"], steps=h["sampling_steps"])
         unet = load_unet(h["model_name"], **how)
         if not h["adapt_text_encoders"]:
             return SDXLNetwork(unet)

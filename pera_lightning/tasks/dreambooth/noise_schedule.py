@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from pera_lightning.errors import ConfigurationError, shorten
@@ -61,6 +60,5 @@ def noise_alphas(name: str, revision: str | None = None, prediction_type: str | 
     check_choice(predicts, "prediction_type", PREDICTION_TYPES)
     # The same β as the sampler's, in the scheduler of the training (DDPM).
     options = {key: config[key] for key in _SCHEDULE if key in config}
-    with torch.device("cpu"):  # the network may be built on the meta device, where a schedule would have no values
-        ddpm = DDPMScheduler(rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)), **options)
+    ddpm = DDPMScheduler(rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)), **options)
     return ddpm.alphas_cumprod.float(), predicts
