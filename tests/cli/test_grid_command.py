@@ -144,9 +144,9 @@ WRONG = {
     "no such run": (["--runs", "lora", "lorra"], "run lorra does not exist; closest: lora"),
     "no images": (
         ["--runs", "lora", "fitted"],
-        "fitted has no images/: make them with `python cli.py predict --config fitted/config.yaml --ckpt_path last`",
+        "fitted has no images/images.json, which predict writes at its end: run `python cli.py predict --config",
     ),
-    "no list": (["--runs", "lora", "cut"], "cut/images has no images.json, which predict writes at its end"),
+    "no list": (["--runs", "lora", "cut"], "run cut has no images/images.json, which predict writes at its end"),
     "nothing in common": (
         ["--runs", "lora", "cat"],
         f"no prompt and seed in common: lora has '{JUNGLE}', '{RUG}' with seeds 0, 1; cat has 'a cat' with seeds 7;",
@@ -154,19 +154,25 @@ WRONG = {
     "a broken image": (["--runs", "lora", "broken"], "broken/images/1.png cannot be read ("),
     "a missing image": (["--runs", "lora", "gone"], "gone/images/0.png is listed in images.json, but is not there"),
     "labels": (["--runs", "lora", "pera", "--labels", "A"], "--labels has 1 and --runs 2: give a label for each run"),
-    "prompt": (["--runs", "lora", "--prompts", "a sks dog in a jungle"], f"not in lora; closest: {JUNGLE}, {RUG}"),
-    "prompt of one run": (["--runs", "lora", "cats", "--prompts", "a cat"], "--prompts a cat: not in lora"),
-    "seed": (["--runs", "lora", "cats", "--seeds", "0", "7"], "--seeds 7: not in lora; there are 0, 1"),
-    "no seed": (["--runs", "lora", "--seeds", "x"], "--seeds x: not in lora; there are 0, 1"),
-    "twice": (["--runs", "lora", "./lora/"], "--runs lora: given twice"),
-    "no runs": ([], "no --runs: give folders of runs"),
-    "an empty run": (["--runs", ""], "no --runs: give folders of runs"),
-    "an unknown option": (["--runs", "lora", "--seed", "0"], "unknown option --seed; closest: --seeds"),
-    "a word too many": (["lora"], "'lora' stands after no option"),
+    "prompt": (
+        ["--runs", "lora", "--prompts", "a sks dog in a jungle"],
+        f"not in all runs; they have {JUNGLE}, {RUG}; closest: {JUNGLE}, {RUG}",
+    ),
+    "prompt of one run": (
+        ["--runs", "lora", "cats", "--prompts", "a cat"],
+        f"--prompts a cat: not in all runs; they have {JUNGLE}",
+    ),
+    "seed": (["--runs", "lora", "cats", "--seeds", "0", "7"], "--seeds 7: not in all runs; they have 0, 1"),
+    "no seed": (["--runs", "lora", "--seeds", "x"], "--seeds x: not in all runs; they have 0, 1"),
+    "twice": (["--runs", "lora", "./lora/"], "--runs lora ./lora/: one is given twice"),
+    "no runs": ([], "the following arguments are required: --runs; see grid --help"),
+    "an empty run": (["--runs", ""], "has no images/images.json"),
+    "an unknown option": (["--runs", "lora", "--seed", "0"], "unrecognized arguments: --seed 0; see grid --help"),
+    "a word too many": (["--overwrite", "lora", "--runs", "lora"], "unrecognized arguments: lora"),
     "no value": (["--runs", "lora", "--labels"], "argument --labels: expected at least one argument"),
-    "no output": (["--runs", "lora", "--output", ""], "no --output: give a file"),
+    "no output": (["--runs", "lora", "--output", ""], "a grid is a PNG"),
     "another kind of file": (["--runs", "lora", "--output", "x.jpg"], "--output x.jpg: a grid is a PNG"),
-    "a folder": (["--runs", "lora", "--output", "folder.png"], "--output folder.png is a folder"),
+    "a folder": (["--runs", "lora", "--output", "folder.png"], "folder.png exists: give another --output"),
     "below a file": (["--runs", "lora", "--output", "file/x.png"], "file/x.png cannot be written ("),
     "among the images": (
         ["--runs", "lora", "--output", "lora/images/0.png", "--overwrite"],
@@ -218,7 +224,7 @@ def test_wrong_input_is_refused_without_loading_torch(runs):
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
-    assert "--seeds 7: not in lora" in done.stderr
+    assert "--seeds 7: not in all runs" in done.stderr
     assert done.stdout.splitlines()[-1] == "loaded"
 
 

@@ -45,79 +45,54 @@ class _Parser(ArgumentParser):
 
 
 def run(args: Sequence[str]) -> None:
-    """Writes a grid: a column for each run, a row for each prompt and seed that all of them have.
-
-    Args:
-        args: ``--runs``, ``--output`` and further options, see `read_options`.
-
-    Raises:
-        PeraError: for wrong input; nothing is written then.
-    """
-    # All that can be wrong is found before images are read, which takes long.
+    """Writes a grid: a column for each run, a row for each prompt and seed that all of them have."""
     options = read_options(args)
-    check_output(options.output, overwrite=options.overwrite)
+    output = Path(options.output)
+    # All that can be wrong is found before images are read, which takes long.
+    if output.suffix.lower() != ".png":
+        raise ConfigurationError(f"--output {output}: a grid is a PNG, give a name that ends in .png")
+    if output.exists() and not options.overwrite:
+        raise ConfigurationError(f"{output} exists: give another --output, or --overwrite")
     columns = [read_column(name) for name in options.runs]
     folders = [column.folder.resolve() for column in columns]
-    for name, folder in zip(options.runs, folders, strict=True):
-        if folders.count(folder) > 1:
-            raise ConfigurationError(f"--runs {name}: given twice")
-    if Path(options.output).resolve().parent in folders:
-        raise ConfigurationError(f"--output {options.output} lies among a run's images: give another place")
-    # Columns are runs, rows what all of them have.
+    if len(set(folders)) < len(folders):
+        raise ConfigurationError(f"--runs {' '.join(options.runs)}: one is given twice")
+    if output.resolve().parent in folders:
+        raise ConfigurationError(f"--output {output} lies among a run's images: give another place")
+    # A column is a run, a row a prompt and seed that every run has.
     labels = options.labels or column_labels(columns)
     if len(labels) != len(columns):
         raise ConfigurationError(f"--labels has {len(labels)} and --runs {len(columns)}: give a label for each run")
-    rows = chosen(common(columns), columns, options.prompts, options.seeds)
-    check_shape(len(rows), len(columns))
-    # Drawn at the size that a page shows.
+    rows = chosen(common(columns), options.prompts, options.seeds)
+    check_shape(len(rows), len(columns))  # before images are read
+    # Images are read at the size that a page shows, so that many of them fit into memory.
     side = useful_side(len(rows) * len(columns))
-    files = [column.pairs for column in columns]
+    files = [column.pairs for column in columns]  # by prompt and seed
     images = [[read_image(pairs[row], side) for pairs in files] for row in rows]
     grid = labelled_grid(images, [f"{shorten(prompt)}\nseed {seed}" for prompt, seed in rows], labels)
     try:
-        size = save_image(grid, Path(options.output))
+        size = save_image(grid, output)
     except OSError as error:
-        raise ConfigurationError(
-            f"{options.output} cannot be written ({error.strerror}): give another --output"
-        ) from None
+        raise ConfigurationError(f"{output} cannot be written ({error.strerror}): give another --output") from None
     names = ", ".join(shorten(label) for label in labels)
-    print(f"Wrote {options.output} ({megabytes(size)}): {len(rows)} prompts and seeds x {len(columns)} runs ({names})")
+    print(f"Wrote {output} ({megabytes(size)}): {len(rows)} prompts and seeds x {len(columns)} runs ({names})")
     print(*(f"  note: {note}\n" for note in notes(columns)), sep="", end="", flush=True)
 
 
 def read_options(args: Sequence[str]) -> Namespace:
-    """Reads the options of `grid`; `ConfigurationError` names an unknown one, or one without a value."""
+    """Reads the options of `grid`; argparse's complaints become a `ConfigurationError`."""
     parser = _Parser(prog="python cli.py grid", description=(run.__doc__ or "").splitlines()[0], allow_abbrev=False)
     many = {"nargs": "+", "action": "extend"}
-    parser.add_argument("--runs", **many, metavar="RUN", help="folders of runs, each with the images of predict")
-    parser.add_argument("--output", metavar="FILE.png", help="the file to write; it must not exist")
+    parser.add_argument("--runs", **many, required=True, metavar="RUN", help="folders of runs that predict was run for")
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="the file to write; it must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace the file where it exists")
     parser.add_argument("--labels", **many, metavar="LABEL", help="of the columns (default: the runs' methods)")
     parser.add_argument("--prompts", **many, metavar="PROMPT", help="only these, in this order (default: all)")
     parser.add_argument("--seeds", **many, metavar="SEED", help="only these, in this order (default: all)")
-    options, unknown = parser.parse_known_args(list(args))
-    if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        if not unknown[0].startswith("-"):
-            raise ConfigurationError(f"{unknown[0]!r} stands after no option that takes it; see grid --help")
-        raise ConfigurationError(f"unknown option {unknown[0]}{closest(unknown[0], known)}")
-    for name in ("runs", "output"):
-        if not all(getattr(options, name) or [""]):  # an empty word names nothing either
-            raise ConfigurationError(f"no --{name}: give " + ("folders of runs" if name == "runs" else "a file"))
-    # As sweep takes them too, 0,1; compared as words, for any whole number may be a seed.
+    options = parser.parse_args(list(args))
+    # 0,1 as sweep takes them too; compared as words, since any integer may be a seed.
     options.seeds = [word for words in options.seeds or () for word in words.split(",") if word]
     return options
-
-
-def check_output(path: str, *, overwrite: bool) -> None:
-    """Raises `ConfigurationError` where the grid cannot be written to `path`; to be told before the work is done."""
-    output = Path(path)
-    if output.suffix.lower() != ".png":
-        raise ConfigurationError(f"--output {path}: a grid is a PNG, give a name that ends in .png")
-    if output.is_dir():
-        raise ConfigurationError(f"--output {path} is a folder: give a file in it")
-    if output.exists() and not overwrite:
-        raise ConfigurationError(f"{path} exists: give another --output, or --overwrite")
 
 
 def read_column(name: str) -> Column:
@@ -127,25 +102,21 @@ def read_column(name: str) -> Column:
     if not path.is_dir():
         around = [str(one) for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
         raise DataError(f"run {name} does not exist{closest(name, around)}")
-    if not folder.is_dir():
-        config = path / "config.yaml"
-        kept = [one for one in ("best", "last") if (path / "checkpoints" / f"{one}.ckpt").is_file()]
-        raise DataError(
-            f"run {name} has no {FOLDER}/: make them with `python cli.py predict --config "
-            f"{config if config.is_file() else 'FILE'} --ckpt_path {kept[0] if kept else 'FILE'}`, or give another run"
-        )
     if not (folder / FILE).is_file():
-        raise DataError(f"{folder} has no {FILE}, which predict writes at its end: run predict again")
+        raise DataError(
+            f"run {name} has no {FOLDER}/{FILE}, which predict writes at its end: run `python cli.py predict --config "
+            f"{path / 'config.yaml'} --ckpt_path last`, or give another run"
+        )
     return Column(name, folder, read_images(folder))
 
 
 def column_labels(columns: Sequence[Column]) -> list[str]:
-    """Names the methods; if two are alike, with as much of the runs' folders as tells all runs apart."""
+    """Names the methods; where two are the same, with as much of the runs' folders as tells all runs apart."""
     methods = []
     for column in columns:
         adapter = column.generated.adapter
         methods.append("no adapter" if adapter is None else str(adapter.get("class_path", "?")).rpartition(".")[2])
-    # A run's folder may be called as another's (version_0): then its parent is named too.
+    # Folders of runs are often called the same (version_0): parents are added until the names differ.
     parts = [column.folder.resolve().parent.parts for column in columns]
     depth = next(k for k in range(1, 1 + max(map(len, parts))) if len({one[-k:] for one in parts}) == len(parts))
     return [
@@ -156,38 +127,37 @@ def column_labels(columns: Sequence[Column]) -> list[str]:
 
 def common(columns: Sequence[Column]) -> list[Pair]:
     """Gives the prompts and seeds that all runs have, in the first one's order; `DataError` if there are none."""
-    everywhere = set.intersection(*(set(column.pairs) for column in columns))
+    everywhere = set.intersection(*(set(column.pairs) for column in columns))  # prompts and seeds
     if not everywhere:
+        # What each run has, so that the reader sees which prompts or seeds differ.
         held = []
         for column in columns:
-            prompts, seeds = (dict.fromkeys(map(str, part)) for part in zip(*column.pairs, strict=True))
+            prompts, seeds = (dict.fromkeys(map(str, values)) for values in zip(*column.pairs, strict=True))
             held.append(f"{column.run} has {listed(map(repr, prompts), 2)} with seeds {listed(seeds)}")
         raise DataError(f"no prompt and seed in common: {'; '.join(held)}; run predict with the same prompts and seeds")
     return [pair for pair in columns[0].pairs if pair in everywhere]
 
 
-def chosen(
-    pairs: Sequence[Pair], columns: Sequence[Column], prompts: Sequence[str] | None, seeds: Sequence[str] | None
-) -> list[Pair]:
+def chosen(pairs: Sequence[Pair], prompts: Sequence[str] | None, seeds: Sequence[str] | None) -> list[Pair]:
     """Chooses those of `pairs` with the given prompts and seeds, in the order in which these were given."""
-    wanted = [list(dict.fromkeys(words or ())) for words in (prompts, seeds)]
-    for k, option in enumerate(("--prompts", "--seeds")):
+    wanted = []
+    for k, (option, words) in enumerate((("--prompts", prompts), ("--seeds", seeds))):
         there = list(dict.fromkeys(str(pair[k]) for pair in pairs))
-        for word in wanted[k]:
+        for word in words or ():
             if word not in there:
-                without = [one.run for one in columns if all(str(pair[k]) != word for pair in one.pairs)]
-                where = f"not in {listed(without, 3)}" if without else "not with the same in all runs"
-                near = closest(word, there) or f"; there are {listed(there)}"
-                raise ConfigurationError(f"{option} {word}: {where}{near}")
-        wanted[k] = wanted[k] or there
+                have = f"{listed(there)}{closest(word, there)}"
+                raise ConfigurationError(f"{option} {word}: not in all runs; they have {have}")
+        wanted.append(list(words or there))  # by default all, in their order
     left = [pair for pair in pairs if pair[0] in wanted[0] and str(pair[1]) in wanted[1]]
     if not left:
         raise ConfigurationError("no image that all runs have is of --prompts and of --seeds: leave one out")
+    # By the places of prompt and seed among the words given.
     return sorted(left, key=lambda pair: (wanted[0].index(pair[0]), wanted[1].index(str(pair[1]))))
 
 
 def notes(columns: Sequence[Column]) -> list[str]:
     """Says what makes the columns differ besides their adapters, and which images are left out."""
+    # Settings that decide an image: where they differ, the adapters are not all that is compared.
     found = []
     made = [one.generated for one in columns]
     settings = [{"model_name": one.model_name, "optimizer steps": one.step, **one.sampling} for one in made]
@@ -196,7 +166,7 @@ def notes(columns: Sequence[Column]) -> list[str]:
         if any(value != values[0] for value in values):
             given = listed((f"{one.run} {value}" for one, value in zip(columns, values, strict=True)), 10)
             found.append(f"the runs differ in {name}: {given}")
-    shared = len(common(columns))
+    shared = len(common(columns))  # rows of the grid, if none are chosen
     more = [f"{len(one.pairs) - shared} of {one.run}'s {len(one.pairs)}" for one in columns if len(one.pairs) > shared]
     if more:
         found.append(f"left out, as not all runs have their prompt and seed: {listed(more)}")

@@ -7,7 +7,7 @@ turns them into latents and embeddings through `latent_cache`, `training_example
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data.base import TaskDataModule, draw_batches
+from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import padded_shard
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth import photographs as files
@@ -25,7 +26,7 @@ from pera_lightning.tasks.dreambooth import prompts as texts
 from pera_lightning.tasks.dreambooth.class_images import ClassImages, generate_missing
 from pera_lightning.tasks.dreambooth.encoding import encode_photographs
 from pera_lightning.tasks.dreambooth.hub import local_folder
-from pera_lightning.tasks.dreambooth.latent_cache import default_folder, together
+from pera_lightning.tasks.dreambooth.latent_cache import together
 from pera_lightning.tasks.dreambooth.photographs import Photograph
 from pera_lightning.tasks.dreambooth.training_examples import TrainingExamples, collate, load_pixels, look_up
 from pera_lightning.validation import check_choice, check_in_range
@@ -116,7 +117,6 @@ class DreamBoothDataModule(TaskDataModule):
         self._digests: dict[str, str] = {}
         self._classes: ClassImages | None = None
         self._class_images: list[Photograph] = []
-        self._required: Mapping[str, Any] = {}
         self._is_read = False  # for a fit
         self._training: TrainingExamples | None = None
         self._to_generate: dict[str, list[dict[str, Any]]] = {}  # by stage, "validation" or "test"
@@ -129,22 +129,18 @@ class DreamBoothDataModule(TaskDataModule):
         for name, text in {**{name: getattr(self, name) for name in names}, "identifier": identifier}.items():
             if text is not None and not text.strip():
                 raise ConfigurationError(f"{name} is empty; give one, such as 'a photo of sks dog' for a prompt")
-        if (self.class_folder is None) != (self.class_prompt is None):
-            has, lacks = ("class_prompt", "class_folder")[:: 1 if self.class_folder is None else -1]
-            raise ConfigurationError(f"{has} without {lacks}: class images need both; give both or neither")
-        if self.num_class_images and self.class_folder is None:
+        given = [bool(self.class_folder), bool(self.class_prompt), self.num_class_images > 0]
+        if any(given) and not all(given[:2]):
             raise ConfigurationError(
-                f"num_class_images={self.num_class_images} without class_folder and class_prompt; give both, or leave "
-                "it out"
+                f"class images need class_folder and class_prompt; given class_folder={self.class_folder}, "
+                f"class_prompt={self.class_prompt}, num_class_images={self.num_class_images}"
             )
         if self.class_folder is not None:
             # An image in both would be taught as the subject and as its class.
             one, other = (Path(f).expanduser().resolve() for f in (self.instance_folder, self.class_folder))
-            if one == other or one in other.parents or other in one.parents:
-                raise ConfigurationError(
-                    f"class_folder {self.class_folder} and instance_folder {self.instance_folder} lie in one another; "
-                    "give folders that share no image"
-                )
+            if one.is_relative_to(other) or other.is_relative_to(one):
+                folders = f"class_folder {self.class_folder} and instance_folder {self.instance_folder}"
+                raise ConfigurationError(f"{folders} lie in one another; give folders that share no image")
         texts.check_seeds(self.validation_seeds, "validation_seeds")
         texts.check_seeds(self.seeds, "seeds")
         if self.validation_prompts:
@@ -169,7 +165,7 @@ class DreamBoothDataModule(TaskDataModule):
     def prepare_data(self) -> None:
         """Fetches, on one process, what the hub holds; keeps nothing."""
         if getattr(getattr(self.trainer, "state", None), "fn", None) not in ("validate", "predict"):
-            local_folder(self.instance_folder, "instance_folder")
+            local_folder(self.instance_folder, "instance_folder")  # other processes then find it in the cache
 
     def setup(self, stage: str | None = None) -> None:
         """Reads names, captions and prompts; images are loaded or encoded in `train_dataloader`.
@@ -178,17 +174,19 @@ class DreamBoothDataModule(TaskDataModule):
             stage: "fit" and "test" read the photographs, "fit" the class images, "test" and "predict" the prompts.
         """
         if stage in ("fit", None):
-            self._required = self.requirements()
-            self._check_cacheable(self._required.get("adapts_text_encoders", False))  # before anything is loaded
+            self._check_cacheable(self.requirements().get("adapts_text_encoders", False))  # before anything is loaded
             self._training = None  # what it holds is of an earlier fit's encoders
         if stage in ("fit", "test", None) and not self._photographs:
             self._read_photographs()
         if stage in ("fit", None) and not self._is_read:
             self._read_training()
         if stage in ("fit", "validate", None) and "validation" not in self._to_generate:
-            self._fill_prompts("validation", self.validation_prompts, self.validation_seeds)
+            self._fill_prompts("validation", self.validation_prompts, self.validation_seeds)  # none by default
         if stage in ("test", "predict", None) and "test" not in self._to_generate:
-            self._fill_prompts("test", self._listed_prompts(), self.seeds)
+            listed = subject_prompts.PROMPTS if self.prompts is None else self.prompts
+            if isinstance(listed, str):
+                listed = subject_prompts.read_prompts(listed, str(self.subject))
+            self._fill_prompts("test", listed, self.seeds)
 
     def train_dataloader(self) -> DataLoader:
         """Generates the class images that are missing, encodes what is cached, and shuffles the examples.
@@ -200,7 +198,7 @@ class DreamBoothDataModule(TaskDataModule):
             self._training = self._training_examples()
         workers = 0 if self.cache else self.num_workers  # what is in memory needs none
         options = {"batch_size": self.batch_size, "num_workers": workers, "collate_fn": collate}
-        return self.make_loader(self._training, shuffle=True, **options)
+        return self.make_loader(self._training, shuffle=True, **options)  # Lightning adds a distributed sampler
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The images to generate at validation, one a batch."""
@@ -210,9 +208,7 @@ class DreamBoothDataModule(TaskDataModule):
         """The images to generate at test, one a batch."""
         return self._generation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The same images as at test."""
-        return self._generation_loader("test")
+    predict_dataloader = test_dataloader
 
     # --- setup ---
 
@@ -221,36 +217,27 @@ class DreamBoothDataModule(TaskDataModule):
         found = files.read_photographs(str(self._root), self.instance_prompt, "instance_folder")
         for one in found:
             preprocessing.open_image(one.path)  # finds damage beyond the header before class images are generated
-        self._digests = {one.id: files.file_sha256(one.path) for one in found}
+        self._digests = {one.id: files.file_sha256(one.path) for one in found}  # for cache and protocol
         self._photographs = found
 
     def _read_training(self) -> None:
         files.warn_of_unusual(self._photographs, self.instance_folder, self.size)
         self._warn_of_bare([one.caption for one in self._photographs], f"captions of {self.instance_folder}")
-        if self.class_folder is not None and self.class_prompt is not None:
-            self._read_class_images(self.class_folder, self.class_prompt)
         self._is_read = True
-
-    def _read_class_images(self, folder: str, prompt: str) -> None:
-        if texts.names(prompt, self.subject.identifier):
+        if self.class_folder is None or self.class_prompt is None:
+            return
+        if texts.names(self.class_prompt, self.subject.identifier):
             rank_zero_warn(
-                f"class_prompt {prompt!r} has the identifier {self.subject.identifier!r} too, so class "
+                f"class_prompt {self.class_prompt!r} has the identifier {self.subject.identifier!r} too, so class "
                 "images would unlearn the subject; leave it out there, or give identifier="
             )
-        self._classes = ClassImages(folder, prompt, self.num_class_images)
+        self._classes = ClassImages(self.class_folder, self.class_prompt, self.num_class_images)
         self._class_images = self._classes.photographs()
-        if self._classes.own:
-            files.warn_of_unusual(self._class_images, folder, self.size)
-
-    def _listed_prompts(self) -> list[str]:
-        if self.prompts is None:
-            return list(subject_prompts.PROMPTS)
-        if isinstance(self.prompts, str):
-            return subject_prompts.read_prompts(self.prompts, str(self.subject))
-        return self.prompts
+        if self._classes.own:  # those of the base have the size that is asked for
+            files.warn_of_unusual(self._class_images, self.class_folder, self.size)
 
     def _fill_prompts(self, stage: str, templates: Sequence[str], seeds: Sequence[int]) -> None:
-        prompts = texts.fill(templates, self.subject)
+        prompts = [template.replace("{}", str(self.subject)) for template in templates]
         if any("{}" in template for template in templates):
             rank_zero_info(f"In {stage} prompts {{}} is {str(self.subject)!r}")
         self._warn_of_bare(prompts, f"{stage} prompts")
@@ -258,7 +245,7 @@ class DreamBoothDataModule(TaskDataModule):
 
     def _warn_of_bare(self, prompts: Sequence[str], of: str) -> None:
         identifier = self.subject.identifier
-        if bare := texts.without(prompts, identifier):
+        if bare := [prompt for prompt in prompts if not texts.names(prompt, identifier)]:
             rank_zero_warn(
                 f"{len(bare)} of {len(prompts)} {of} lack the identifier {identifier!r}, such as {bare[0]!r}: what "
                 "they teach or show is not tied to the subject (identifier= says which word it is)"
@@ -267,27 +254,27 @@ class DreamBoothDataModule(TaskDataModule):
     # --- data sets ---
 
     def _training_examples(self) -> TrainingExamples:
+        required = self.requirements()  # of the network as it is built now
         ranks = {"rank": getattr(self.trainer, "global_rank", 0), "world": getattr(self.trainer, "world_size", 1)}
         given = (self._photographs, self._class_images, self.repeats)
         # 1. Class images: the base generates those that are missing, once.
-        if self._classes is not None and "generator" in self._required:
-            resumed = getattr(self.trainer, "ckpt_path", None) is not None
-            is_trained = resumed or self._required["is_trained"]
-            generate_missing(self._classes, self._required["generator"], is_trained=is_trained, **ranks)
+        if self._classes is not None and "generator" in required:
+            is_trained = getattr(self.trainer, "ckpt_path", None) is not None or required["is_trained"]
+            generate_missing(self._classes, required["generator"], is_trained=is_trained, **ranks)
         elif self._classes is not None:
-            together(self._classes.require_all)
+            together(self._classes.require_all)  # somebody else's module generates none
         # 2. Without a cache the module encodes each batch in its step.
         if not self.cache:
             return TrainingExamples(*given, partial(load_pixels, size=self.size, crop=self.crop, flip=self.flip))
-        if "encoders" not in self._required:
+        if "encoders" not in required:
             raise ConfigurationError("cache=true needs the trainer's module to have encoders: set cache=false")
         # 3. With one all is encoded before the data set is built of it.
         encoded = encode_photographs(
             [*self._photographs, *self._class_images],
-            self._required["encoders"],
+            required["encoders"],
             getattr(getattr(self.trainer, "strategy", None), "root_device", torch.device("cpu")),
             size=self.size,
-            folder=self.cache_dir or default_folder(),
+            folder=self.cache_dir or cache_folder() / "dreambooth",
             digests=self._digests,
             **ranks,
         )
@@ -299,7 +286,7 @@ class DreamBoothDataModule(TaskDataModule):
         if examples := self._to_generate[stage]:
             return self.make_loader(**padded_shard(examples, self.trainer, texts.blank), batch_size=1, num_workers=0)
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # none were asked for
-        return []
+        return []  # Lightning then skips the stage
 
     def _require_photographs(self) -> None:
         if not self._photographs:
@@ -307,12 +294,7 @@ class DreamBoothDataModule(TaskDataModule):
 
     # --- what others ask for ---
 
-    @property
-    def uses_prior(self) -> bool:
-        """Whether class images are trained on."""
-        return self.class_folder is not None
-
-    measuring_note = "measured on training images: there are no others"
+    measuring_note = "measured on training images, the only ones"
 
     def calibration_batches(self, count: int) -> list[Any]:
         """Draws photographs without class images, from the middle."""
@@ -327,7 +309,7 @@ class DreamBoothDataModule(TaskDataModule):
         self._require_photographs()
         once: dict[str, Photograph] = {}
         for one in self._photographs:
-            once.setdefault(self._digests[one.id], one)
+            once.setdefault(self._digests[one.id], one)  # of equal ones the first
         return [preprocessing.crop_to(preprocessing.open_image(one.path), self.size)[0] for one in once.values()]
 
     def description(self) -> dict[str, Any]:
@@ -347,6 +329,7 @@ class DreamBoothDataModule(TaskDataModule):
 
     def protocol(self) -> dict[str, Any]:
         """Says what is trained on and what images are generated of, as primitives; photographs once they are read."""
+        # By names below the folder, which another machine has elsewhere.
         names = {one.id: one.path.relative_to(self._root).as_posix() for one in self._photographs}
         return {
             "instance_folder": self.instance_folder,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pera_lightning.tasks.dreambooth.networks import load_text_encoders
 from pera_lightning.tasks.dreambooth.pipeline_files import INDEX, check_size, identity, read
 from pera_lightning.tasks.dreambooth.tokenization import load_tokenizers, prompt_embeddings, tokenise
-from pera_lightning.tasks.dreambooth.vae import VAESource, load_vae, shift_and_scale
+from pera_lightning.tasks.dreambooth.vae import load_vae, shift_and_scale
 
 _TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -47,14 +47,14 @@ class Encoders:
         variant: str | None = None,
     ) -> None:
         self.name, self.dtype, self.revision, self.variant = name, dtype, revision, variant
-        if vae is None:
-            self._vae_source = VAESource(name, "vae", revision, variant, torch.float32, replaces=False)
-        else:
-            self._vae_source = VAESource(vae, "", None, None, dtype, replaces=True)
+        # Where the VAE is: in a folder of the pipeline, or in `vae` itself, which has revisions of its own.
+        self._vae_place = (name, "vae") if vae is None else (vae, "")
+        own = {"dtype": torch.float32, "revision": revision, "variant": variant}
+        self._vae_options = own if vae is None else {"dtype": dtype, "revision": None, "variant": None}
         self._vae: Any = None
-        self._text: tuple[nn.Module, nn.Module] | None = None
+        self._text: list[nn.Module] | None = None
         self._tokenizers: Any = None
-        self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._prompts: dict[str, tuple[Tensor, Tensor]] = {}  # embeddings, on the CPU
 
     # --- images ---
 
@@ -74,7 +74,7 @@ class Encoders:
             shift, scale = shift_and_scale(vae, device)
             means, stds = [], []
             for image in pixels.split(1):
-                found = vae.encode(image.to(device, vae.dtype)).latent_dist
+                found = vae.encode(image.to(device, vae.dtype)).latent_dist  # (1, 4, H/8, W/8)
                 # The distribution, not a sample of it: the training draws anew in each step.
                 means.append((found.mean.float() - shift) * scale)
                 stds.append(found.std.float() * scale)
@@ -88,12 +88,12 @@ class Encoders:
             images = []
             for one in latents.split(1):
                 plain = (one.to(device, torch.float32) / scale + shift).to(vae.dtype)
-                images.append((vae.decode(plain, return_dict=False)[0].float() * 0.5 + 0.5).clamp(0, 1))
+                images.append((vae.decode(plain, return_dict=False)[0].float() * 0.5 + 0.5).clamp(0, 1))  # of [-1, 1]
             return torch.cat(images)
 
     def _load_vae(self, device: torch.device | str) -> Any:
         if self._vae is None:
-            self._vae = load_vae(self._vae_source)
+            self._vae = load_vae(*self._vae_place, **self._vae_options)
         return self._vae.to(device)
 
     def write_vae(self, folder: Path) -> None:
@@ -101,8 +101,8 @@ class Encoders:
         from pera_lightning.export.pipeline_files import without_path
 
         shutil.rmtree(folder, ignore_errors=True)  # its weights may be spread over other files
-        self._load_vae("cpu").save_pretrained(folder)
-        without_path(folder / "config.json")
+        self._load_vae("cpu").save_pretrained(folder)  # in its own dtype
+        without_path(folder / "config.json")  # the folder that it was loaded from
         self.release(text=False)
 
     # --- text ---
@@ -112,18 +112,17 @@ class Encoders:
         with _plain(device):
             for prompt in dict.fromkeys(prompts):
                 if prompt not in self._prompts:
-                    self._prompts[prompt] = self._embed(prompt, device)
+                    made = prompt_embeddings(self._load_text(device), self.token_ids([prompt]))
+                    self._prompts[prompt] = made[0].cpu(), made[1].cpu()  # small: they outlive the encoders
             found = [self._prompts[prompt] for prompt in prompts]
-            embeds, pooled = (torch.cat(each).to(device) for each in zip(*found, strict=True))
+            embeds, pooled = (torch.cat(each).to(device) for each in zip(*found, strict=True))  # one a prompt
             return embeds, pooled
 
-    def _embed(self, prompt: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def _load_text(self, device: torch.device | str) -> list[nn.Module]:  # the first and the second
         if self._text is None:  # or released: a prompt that was not known loads them again
             found = load_text_encoders(self.name, dtype=self.dtype, revision=self.revision, variant=self.variant)
-            self._text = found[0].requires_grad_(False), found[1].requires_grad_(False)
-        encoders = [encoder.to(device) for encoder in self._text]
-        embeds, pooled = prompt_embeddings(encoders, self.token_ids([prompt]))
-        return embeds.cpu(), pooled.cpu()  # a prompt's are small, and outlive the encoders
+            self._text = [encoder.requires_grad_(False) for encoder in found]
+        return [encoder.to(device) for encoder in self._text]
 
     def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Gives token ids (B, 77) of prompts for either text encoder, on the CPU; see `tokenise`."""
@@ -131,12 +130,11 @@ class Encoders:
             self._tokenizers = load_tokenizers(self.name, self.revision)
         return tokenise(self._tokenizers, prompts)
 
-    def unconditional(self, device: torch.device | str, embed: Callable[[list[str]], Any] | None = None) -> Any:
+    def unconditional(self, embed: Callable[[list[str]], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Gives what guidance leads away from: embeddings of the empty prompt, or zeros if the pipeline says so."""
-        embed = embed or (lambda texts: self.prompts(texts, device))
         embeds, pooled = embed([""])
         if read(self.name, INDEX, self.revision).get("force_zeros_for_empty_prompt", True):
-            return torch.zeros_like(embeds), torch.zeros_like(pooled)
+            return torch.zeros_like(embeds), torch.zeros_like(pooled)  # as SDXL's own does
         return embeds, pooled
 
     # --- what is held, and what it is ---
@@ -160,13 +158,16 @@ class Encoders:
 
     def settings(self) -> dict[str, dict[str, str | None]]:
         """Gives what latents of "images" and embeddings of "prompts" depend on, as primitives: for keys of caches."""
-        text = {
-            "model": self.name,
-            "files": identity(self.name, INDEX, _TEXT_FOLDERS, self.revision),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "variant": self.variant,
-        }
-        return {"images": self._vae_source.settings(), "prompts": text}
+        (name, part), options = self._vae_place, self._vae_options
+        of_vae = identity(name, f"{part}/config.json".lstrip("/"), [part], options["revision"])
+        of_text = identity(self.name, INDEX, _TEXT_FOLDERS, self.revision)
+        image = {"vae": name, "files": of_vae, "dtype": _word(options["dtype"]), "variant": options["variant"]}
+        text = {"model": self.name, "files": of_text, "dtype": _word(self.dtype), "variant": self.variant}
+        return {"images": image, "prompts": text}
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

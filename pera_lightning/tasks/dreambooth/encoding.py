@@ -62,7 +62,7 @@ def encode_photographs(
     Every process must call it, and has all of it afterwards. Equal images, and equal captions, share their tensors.
 
     Args:
-        photographs: the images; all files are there.
+        photographs: the images.
         encoders: the VAE and the frozen text encoders.
         device: where they compute.
         size: height and width in pixels.
@@ -77,13 +77,15 @@ def encode_photographs(
     """
     # Keys hold the content and the encoders' identity: equal content shares one file, another encoder takes others.
     settings = encoders.settings()
-    image_keys = {
-        one.id: cache.image_key(digests.get(one.id) or file_sha256(one.path), size, "center", settings["images"])
-        for one in photographs
+    image_keys = {}
+    for one in photographs:
+        content = {"sha256": digests.get(one.id) or file_sha256(one.path), "size": list(size), "crop": "center"}
+        image_keys[one.id] = cache.cache_key("image", content, settings["images"])
+    prompt_keys = {
+        one.caption: cache.cache_key("prompt", {"text": one.caption}, settings["prompts"]) for one in photographs
     }
-    prompt_keys = {one.caption: cache.prompt_key(one.caption, settings["prompts"]) for one in photographs}
-    images = {image_keys[one.id]: one for one in reversed(photographs)}
     captions = {key: caption for caption, key in prompt_keys.items()}
+    images = {image_keys[one.id]: one for one in reversed(photographs)}  # of equal ones the first
 
     def encode(key: str) -> cache.Tensors:
         # One by one, so that a result does not depend on the images beside it.
@@ -93,6 +95,7 @@ def encode_photographs(
             image, time_ids = crop_to(open_image(images[key].path), size)
             made = latents(encoders, to_pixels(image)[None], [images[key].id], device)
             made["time_ids"] = time_ids[None]
+        # A batch of one: its axis goes.
         return {name: value[0].detach().to("cpu", torch.float32).contiguous() for name, value in made.items()}
 
     keys = [*dict.fromkeys(image_keys.values()), *captions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,62 +11,45 @@ from torch import Tensor
 
 from pera_lightning.tasks.dreambooth.encoders import Encoders
 from pera_lightning.tasks.dreambooth.image_folder import to_pil
-from pera_lightning.tasks.dreambooth.loss import check_prediction_type
 from pera_lightning.tasks.dreambooth.networks import SDXLNetwork
-from pera_lightning.tasks.dreambooth.noise_schedule import noise_alphas
 from pera_lightning.tasks.dreambooth.pipeline_files import FACTOR
-from pera_lightning.tasks.dreambooth.sampling import sample, sampler
+from pera_lightning.tasks.dreambooth.sampling import sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
+@dataclass(frozen=True)
 class ImageGenerator:
-    """Generates images; the module sets `network` once it is built, and `size` once the data are known.
-
-    Args:
-        encoders: the VAE and the frozen text encoders.
-        settings: the module's settings, by name.
+    """Generates images with a network.
 
     Attributes:
-        network: the network, with its adapters; not there before it is built.
+        network: the network, with its adapters.
+        encoders: the VAE and the frozen text encoders.
+        settings: the module's settings, by name.
+        prediction_type: what the UNet predicts.
         size: height and width in pixels; None takes the network's own.
         is_sharded: whether all processes must generate each image together (FSDP2).
     """
 
     network: SDXLNetwork
-
-    def __init__(self, encoders: Encoders, settings: Mapping[str, Any]) -> None:
-        self.encoders, self.settings = encoders, settings
-        self.size: tuple[int, int] | None = None
-        self.is_sharded = False
-        self._schedule: tuple[Tensor, str] | None = None
-
-    @property
-    def schedule(self) -> tuple[Tensor, str]:
-        """The noise schedule: ᾱ (T,) in float32, and what the UNet predicts."""
-        if self._schedule is None:
-            alphas, predicts = noise_alphas(self.settings["model_name"], self.settings["revision"])
-            predicts = self.settings["prediction_type"] or predicts
-            check_prediction_type(predicts)
-            self._schedule = alphas, predicts
-        return self._schedule
+    encoders: Encoders
+    settings: Mapping[str, Any]
+    prediction_type: str
+    size: tuple[int, int] | None = None
+    is_sharded: bool = False
 
     @property
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(self.network.parameters()).device
 
-    def check(self) -> None:
-        """Refuses settings by which no image can be generated, before anything takes long."""
-        sampler(self.encoders, self.settings["sampling_steps"], self.schedule[1])
-
     def sampling(self) -> dict[str, Any]:
         """Says how images are sampled, as primitives."""
-        side = self.network.unet.config.sample_size * FACTOR
+        side = self.network.unet.config.sample_size * FACTOR  # pixels of what SDXL was trained on: 1024
         height, width = self.size or (side, side)
         how = {"steps": self.settings["sampling_steps"], "guidance_scale": self.settings["guidance_scale"]}
-        return {"height": height, "width": width, **how, "prediction_type": self.schedule[1]}
+        return {"height": height, "width": width, **how, "prediction_type": self.prediction_type}
 
     def made_by(self) -> dict[str, Any]:
         """Says what an image of the base depends on besides prompt and seed, as primitives."""
@@ -81,11 +65,7 @@ class ImageGenerator:
         return self.network.embeddings(one.to(self.device), two.to(self.device))
 
     def embed_beforehand(self, prompts: Sequence[str]) -> int:
-        """Embeds prompts that will be asked for, so that frozen text encoders leave memory.
-
-        Returns:
-            Bytes that they free.
-        """
+        """Embeds prompts that will be asked for, so that frozen text encoders leave memory; returns the bytes freed."""
         if self.settings["adapt_text_encoders"]:  # what a prompt becomes changes with each step
             return 0
         if prompts:

@@ -18,19 +18,11 @@ def local_folder(name: str, argument: str) -> str:
     if Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
         return name
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    here = f"{argument} {name} is no folder here, and"
-    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]
+    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]  # no other files are fetched
     try:
         return snapshot_download(name, repo_type="dataset", allow_patterns=[*patterns, "*.txt", METADATA])
-    except GatedRepoError as error:  # also a RepositoryNotFoundError
-        reason = f"the data set on {hub} is gated: ask for access on its page, then `hf auth login`", error
-    except RepositoryNotFoundError as error:
-        reason = f"there is no such data set on {hub} (or it is private): check the name", error
-    except LocalEntryNotFoundError as error:
-        reason = f"as a data set it is not in the cache and {hub} cannot be reached: set HF_ENDPOINT to another", error
     except Exception as error:  # of the hub's client and the HTTP library of that: no common base
-        reason = f"as a data set of {hub} it cannot be had ({shorten(str(error))}): try again", error
-    raise DataError(f"{here} {reason[0]}, or give a folder") from reason[1]
+        hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        what = f"{argument} {name} is not a folder, and as a data set of {hub} it cannot be had"
+        raise DataError(f"{what} ({shorten(str(error))}): check the name and HF_ENDPOINT, or give a folder") from error

@@ -53,13 +53,14 @@ class GeneratedImages:
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Converts images (B, 3, H, W) in [0, 1]; values that are not finite become black, with a warning."""
-    images = images.detach().float().cpu()
+    images = images.detach().float().cpu()  # bfloat16 has no numpy type
     if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
         warnings.warn(
             f"{broken} of {len(images)} generated images have NaN or infinite values, drawn black: decode with the "
             "VAE in float32 or one made for float16, and look at the loss",
             stacklevel=2,
         )
+    # (B, 3, H, W) -> (B, H, W, 3), the order that Pillow takes.
     pixels = images.nan_to_num(0, 0, 0).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(one) for one in pixels]
 
@@ -75,10 +76,7 @@ def save_image(image: Image.Image, path: Path) -> int:
 def unlist_images(folder: str | Path) -> list[Path]:
     """Removes `images.json` and the grid of an earlier stage, so that one cut short leaves no list of others' images.
 
-    To be called by one rank.
-
-    Returns:
-        The images that were listed; they are still there.
+    One rank calls it. The images that were listed stay, and are returned.
     """
     file = Path(folder) / FILE
     try:
@@ -91,7 +89,7 @@ def unlist_images(folder: str | Path) -> list[Path]:
 
 
 def write_images(folder: str | Path, generated: GeneratedImages) -> Path:
-    """Writes `images.json` atomically; to be called by one rank, once all PNGs are there."""
+    """Writes `images.json` atomically; one rank calls it, once all PNGs are there."""
     file = Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, (json.dumps(asdict(generated), indent=1) + "\n").encode())
@@ -101,23 +99,20 @@ def write_images(folder: str | Path, generated: GeneratedImages) -> Path:
 def read_images(folder: str | Path) -> GeneratedImages:
     """Reads `images.json`; `read_image` opens the images."""
     file = Path(folder) / FILE
+    text = read_text(file)  # a missing or foreign file is refused there
     try:
-        found = json.loads(read_text(file))
+        found = json.loads(text)
         images = tuple(GeneratedImage(**one) for one in found.pop("images"))
         generated = GeneratedImages(**found, images=images)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{file} is damaged ({shorten(str(error))}); run predict again") from None
-    kinds = (generated.model_name, str), (generated.sampling, Mapping), (generated.adapter or {}, Mapping)
-    for value, kind in kinds + tuple(pair for one in images for pair in ((one.prompt, str), (one.seed, int))):
-        if not isinstance(value, kind):
-            raise DataError(f"{file} is damaged ({shorten(repr(value))[:60]} is no {kind.__name__}); run predict again")
-    for one in images:  # the list may come from elsewhere: it must not lead out of its folder
-        if not isinstance(one.file, str) or Path(one.file).name != one.file:
-            raise DataError(f"{file} names {one.file!r}, which is no file of its folder; run predict again")
-    if not images:
-        raise DataError(f"{file} lists no image; run predict again")
+    # The list may come from elsewhere: it must not lead out of its folder.
+    fits = images and all(
+        isinstance(one.prompt, str) and isinstance(one.seed, int) and Path(str(one.file)).name == one.file
+        for one in images
+    )
+    if not (fits and isinstance(generated.sampling, dict) and isinstance(generated.adapter, dict | None)):
+        raise DataError(f"{file} is damaged (a value is of another type, or a file elsewhere); run predict again")
     return generated
 
 
@@ -125,7 +120,7 @@ def read_image(path: Path, side: int | None = None) -> Image.Image:
     """Reads a generated image into memory, its longer side scaled down to `side` pixels."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # now, so that damage is told here
             if side is not None:
                 image.thumbnail((side, side), Image.Resampling.LANCZOS)
             return image

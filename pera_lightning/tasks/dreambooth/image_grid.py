@@ -1,6 +1,6 @@
-"""Labelled image grids: torchvision's `make_grid` sets the images side by side, matplotlib writes the labels.
+"""Labelled image grids: matplotlib writes the labels, Pillow sets the images beside them.
 
-Both are imported when a grid is drawn, so that `grid` refuses wrong input without loading torch.
+matplotlib is imported when a grid is drawn, so that `grid` refuses wrong input at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageOps
 
-from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.errors import ConfigurationError
 
 MOST_ROWS, MOST_COLUMNS, MOST_IMAGES = 200, 40, 2500
 _PAGE, _MOST_CELL, _LEAST_CELL = 8.0, 2.5, 0.75  # inches: width of the page, longer side of an image
@@ -35,51 +35,33 @@ def labelled_grid(
 
     Args:
         images: rows of equal length; None leaves a cell empty.
-        row_labels: the labels at the left, one a row; all may be empty.
-        column_labels: the labels above, one a column; all may be empty.
-        title: the line at the top; may be empty.
-
-    Raises:
-        ConfigurationError: no image, too many, or labels that do not fit the images.
+        row_labels: the labels at the left, one a row; all may be empty, as may those above and the title.
+        column_labels: the labels above, one a column.
+        title: the line at the top.
     """
     import matplotlib
     import numpy as np
-    import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
 
     rows, columns = len(images), len(images[0]) if images else 0
     check_shape(rows, columns)
-    if any(len(row) != columns for row in images) or (len(row_labels), len(column_labels)) != (rows, columns):
-        lengths = listed(dict.fromkeys(str(len(row)) for row in images))
-        raise ConfigurationError(
-            f"{rows} rows of {lengths} images, {len(row_labels)} row labels and {len(column_labels)} column labels do "
-            "not make a grid"
-        )
-    # Cells, in inches: as wide as the page allows, in the proportions of the largest image.
+    # 1. Cells, in inches: as wide as the page allows, in the proportions of the largest image.
     left = _LABELS if any(row_labels) else 0.1
     there = [image for row in images for image in row if image is not None]
     sides = [max((getattr(image, side) for image in there), default=1) for side in ("width", "height")]
     longer = min(_MOST_CELL, max(_LEAST_CELL, (_PAGE - left) / columns * max(1.0, sides[1] / sides[0])))
     cell = [max(0.3, longer * side / max(sides)) for side in sides]
-    # Labels, wrapped to their cells.
+    # 2. Labels, wrapped to their cells; the row of those above is as high as the longest.
     above = [_wrapped(label, cell[0], 4) for label in column_labels]
     beside = [_wrapped(label, left, max(2, int(cell[1] / _LINE))) for label in row_labels]
     head = _wrapped(title, columns * cell[0], 2)
     top = 0.1 + _LINE * max(label.count("\n") + bool(label) for label in above) + 2 * _LINE * bool(head)
     width, height = left + columns * cell[0] + 0.1, top + rows * cell[1] + 0.1
-    # Dots per inch: no more than the images have, and within the limits of the whole.
+    # 3. Dots per inch: no more than the images have, and within the limits of the entire grid.
     most = min(_MOST_DPI, (_MOST_PIXELS / (width * height)) ** 0.5, _MOST_SIDE / max(width, height))
     dpi = max(_LEAST_DPI, min(most, max(150, max(sides) / longer)))
-    # The images as one: each padded to its cell, less the gap around it.
-    gap = max(2, round(0.03 * dpi))
-    pixels = [max(1, round(side * dpi) - gap) for side in cell]
-    blank = Image.new("RGB", (1, 1), _EMPTY).resize(pixels)
-    tiles = [_padded(image, pixels) if image is not None else blank for row in images for image in row]
-    stacked = torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in tiles])  # (B, 3, h, w)
-    whole = Image.fromarray(make_grid(stacked, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy())
-
+    # 4. The page with its labels, drawn by matplotlib on axes that the images cover.
     figure = Figure(figsize=(width, height), dpi=dpi)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((left / width, 0.1 / height, columns * cell[0] / width, rows * cell[1] / height))
@@ -94,17 +76,22 @@ def labelled_grid(
         figure.text(left / width + columns * cell[0] / width / 2, 1 - 0.05 / height, head, ha="center", va="top")
         canvas.draw()
     page = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    page.paste(whole, (round(left * dpi), round(top * dpi)))  # pixel by pixel, which matplotlib would resample
+    # 5. The images, each padded to its cell less the gap around it: pixel by pixel, which matplotlib would resample.
+    gap = max(2, round(0.03 * dpi))
+    pixels = max(1, round(cell[0] * dpi) - gap), max(1, round(cell[1] * dpi) - gap)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            tile = Image.new("RGB", pixels, _EMPTY) if image is None else image.convert("RGB")
+            place = round((left + j * cell[0]) * dpi + gap / 2), round((top + i * cell[1]) * dpi + gap / 2)
+            page.paste(ImageOps.pad(tile, pixels, Image.Resampling.LANCZOS, color="white"), place)
     return page
 
 
 def check_shape(rows: int, columns: int) -> None:
     """Raises `ConfigurationError` for a grid of no images, or of more than can be seen."""
     if not (0 < rows <= MOST_ROWS and 0 < columns <= MOST_COLUMNS and rows * columns <= MOST_IMAGES):
-        raise ConfigurationError(
-            f"a grid of {rows} x {columns} images cannot be drawn: 1 to {MOST_ROWS} rows and {MOST_COLUMNS} columns, "
-            f"and at most {MOST_IMAGES} images; choose among them"
-        )
+        most = f"{MOST_ROWS} rows, {MOST_COLUMNS} columns and {MOST_IMAGES} images at most"
+        raise ConfigurationError(f"a grid of {rows} x {columns} images cannot be drawn: {most}; choose among them")
 
 
 def useful_side(count: int) -> int:
@@ -112,14 +99,10 @@ def useful_side(count: int) -> int:
     return min(round(_MOST_CELL * _MOST_DPI), round((2 * _MOST_PIXELS / count) ** 0.5))
 
 
-def _padded(image: Image.Image, pixels: Sequence[int]) -> Image.Image:
-    return ImageOps.pad(image.convert("RGB"), (pixels[0], pixels[1]), Image.Resampling.LANCZOS, color="white")
-
-
 def _wrapped(label: str, width: float, most: int) -> str:
-    """A label in at most `most` lines (or one for the label and one for its detail) of `width` inches."""
+    """Wraps a label to at most `most` lines (or one for the label and one for its detail) of `width` inches."""
     label = label.encode("utf-8", "replace").decode()  # no font takes half a surrogate pair
-    head, _, detail = label.partition("\n")
+    head, _, detail = label.partition("\n")  # the prompt and its seed, the method and its run
     letters = max(4, int(width / _LETTER))
     below = textwrap.wrap(detail, letters, max_lines=max(1, most // 2), placeholder="…")
     lines = textwrap.wrap(head, letters, max_lines=max(1, most - len(below)), placeholder="…")

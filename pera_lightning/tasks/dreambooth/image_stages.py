@@ -45,12 +45,7 @@ DYNAMIC, STATIC = "", "_static"  # a dynamic AuroRA is tested twice; the ends of
 
 
 class StageImages:
-    """The images of a stage in their folder: each is written when it is generated, the list when all are there.
-
-    Args:
-        folder: the folder; made with the first image.
-        writes: whether anything is written.
-    """
+    """The images of a stage in their folder: each is written when it is generated, the list when all are there."""
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self.folder, self.writes = folder, writes
@@ -59,7 +54,7 @@ class StageImages:
         self._earlier: list[Path] | None = None
 
     def unlist(self) -> None:
-        """Unlists the images of an earlier stage, once; to be called by one rank when the first new one is there."""
+        """Unlists the images of an earlier stage, once; one rank calls it when the first new image is there."""
         if self._earlier is None:
             self._earlier = unlist_images(self.folder) if self.writes else []
 
@@ -78,36 +73,31 @@ class StageImages:
 
     def finish(self, generated: GeneratedImages, title: str = "") -> None:
         """Writes the list of all processes' images and their grid: a row for each prompt, a column for each seed."""
+        # Only now may images of an earlier stage go: another rank may have written a new one under the same name.
         self.remove_earlier(generated.images)
         write_images(self.folder, generated)
         files = {(one.prompt, one.seed): self.folder / one.file for one in generated.images}
         prompts, seeds = list(dict.fromkeys(prompt for prompt, _ in files)), sorted({seed for _, seed in files})
         try:
             check_shape(len(prompts), len(seeds))
-        except ConfigurationError:
+        except ConfigurationError:  # more than a grid shows: the images alone
             return
-        cells = {pair: read_image(file, useful_side(len(files))) for pair, file in files.items()}
+        cells = {pair: read_image(file, useful_side(len(files))) for pair, file in files.items()}  # of all processes
         rows = [[cells.get((prompt, seed)) for seed in seeds] for prompt in prompts]
         self.grid = labelled_grid(rows, prompts, [f"seed {seed}" for seed in seeds], title)
         save_image(self.grid, self.folder / GRID)
 
 
 class ImageStagesModule(NormalisedLossModule):
-    """Base of `DreamBoothModule` with its validation, test and prediction.
-
-    Subclasses set `generator` and `trained_steps` in their `__init__`.
-    """
+    """Base of `DreamBoothModule` with its validation, test and prediction; subclasses have what is annotated here."""
 
     generator: ImageGenerator
     trained_steps: int
     _about_data: Mapping[str, Any] = MappingProxyType({})
     _similarity: Similarity | None = None
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
+    def agree(self) -> None:
         self._about_data = self.data_description()
-        self.generator.size = self._about_data.get("size")
-        self.generator.check()
 
     # --- hooks of Lightning ---
 
@@ -118,9 +108,7 @@ class ImageStagesModule(NormalisedLossModule):
         metrics = {name: self.hparams[name] for name in ("dino", "clip")}
         if any(metrics.values()) and not self.trainer.fast_dev_run:
             if "reference_images" not in self._about_data:
-                raise ConfigurationError(
-                    "the data module has no reference_images to compare with: set dino and clip null"
-                )
+                raise ConfigurationError("the data module has no reference_images to compare with: set dino, clip null")
             if self._similarity is None:  # before the images, which take long
                 from pera_lightning.tasks.dreambooth.similarity import Similarity
 
@@ -137,7 +125,7 @@ class ImageStagesModule(NormalisedLossModule):
         self._generate(batch)
         with static_inference(self) as acts:
             if acts:
-                self._generate(batch, STATIC)
+                self._generate(batch, STATIC)  # the same prompts and seeds
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Returns ``{"file", "prompt", "seed"}`` of each image."""
@@ -162,15 +150,16 @@ class ImageStagesModule(NormalisedLossModule):
         self.release_vae()
         if self.trainer.fast_dev_run:
             return
-        metrics: dict[str, float] = {}
-        each: dict[str, dict[str, dict[str, float]]] = {}
+        metrics: dict[str, float] = {}  # means, by stage and metric
+        each: dict[str, dict[str, dict[str, float]]] = {}  # by stage and file, of all processes
         inference = results.inference_rows(self)
         variants = dict(zip(inference, (DYNAMIC, STATIC), strict=False))  # one or both
         for stage, variant in variants.items():
+            # Each process measures its own images; means are over those of all.
             own = self._images[variant]
-            scores = self._scores([image for _, image in own.made], own.folder)
+            scores = self._scores(own)
             measured = [(name, image, score) for (name, image), score in zip(own.made, scores, strict=True)]
-            everywhere = merge_shards(all_gather_object(measured))
+            everywhere = merge_shards(all_gather_object(measured))  # in the order of the examples
             each[stage] = {image.file: score for _, image, score in everywhere}
             for metric in everywhere[0][2] if everywhere else ():
                 metrics[f"{stage}/{metric}"] = float(np.mean([score[metric] for *_, score in everywhere]))
@@ -179,7 +168,14 @@ class ImageStagesModule(NormalisedLossModule):
         if STATIC not in variants.values():
             self._images[STATIC].remove_earlier()  # of an AuroRA that was tested in this place
         self.log_dict(metrics, sync_dist=True)  # every rank has them; without it Lightning warns
-        self._write_results(metrics, n=len(each["test"]), inference=inference, images=each)
+        protocol = {
+            **results.about(self, "dreambooth"),
+            "sampling": self.generator.sampling(),
+            **{name: self.hparams[name] for name in ("dino", "clip")},
+            "data": self._about_data.get("protocol"),
+        }
+        facts = {"n": len(each["test"]), "inference": inference, "images": each}
+        results.record(self, metrics, protocol=protocol, seconds=time.perf_counter() - self._started, **facts)
 
     # --- what they share ---
 
@@ -195,7 +191,7 @@ class ImageStagesModule(NormalisedLossModule):
         self._acted, self._started = False, time.perf_counter()
         # Once and on every rank: Lightning broadcasts `log_dir`, and a rank may have no image in a step.
         root = Path(trainer.log_dir or trainer.default_root_dir)
-        step = f"step_{self.trained_steps:06d}" if stage == "validate" else ""
+        step = f"step_{self.trained_steps:06d}" if stage == "validate" else ""  # so that folders sort by step
         writes = not (trainer.fast_dev_run or trainer.sanity_checking)
         self._images = {end: StageImages(root / f"{FOLDERS[stage]}{end}" / step, writes) for end in (DYNAMIC, STATIC)}
 
@@ -209,8 +205,8 @@ class ImageStagesModule(NormalisedLossModule):
         self._acted = True
         if not examples:
             return []
-        _, prompts, seeds = zip(*examples, strict=True)
-        images = self.generator.generate(prompts, [max(seed, 0) for seed in seeds])
+        _, prompts, seeds = zip(*examples, strict=True)  # names are for those that are kept
+        images = self.generator.generate(prompts, [max(seed, 0) for seed in seeds])  # a filler has no seed
         if self.trainer.is_global_zero:  # not before there is a new image: a stage that fails leaves the earlier ones
             for one in self._images.values():
                 one.unlist()
@@ -227,30 +223,16 @@ class ImageStagesModule(NormalisedLossModule):
         """Lists the images of all processes, on the first, and returns them there."""
         self.release_vae()
         images = self._images[DYNAMIC]
-        made = [image for _, image in merge_shards(all_gather_object(images.made))]
+        made = [image for _, image in merge_shards(all_gather_object(images.made))]  # a collective call
         if not made or not images.writes or not self.trainer.is_global_zero:
             return []
         images.finish(self._listed(made), title)
         return made
 
-    def _scores(self, images: Sequence[GeneratedImage], folder: Path) -> list[dict[str, float]]:
-        """Measures how like the subject's photographs, and its prompt, each image is."""
-        if not images or self._similarity is None:
-            return [{} for _ in images]
-        made = [read_image(folder / image.file) for image in images]
+    def _scores(self, own: StageImages) -> list[dict[str, float]]:
+        """Measures how like the subject's photographs, and its prompt, each image of this process is."""
+        if not own.made or self._similarity is None:
+            return [{} for _ in own.made]
+        images = [read_image(own.folder / image.file) for _, image in own.made]
         references = self._about_data["reference_images"]()
-        return self._similarity.scores(made, [image.prompt for image in images], references)["images"]
-
-    def _write_results(self, metrics: Mapping[str, float], **facts: Any) -> None:
-        folder = self.trainer.log_dir
-        if not self.trainer.is_global_zero or folder is None:
-            return
-        protocol = {
-            **results.about(self, "dreambooth"),
-            "sampling": self.generator.sampling(),
-            **{name: self.hparams[name] for name in ("dino", "clip")},
-            "data": self._about_data.get("protocol"),
-        }
-        facts |= {"protocol": protocol, "seconds": time.perf_counter() - self._started}
-        path = results.write(Path(folder), results.collect(self, metrics, **facts))
-        print(f"Results: {path}", flush=True)
+        return self._similarity.scores(images, [image.prompt for _, image in own.made], references)["images"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +27,24 @@ _FORMAT = 1
 _SUFFIX = ".safetensors"
 
 
-def default_folder() -> Path:
-    """Returns the cache's default place, beside the tokenised examples."""
-    from pera_lightning.data.cached_tables import cache_folder
+def cache_key(kind: str, content: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Names the latents of an image or the embeddings of a prompt.
 
-    return cache_folder() / "dreambooth"
-
-
-def image_key(sha256: str, size: tuple[int, int], crop: str, settings: Mapping[str, Any]) -> str:
-    """Names the latents of an image."""
-    return _key("image", {"sha256": sha256, "size": list(size), "crop": crop}, settings)
-
-
-def prompt_key(prompt: str, settings: Mapping[str, Any]) -> str:
-    """Names the embeddings of a prompt; `settings` as for `image_key`."""
-    return _key("prompt", {"text": prompt}, settings)
-
-
-def _key(kind: str, what: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    Args:
+        kind: "image" or "prompt"; the name begins with it.
+        content: what is encoded, as primitives.
+        settings: what encodes it, see `Encoders.settings`.
+    """
     # Sorted, so that the order of the settings does not matter; with a format number, so that a later one can differ.
-    facts = [_FORMAT, kind, what, dict(settings)]
+    facts = [_FORMAT, kind, dict(content), dict(settings)]
     return f"{kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]}"
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder of a cache."""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explains in one line why a file or folder could not be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        file = next((one for one in (folder, *folder.parents) if one.is_file()), None)
-        why = shorten(error.strerror or str(error)) if file is None else f"{file} is a file and no folder"
-        raise DataError(f"latents cannot be kept in {folder}: {why}; choose another cache_dir") from error
-
-
-def write_in_one_step(path: Path, data: bytes) -> None:
-    """Writes a file atomically; its folder exists."""
-    try:
-        atomic_write(path, data)
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path} cannot be written: {reason}; make room, or choose another folder") from error
@@ -74,7 +56,7 @@ def read(folder: Path, key: str) -> Tensors | None:
 
     path = folder / f"{key}{_SUFFIX}"
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(path.read_bytes())  # float32, on the CPU
     except FileNotFoundError:
         return None
     except Exception as error:  # of safetensors, or of a disk
@@ -84,7 +66,7 @@ def read(folder: Path, key: str) -> Tensors | None:
             return tensors
         damage = "no finite values"
     # On whichever rank has this file in its share.
-    warnings.warn(f"cached {path} is damaged ({damage}) and is made anew", stacklevel=2)
+    warnings.warn(f"cached {path} is damaged ({damage}) and is computed again", stacklevel=2)
     return None
 
 
@@ -92,8 +74,9 @@ def write(folder: Path, key: str, tensors: Tensors) -> None:
     """Keeps float32 tensors under a key, in one step."""
     from safetensors.torch import save
 
-    # A copy: a view of a larger tensor cannot be saved.
-    write_in_one_step(folder / f"{key}{_SUFFIX}", save({name: value.clone() for name, value in tensors.items()}))
+    path = folder / f"{key}{_SUFFIX}"
+    with writing(path):
+        atomic_write(path, save({name: value.clone() for name, value in tensors.items()}))  # views cannot be saved
 
 
 def together(work: Callable[[], Any]) -> Any:
@@ -105,7 +88,7 @@ def together(work: Callable[[], Any]) -> Any:
         failure = error
     reasons = all_gather_object(None if failure is None else shorten(str(failure)) or type(failure).__name__)
     if failure is not None:
-        raise failure
+        raise failure  # with its own traceback
     if failed := [f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]:
         raise DataError(listed(failed, 1))
     return result
@@ -118,7 +101,7 @@ def cached(
 
     Args:
         folder: the folder of the cache; made.
-        keys: keys of `image_key` and `prompt_key`, each once, in the same order in every process.
+        keys: keys of `cache_key`, each once, in the same order in every process.
         make: computes what belongs to a key: float32 tensors on the CPU.
         rank: rank of this process, which computes every `world`-th.
         world: number of processes.
@@ -139,7 +122,9 @@ def cached(
         found[key] = tensors
 
     def share() -> None:
-        make_folder(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Every world-th key: the shares of the processes are disjoint.
         for key in keys[rank::world]:
             get(key)
 

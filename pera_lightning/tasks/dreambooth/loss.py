@@ -13,25 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pera_lightning.errors import ConfigurationError
-from pera_lightning.validation import check_choice, check_positive
-
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-def check_prediction_type(prediction_type: str) -> None:
-    """Raises `ConfigurationError` or `UnknownNameError` for a prediction type without a loss here."""
-    if prediction_type == "sample":
-        raise ConfigurationError(
-            "the scheduler's prediction_type is 'sample', for which there is no loss here; give a model that predicts "
-            f"{' or '.join(PREDICTION_TYPES)}"
-        )
-    check_choice(prediction_type, "prediction_type", PREDICTION_TYPES)
 
 
 def snr(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """Computes signal-to-noise ratios ᾱₜ / (1 - ᾱₜ), (B,); 0 where ᾱₜ is."""
-    alphas = _at(alphas_cumprod, t)
+    alphas = _at(alphas_cumprod, t)  # (B,)
     return alphas / (1 - alphas)
 
 
@@ -42,9 +29,7 @@ def min_snr_weights(alphas_cumprod: Tensor, t: Tensor, gamma: float, prediction_
     paper, caps their weight. Both are the same weight min(SNR, γ) of x₀'s error. At ᾱₜ = 0 the first is 1, its limit,
     and the second 0.
     """
-    check_prediction_type(prediction_type)
-    check_positive(gamma, "snr_gamma")
-    ratio = snr(alphas_cumprod, t)
+    ratio = snr(alphas_cumprod, t)  # (B,)
     if prediction_type == "epsilon":
         return (gamma / ratio).clamp(max=1)  # min(SNR, γ) / SNR; in this order SNR = 0 gives 1, not 0 / 0
     return ratio.clamp(max=gamma) * (1 - _at(alphas_cumprod, t))  # 1 / (SNR + 1) is 1 - ᾱ
@@ -61,7 +46,6 @@ def target(prediction_type: str, x0: Tensor, noise: Tensor, alphas_cumprod: Tens
 
     arXiv 2202.00512, appendix D.
     """
-    check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
         return noise
     alphas = _at(alphas_cumprod, t, x0.ndim)
@@ -101,7 +85,7 @@ def spread_timesteps(count: int, levels: int, total: int, generator: torch.Gener
         total: T.
         generator: a generator on the CPU.
     """
-    place = torch.arange(levels).repeat(count) + torch.rand(count * levels, generator=generator)
+    place = torch.arange(levels).repeat(count) + torch.rand(count * levels, generator=generator)  # in [0, levels)
     return (place / levels * total).long().clamp(max=total - 1)
 
 
@@ -130,8 +114,8 @@ def dreambooth_loss(
     """
     losses = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
     if weights is not None:
-        losses = losses * weights.to(losses)
-    instances, priors = (~is_prior).sum(), is_prior.sum()
+        losses = losses * weights.to(losses)  # a weight an example
+    instances, priors = (~is_prior).sum(), is_prior.sum()  # tensors, for no value is known to fake ones
     count = torch.where(instances > 0, instances, priors)
     # λ times a mean over priors, and times what the sum will be divided by; infinite and unused without priors.
     of_prior = prior_weight * count / priors

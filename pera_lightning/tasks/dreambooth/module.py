@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, listed, megabytes
 from pera_lightning.tasks.dreambooth import encoding
 from pera_lightning.tasks.dreambooth import loss as diffusion_loss
@@ -24,6 +23,8 @@ from pera_lightning.tasks.dreambooth.encoders import Encoders
 from pera_lightning.tasks.dreambooth.generate import ImageGenerator
 from pera_lightning.tasks.dreambooth.image_stages import ImageStagesModule
 from pera_lightning.tasks.dreambooth.networks import SDXLNetwork, load_text_encoders, load_unet
+from pera_lightning.tasks.dreambooth.noise_schedule import load_scheduler, noise_alphas
+from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import with_own_rate
 from pera_lightning.training.precision import DTYPES
@@ -52,7 +53,7 @@ class DreamBoothModule(ImageStagesModule):
     Attributes:
         trained_steps: optimizer steps that the network was trained for, those before this fit included.
         encoders: the VAE and the frozen text encoders.
-        generator: generates images with the network as it is.
+        schedule: ᾱ (T,) of the noise schedule in float32, and what the UNet predicts; there once the network is built.
 
     Args:
         model_name: hub id or folder of a pipeline of SDXL.
@@ -102,30 +103,29 @@ class DreamBoothModule(ImageStagesModule):
         **shared: Any,
     ) -> None:
         super().__init__(lr=lr, lr_schedule=lr_schedule, base_dtype=base_dtype, **shared)
-        for name, value in (("snr_gamma", snr_gamma), ("text_encoder_lr", text_encoder_lr)):
-            if value is not None:
-                check_positive(value, name)
+        for name in ("snr_gamma", "text_encoder_lr"):
+            if self.hparams[name] is not None:
+                check_positive(self.hparams[name], name)
+        for name in ("noise_offset", "prior_weight", "guidance_scale"):
+            check_in_range(self.hparams[name], name, ge=0)
         if text_encoder_lr is not None and not adapt_text_encoders:
-            raise ConfigurationError(
-                f"text_encoder_lr={text_encoder_lr}, and the text encoders are frozen: set adapt_text_encoders=true, "
-                "or leave it out"
-            )
-        for name, value in (("noise_offset", noise_offset), ("prior_weight", prior_weight)):
-            check_in_range(value, name, ge=0)
+            raise ConfigurationError(f"text_encoder_lr={text_encoder_lr} needs adapt_text_encoders=true")
         if prediction_type is not None:
             check_choice(prediction_type, "prediction_type", diffusion_loss.PREDICTION_TYPES)
         check_choice(optimizer, "optimizer", ("adamw", "adamw8bit"))
         check_positive_int(sampling_steps, "sampling_steps")
-        check_in_range(guidance_scale, "guidance_scale", ge=0)
         self.trained_steps = 0
         self.encoders = Encoders(model_name, vae=vae, dtype=DTYPES[base_dtype], revision=revision, variant=variant)
-        self.generator = ImageGenerator(self.encoders, self.hparams)
 
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> SDXLNetwork:
         h = self.hparams
         how = {"dtype": DTYPES[h["base_dtype"]], "revision": h["revision"], "variant": h["variant"], "weights": weights}
+        # First what is refused without weights: a prediction without a loss, and more steps than the sampler has.
+        with torch.device("cpu"):  # on the meta device, where networks may be built, a schedule would have no values
+            self.schedule = noise_alphas(h["model_name"], h["revision"], h["prediction_type"])
+            load_scheduler(h["model_name"], h["revision"], steps=h["sampling_steps"])
         unet = load_unet(h["model_name"], **how)
         if not h["adapt_text_encoders"]:
             return SDXLNetwork(unet)
@@ -133,19 +133,22 @@ class DreamBoothModule(ImageStagesModule):
 
     def finish_network(self) -> None:
         network = self.model
+        # An encoder that is made part of the network and not adapted would only cost memory.
         if self.hparams["adapt_text_encoders"] and self.adapter_injection is not None:
-            plain = [n for n in _TEXT_ENCODERS if not any(_trains(m) for m in getattr(network, n).modules())]
+            plain = [n for n in _TEXT_ENCODERS if not any(p.requires_grad for p in getattr(network, n).parameters())]
             if plain:
-                raise ConfigurationError(
-                    f"adapt_text_encoders=true, but no target names a layer of {listed(plain)}: add q_proj, k_proj, "
-                    "v_proj and out_proj to adapter.targets, or leave it out"
-                )
+                found = f"adapt_text_encoders=true, but no target names a layer of {listed(plain)}"
+                raise ConfigurationError(f"{found}: add q_proj, k_proj, v_proj and out_proj to adapter.targets")
         if self.hparams["activation_checkpointing"]:
             network.recompute_activations()
         if self.hparams["compile"]:
-            network.unet.compile()
-        self.generator.network = network
-        self.generator.is_sharded = data_parallel_mesh(self) is not None
+            network.unet.compile()  # in place: names of parameters stay
+
+    @property
+    def generator(self) -> ImageGenerator:
+        """Generates images with the network as it is, of the data's size; for a network that is built."""
+        size, is_sharded = self._about_data.get("size"), data_parallel_mesh(self) is not None
+        return ImageGenerator(self.model, self.encoders, self.hparams, self.schedule[1], size, is_sharded)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if (rate := self.hparams["text_encoder_lr"]) is not None:
@@ -158,26 +161,17 @@ class DreamBoothModule(ImageStagesModule):
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ConfigurationError(
-                "optimizer=adamw8bit needs bitsandbytes (pip install bitsandbytes); or take adamw"
-            ) from error
+            raise ConfigurationError("optimizer=adamw8bit needs bitsandbytes: pip install it, or take adamw") from error
         return AdamW8bit(groups)
-
-    @property
-    def schedule(self) -> tuple[Tensor, str]:
-        """The noise schedule: ᾱ (T,) in float32, and what the UNet predicts."""
-        return self.generator.schedule
 
     # --- training ---
 
     def data_requirements(self) -> dict[str, Any]:
-        """States what the training images are encoded with, and what missing class images are generated with."""
-        return {
-            "encoders": self.encoders,
-            "generator": self.generator,
-            "adapts_text_encoders": self.hparams["adapt_text_encoders"],
-            "is_trained": self.trained_steps > 0,
-        }
+        """States what training images are encoded with and, once the network is built, what makes class images."""
+        stated = {"encoders": self.encoders, "adapts_text_encoders": self.hparams["adapt_text_encoders"]}
+        if self.model is not None:
+            stated |= {"generator": self.generator, "is_trained": self.trained_steps > 0}
+        return stated
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -187,7 +181,7 @@ class DreamBoothModule(ImageStagesModule):
         """Frees the encoders' memory: class images are generated, and what is cached is encoded."""
         # Not in on_fit_start: with max_epochs=-1 Lightning makes the train loader, which encodes, only after that.
         prompts = self._about_data.get("prompts", {})
-        asked = [*prompts.get("validation", ())]
+        asked = [*prompts.get("validation", ())]  # of images during the fit
         if not self._about_data.get("cached", False):
             asked += prompts.get("train", ())
         if freed := self.generator.embed_beforehand(asked) + self.release_vae():
@@ -195,32 +189,21 @@ class DreamBoothModule(ImageStagesModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.trained_steps += 1
+        self.trained_steps += 1  # steps, not batches: Lightning calls this once an accumulation
 
     def encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Encodes what is not encoded in a batch: pixels into latents, prompts into embeddings.
-
-        Prompts for text encoders with adapters, which the network runs itself, become token ids.
-        """
+        """Encodes what a batch brings unencoded: pixels into latents, prompts into embeddings or token ids."""
         batch = dict(batch)
         if "latent_mean" not in batch:
             batch |= encoding.latents(self.encoders, batch.pop("pixel_values"), batch["ids"], self.device)
         if any(name in batch for name in _TEXT):
             return batch
         prompts = batch.pop("prompts")
-        if self.hparams["adapt_text_encoders"]:
+        if self.hparams["adapt_text_encoders"]:  # the network runs these encoders itself, for their gradients
             one, two = self.encoders.token_ids(prompts)
             return {**batch, "input_ids": one.to(self.device), "input_ids_2": two.to(self.device)}
         batch |= encoding.embeddings(self.encoders, prompts, self.device)
         return batch
-
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives names and shapes of what an encoded batch says of each prompt."""
-        if self.hparams["adapt_text_encoders"]:
-            return {"input_ids": (TOKENS,), "input_ids_2": (TOKENS,)}
-        config = self.model.unet.config  # type: ignore[union-attr]
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {"prompt_embeds": (TOKENS, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
 
     def _shared_step(
         self, batch: Mapping[str, Any], t: Tensor | None = None, generator: torch.Generator | None = None
@@ -241,9 +224,9 @@ class DreamBoothModule(ImageStagesModule):
         # Diffusion: the UNet sees latents with noise of a timestep each, and predicts the noise (or v).
         noise = diffusion_loss.offset_noise(mean.shape, self.hparams["noise_offset"], **how).to(mean.device)
         if t is None:
-            t = torch.randint(len(alphas), mean.shape[:1], device=mean.device)
-        noisy = diffusion_loss.add_noise(latents, noise, alphas, t)
-        text = {name: batch[name] for name in _TEXT if name in batch}
+            t = torch.randint(len(alphas), mean.shape[:1], device=mean.device)  # (B,), uniform
+        noisy = diffusion_loss.add_noise(latents, noise, alphas, t)  # (B, 4, h, w)
+        text = {name: batch[name] for name in _TEXT if name in batch}  # embeddings, or token ids
         prediction = self.model(noisy, t, batch["time_ids"], **text)  # type: ignore[misc]
         target = diffusion_loss.target(predicts, latents, noise, alphas, t)
         # Each image by its own min-SNR weight; then class images by the prior's.
@@ -275,20 +258,21 @@ class DreamBoothModule(ImageStagesModule):
         """
         seed = hashlib.sha256(repr(batch["ids"]).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little"))
-        spread = {name: repeated(value, _LEVELS) for name, value in self.encoded(batch).items()}
+        encoded = {name: value for name, value in self.encoded(batch).items() if isinstance(value, Tensor)}
+        # (B, …) -> (B * levels, …), the copies of an example next to one another.
+        spread = {name: value.repeat_interleave(_LEVELS, 0) for name, value in encoded.items()}
         t = diffusion_loss.spread_timesteps(len(batch["ids"]), _LEVELS, len(self.schedule[0]), generator)
         summed, count, prediction = self._shared_step(spread, t.to(self.device), generator)
-        return prediction.movedim(1, -1).flatten(0, -2), summed / count
+        return prediction.movedim(1, -1).flatten(0, -2), summed / count  # (B * levels * h * w, 4)
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
         from pera_lightning.export.diffusers_pipeline import write_pipeline
 
-        h = self.hparams
-        how = {name: h[name] for name in ("revision", "variant", "prediction_type")}
-        notes = write_pipeline(self.model, folder, h["model_name"], **how)
-        if h["vae"] is not None:
-            self.encoders.write_vae(folder / "vae")
-            notes.append(f"the VAE is {h['vae']}")
+        how = {name: self.hparams[name] for name in ("revision", "variant", "prediction_type")}
+        notes = write_pipeline(self.model, folder, self.hparams["model_name"], **how)
+        if (vae := self.hparams["vae"]) is not None:
+            self.encoders.write_vae(folder / "vae")  # in place of the repository's
+            notes.append(f"the VAE is {vae}")
         return notes
 
     def how_to_load(self, folder: Path) -> str:
@@ -301,27 +285,23 @@ class DreamBoothModule(ImageStagesModule):
     # --- memory ---
 
     def example_batch(self, data: Any) -> tuple[dict[str, Tensor], str]:
-        """Latents, those of class images included; the VAE, which is not in the network, is not counted."""
+        """Latents, those of class images included; the VAE, which is not in the network, does not count."""
         if not isinstance(data, DreamBoothDataModule):
             return super().example_batch(data)
         height, width = data.size
-        count = data.batch_size * (2 if data.uses_prior else 1)
-        latents = (4, height // 8, width // 8)
-        shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **self.text_shapes()}
+        uses_prior = data.class_folder is not None
+        count = data.batch_size * (2 if uses_prior else 1)
+        latents = (CHANNELS, height // FACTOR, width // FACTOR)
+        # Of each prompt token ids for both encoders, or embeddings: the UNet takes the pooled one beside six sizes.
+        config = self.model.unet.config  # type: ignore[union-attr]
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        text = {"prompt_embeds": (TOKENS, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
+        if self.hparams["adapt_text_encoders"]:
+            text = dict.fromkeys(("input_ids", "input_ids_2"), (TOKENS,))
+        shapes = {"latent_mean": latents, "latent_std": latents, "time_ids": (6,), **text}
         batch = {name: torch.empty(count, *shape, device="meta") for name, shape in shapes.items()}
         batch |= {name: value.long() for name, value in batch.items() if name.startswith("input_ids")}
         batch["is_prior"] = torch.arange(count) >= data.batch_size  # its values decide what is computed
-        kinds = f", {data.batch_size} of them of the class" if data.uses_prior else ""
+        kinds = f", {data.batch_size} of them of the class" if uses_prior else ""
         besides = "" if data.cache else "; the VAE, which stays where latents are not cached, comes on top"
         return batch, f"{count} images of {height}x{width} pixels{kinds}{besides}"
-
-
-def repeated(value: Any, times: int) -> Any:
-    """Repeats every example of a tensor or list, copies next to one another."""
-    if isinstance(value, Tensor):
-        return value.repeat_interleave(times, 0)
-    return [one for one in value for _ in range(times)]
-
-
-def _trains(module: nn.Module) -> bool:
-    return isinstance(module, AdaptedLayer) or any(p.requires_grad for p in module.parameters(recurse=False))

@@ -26,13 +26,7 @@ if TYPE_CHECKING:
 
 
 class SDXLNetwork(nn.Module):
-    """The UNet and, if they are adapted, both text encoders.
-
-    Args:
-        unet: the network that predicts the noise, or what else the schedule asks for.
-        text_encoder: the first encoder, with the narrower states.
-        text_encoder_2: the second encoder, with the projection.
-    """
+    """The UNet and, if they are adapted, both text encoders."""
 
     def __init__(
         self,
@@ -45,7 +39,8 @@ class SDXLNetwork(nn.Module):
         if text_encoder is not None and text_encoder_2 is not None:
             self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
             # Of the first encoder only the states before this block are used, of the second the projection too.
-            setattr(last_block(text_encoder), UNUSED, True)
+            blocks = [m for m in text_encoder.modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
+            setattr(blocks[-1], UNUSED, True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +80,7 @@ class SDXLNetwork(nn.Module):
             encoders = (self.text_encoder, self.text_encoder_2)
             prompt_embeds, pooled_prompt_embeds = prompt_embeddings(encoders, (input_ids, input_ids_2))
         if noisy is None:
-            return prompt_embeds, pooled_prompt_embeds
+            return prompt_embeds, pooled_prompt_embeds  # for images: embedded once, not in each step
         # The UNet computes in the dtype of what it is given. Sizes stay in float32, where they are exact.
         dtype = self.dtype
         conditions = {"text_embeds": pooled_prompt_embeds.to(dtype), "time_ids": time_ids}  # type: ignore[union-attr]
@@ -98,15 +93,10 @@ class SDXLNetwork(nn.Module):
 
     def recompute_activations(self) -> None:
         """Computes the activations of each block again in the backward instead of keeping them."""
-        self.unet.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing()  # non-reentrant, as diffusers has it
         for encoder in (getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")):
             if encoder is not None:
                 recompute_activations(encoder)
-
-
-def last_block(encoder: CLIPTextModel) -> nn.Module:
-    """Finds the last transformer block of a text encoder."""
-    return [module for module in encoder.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")][-1]
 
 
 def load_unet(
@@ -135,37 +125,26 @@ def load_text_encoders(
             made.append(loaded(kind, name, part, dtype=dtype, revision=revision, variant=variant))
         else:
             config = CLIPTextConfig.from_dict(read(name, f"{part}/config.json", revision))
-            made.append(kind(config).to(dtype).eval())
+            made.append(kind(config).to(dtype).eval())  # random weights
     return made[0], made[1]
 
 
 def loaded(kind: Any, name: str, part: str, *, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
     """Loads a model with its weights, read straight into `dtype`."""
-    options = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
+    options: dict[str, Any] = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # which diffusers still gives
-            network, found = kind.from_pretrained(
-                name,
-                subfolder=part,
-                revision=revision or "main",
-                variant=variant,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except SafetensorError as error:
-        raise ConfigurationError(f"{part} of model {name}: a file of its weights is damaged; fetch it again") from error
-    except (OSError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+            options |= {"use_safetensors": True, "output_loading_info": True, "variant": variant}
+            network, found = kind.from_pretrained(name, subfolder=part, revision=revision or "main", **options)
+    except (SafetensorError, OSError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         raise failed(error, name, part, variant) from error
-    _check_complete(f"{part} of model {name}" if part else f"model {name}", found)
-    return network.eval()
+    check_complete(f"{part} of model {name}" if part else f"model {name}", found)
+    return network.eval()  # as from_pretrained, whatever the library
 
 
-def _check_complete(what: str, found: Mapping[str, Any]) -> None:
+def check_complete(what: str, found: Mapping[str, Any]) -> None:
     """Refuses a base with tensors that no file gave: they would be random and stay so."""
     if missing := sorted(found["missing_keys"]):
-        raise ConfigurationError(
-            f"{what} has no weights for {len(missing)} of its tensors, which would be random: {listed(missing, 2)}; "
-            "fetch it again"
-        )
+        lost = f"has no weights for {len(missing)} of its tensors, which would be random"
+        raise ConfigurationError(f"{what} {lost}: {listed(missing, 2)}; fetch it again, or give another")

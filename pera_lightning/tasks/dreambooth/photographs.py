@@ -37,11 +37,9 @@ def read_photographs(folder: str, prompt: str, argument: str) -> list[Photograph
     files = image_files(root)
     if not files:
         others = sorted(path.name for path in root.iterdir())
-        raise DataError(
-            f"{argument} {folder} has no images ({', '.join(SUFFIXES)}) at any depth; it has "
-            f"{listed(others, 3) or 'nothing'}"
-        )
-    check_headers(root, files)
+        has = listed(others, 3) or "nothing"
+        raise DataError(f"{argument} {folder} has no images ({', '.join(SUFFIXES)}) at any depth; it has {has}")
+    check_headers(root, files)  # every damaged one is named at once
     captions = read_captions(root, files)
     bare = [name for name in files if name not in captions]  # only some: perhaps forgotten
     if captions and bare:
@@ -53,14 +51,10 @@ def read_photographs(folder: str, prompt: str, argument: str) -> list[Photograph
 
 
 def read_captions(root: Path, files: Sequence[str]) -> dict[str, str]:
-    """Reads captions from ``metadata.jsonl`` (``file_name``, ``text``) and from ``NAME.txt`` beside the images.
-
-    Returns:
-        The captions that exist, by file, line breaks folded.
-    """
+    """Reads captions by file, from ``metadata.jsonl`` (``file_name``, ``text``) and ``NAME.txt`` beside the images."""
     captions = _metadata(root, files) if (root / METADATA).is_file() else {}
     for name in files:
-        beside = (root / name).with_suffix(".txt")
+        beside = (root / name).with_suffix(".txt")  # a.txt for a.png
         if not beside.is_file():
             continue
         text = shorten(read_text(beside))
@@ -74,23 +68,17 @@ def read_captions(root: Path, files: Sequence[str]) -> dict[str, str]:
 def _metadata(root: Path, files: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     path, known = root / METADATA, set(files)
-    absent = []
     for number, line in enumerate(read_json(path)):
         # Both, and neither empty.
         values = [line.get(key) if isinstance(line, Mapping) else None for key in ("file_name", "text")]
         if not all(isinstance(value, str) and value.strip() for value in values):
             has = listed(map(str, line)) if isinstance(line, Mapping) else type(line).__name__
             raise DataError(f"entry {number} of {path} needs a file_name and a text, neither empty; it has {has}")
-        name, text = Path(values[0]).as_posix(), shorten(values[1])
-        if name not in known:
-            absent.append(name)
-        elif found.setdefault(name, text) != text:
+        name, text = Path(values[0]).as_posix(), shorten(values[1])  # "./a.png" is a.png
+        if found.setdefault(name, text) != text:
             raise DataError(f"{name} has two captions in {path}; keep one, or copy the image to train with both")
-    if absent:
-        raise DataError(
-            f"{path} names {len(absent)} image(s) that are not there: {listed(absent, 3)}; correct file_name "
-            "or remove them"
-        )
+    if absent := [name for name in found if name not in known]:
+        raise DataError(f"{path} names {len(absent)} image(s) that are not there: {listed(absent, 3)}; remove them")
     return found
 
 
@@ -110,7 +98,7 @@ def warn_of_unusual(photographs: Sequence[Photograph], folder: str, size: tuple[
                 animated.append(photograph.path.name)
     of = f"of {len(photographs)} images in {folder}"
     if small:
-        least = min(small, key=lambda one: one[0] * one[1])
+        least = min(small, key=lambda one: one[0] * one[1])  # by area
         rank_zero_warn(
             f"{len(small)} {of} are smaller than {size[0]}x{size[1]} and are enlarged, the smallest from "
             f"{least[0]}x{least[1]} (height x width); a lower resolution loses nothing of them"
@@ -121,8 +109,4 @@ def warn_of_unusual(photographs: Sequence[Photograph], folder: str, size: tuple[
 
 def file_sha256(path: Path) -> str:
     """Hashes a file, in hex."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"image {path} cannot be read: {error.strerror}") from error
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.pretrained import explained
 
@@ -32,36 +34,25 @@ def find(name: str, file: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         if (Path(name) / file).is_file():
             return Path(name) / file
-        raise ConfigurationError(f"folder {name} has no {file}; {_needed(file)}")
+        raise ConfigurationError(f"folder {name} has no {file}; give a complete one, as diffusers saves it")
     if Path(name).is_file():
-        raise ConfigurationError(
-            f"model {name} is a file, and a folder is needed: StableDiffusionXLPipeline.from_single_file(FILE)"
-            ".save_pretrained(FOLDER) writes one"
-        )
+        how = "from_single_file(FILE).save_pretrained(FOLDER)"
+        raise ConfigurationError(f"model {name} is a file, and a folder is needed: diffusers' {how}")
     try:
         return Path(str(cached_file(name, file, revision=revision or "main")))
     except (OSError, ValueError) as error:
         if "does not appear to have a file named" in str(error):
-            raise ConfigurationError(f"repository {name} has no {file}; {_needed(file)}") from error
+            raise ConfigurationError(f"repository {name} has no {file}; give a complete one") from error
         raise explained(error, name, "model") from error
-
-
-def _needed(file: str) -> str:
-    if file == INDEX:
-        return "give a whole pipeline of Stable Diffusion XL, as diffusers saves it"
-    return "it is not complete: fetch it again"
 
 
 def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """Reads a JSON file of a folder or repository; see `find`."""
     path = find(name, file, revision)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(f"{path} is damaged: {error}; fetch it again") from error
-    if not isinstance(found, dict):
-        raise ConfigurationError(f"{path} is no JSON object; fetch it again")
-    return found
 
 
 def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -75,14 +66,12 @@ def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
         raise ConfigurationError(f"model {name} is a {kind}, and Stable Diffusion XL ({PIPELINES[0]}) is needed")
     lacking = [part for part in ("text_encoder", "text_encoder_2") if not any(index.get(part) or [])]
     if lacking:
-        raise ConfigurationError(
-            f"model {name} has no {' and no '.join(lacking)}, as a refiner of Stable Diffusion XL: give the base model"
-        )
+        raise ConfigurationError(f"model {name} has no {listed(lacking)}, as a refiner of SDXL: give the base model")
     # The UNet's inputs are as wide as the text encoders and the six sizes make them; inpainting has more channels.
     unet = read(name, "unet/config.json", revision)
     one, two = (read(name, f"{part}/config.json", revision) for part in ("text_encoder", "text_encoder_2"))
-    width = one.get("hidden_size", 0) + two.get("hidden_size", 0)
-    time_width = unet.get("addition_time_embed_dim") or 0
+    width = one.get("hidden_size", 0) + two.get("hidden_size", 0)  # their states lie side by side
+    time_width = unet.get("addition_time_embed_dim") or 0  # of each of the six sizes
     expected = {
         "addition_embed_type": "text_time",
         "cross_attention_dim": width,
@@ -92,15 +81,13 @@ def check_sdxl(name: str, revision: str | None = None) -> dict[str, Any]:
     }
     wrong = [f"{key}={unet.get(key)!r} for {value!r}" for key, value in expected.items() if not _is(unet, key, value)]
     if wrong:
-        raise ConfigurationError(
-            f"model {name}: its UNet is none of Stable Diffusion XL with these text encoders: {listed(wrong, 2)}"
-        )
+        raise ConfigurationError(f"model {name}: its UNet is not SDXL's for these text encoders: {listed(wrong, 2)}")
     return index
 
 
 def _is(config: dict[str, Any], key: str, value: Any) -> bool:
     found = config.get(key, CHANNELS if key.endswith("_channels") else None)  # diffusers' default
-    return all(x == value for x in found) if isinstance(found, list) else found == value
+    return all(x == value for x in found) if isinstance(found, list) else found == value  # one a block
 
 
 def check_size(height: int, width: int) -> None:
@@ -113,24 +100,15 @@ def failed(error: Exception, name: str, part: str, variant: str | None) -> Confi
     """Explains in one line why a network's weights could not be loaded."""
     what = f"{part} of model {name}" if part else f"model {name}"
     text = str(error)
-    if "deserializing" in text or "Unable to load weights" in text or "git-lfs" in text:
+    if isinstance(error, SafetensorError) or any(
+        words in text for words in ("deserializing", "Unable to load weights", "git-lfs")
+    ):
         return ConfigurationError(f"{what}: a file of its weights is damaged; fetch it again")
     if "no file named" in text or "not appear to have a file" in text:
-        if variant is None:
-            return ConfigurationError(f"{what}: it has no weights in safetensors' format{_variants(name, part)}")
-        have = _variants(name, part) or "; leave variant out, or see which the repository has"
-        return ConfigurationError(f"{what}: it has no weights of variant={variant!r}{have}")
+        of = "in safetensors' format" if variant is None else f"of variant={variant!r}"
+        there = sorted(file.name for file in (Path(name) / part).glob("*.safetensors*"))
+        return ConfigurationError(f"{what}: it has no weights {of}; it has {listed(there, 3) or 'none'}: see variant")
     return explained(error, name, "model")
-
-
-def _variants(name: str, part: str) -> str:
-    """Says which variants of weights a folder has, as the end of a sentence; "" if that is not known."""
-    files = sorted(file.name for file in (Path(name) / part).glob("*.safetensors*"))
-    found = {match[1] for file in files if (match := re.search(r"\.([^.]+)\.(?:safetensors|index)", file))}
-    found = {word for word in found if not re.search(r"-of-\d+$", word)}
-    plain = any(re.match(r"[^.]+\.safetensors", file) for file in files)
-    have = [*(["variant=null"] if plain else []), *(f"variant={word!r}" for word in sorted(found))]
-    return f"; there is {' and '.join(have)}" if have else ""
 
 
 def identity(name: str, file: str, parts: Iterable[str], revision: str | None = None) -> str:
@@ -141,15 +119,15 @@ def identity(name: str, file: str, parts: Iterable[str], revision: str | None = 
     """
     path = find(name, file, revision)
     if not Path(name).is_dir():
-        commit = re.search(r"snapshots/([^/]+)/", path.as_posix())
+        commit = re.search(r"snapshots/([^/]+)/", path.as_posix())  # in the hub's cache
         return commit[1] if commit else revision or "main"
     # A folder has no commit: its files are hashed.
     digest = hashlib.sha256()
     for part in parts:
         for found in sorted(p for p in (Path(name) / part).iterdir() if p.is_file() and not p.name.startswith(".")):
-            size = found.stat().st_size
+            size = found.stat().st_size  # bytes
             digest.update(f"{part}/{found.name}:{size}\n".encode())
-            step = max(_BLOCK, size // _BLOCKS)
+            step = max(_BLOCK, size // _BLOCKS)  # small files are read in full
             with found.open("rb") as stream:
                 for start in range(0, size, step):
                     stream.seek(start)

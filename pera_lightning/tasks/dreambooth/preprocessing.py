@@ -16,33 +16,27 @@ from torch import Tensor
 
 from pera_lightning.data.image_files import to_rgb
 from pera_lightning.errors import ConfigurationError, DataError, shorten
+from pera_lightning.tasks.dreambooth.pipeline_files import FACTOR
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CROPS = ("center", "random")
-_STEP = 8  # pixels of a latent's side: SDXL's VAE
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # EXIF's tag, and its values that swap height and width
 
 
 def sides(resolution: int | Sequence[int]) -> tuple[int, int]:
     """Gives height and width in pixels of one number or two."""
     given = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
-    if len(given) != 2 or not all(isinstance(side, int) for side in given):
-        raise ConfigurationError(f"resolution takes one side or [height, width], in pixels; given {given}")
-    for side in given:
-        if side < _STEP or side % _STEP:
-            below = side // _STEP * _STEP
-            near = " or ".join(str(one) for one in (below, below + _STEP) if one > 0) or str(_STEP)
-            raise ConfigurationError(
-                f"resolution must be divisible by {_STEP}, a latent's side in pixels; given {side}: take {near}"
-            )
+    if len(given) != 2 or not all(isinstance(side, int) and side >= FACTOR and side % FACTOR == 0 for side in given):
+        takes = f"one side or [height, width] in pixels, multiples of {FACTOR}"
+        raise ConfigurationError(f"resolution takes {takes}; given {given}")
     return given[0], given[1]
 
 
 def size_of(image: Image.Image) -> tuple[int, int]:
     """Gives height and width in pixels of an opened image once it is upright; reads its header only."""
-    width, height = image.size
+    width, height = image.size  # as stored
     return (width, height) if image.getexif().get(_ORIENTATION) in _SIDEWAYS else (height, width)
 
 
@@ -59,7 +53,7 @@ def open_image(path: Path) -> Image.Image:
 
 def cover(given: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Gives the smallest height and width in the proportions of `given` that cover `size`, in pixels."""
-    factor = max(size[0] / given[0], size[1] / given[1])
+    factor = max(size[0] / given[0], size[1] / given[1])  # the side that is short of more decides
     return max(size[0], round(given[0] * factor)), max(size[1], round(given[1] * factor))
 
 
@@ -77,7 +71,7 @@ def crop_to(
     from PIL import Image as pillow
     from PIL import ImageOps
 
-    before = image.height, image.width
+    before = image.height, image.width  # upright, as the network is told
     # 1. Scale: as little as covers the size.
     scaled = cover(before, size)
     if scaled != before:
@@ -86,11 +80,11 @@ def crop_to(
     if flip and torch.rand(()) < 0.5:
         image = ImageOps.mirror(image)
     # 3. Crop.
-    room = scaled[0] - size[0], scaled[1] - size[1]
+    room = scaled[0] - size[0], scaled[1] - size[1]  # pixels above and below, left and right
     if crop == "random":
         top, left = (int(torch.randint(side + 1, ())) for side in room)
     else:
-        top, left = room[0] // 2, room[1] // 2
+        top, left = room[0] // 2, room[1] // 2  # the middle
     image = image.crop((left, top, left + size[1], top + size[0]))
     return image, torch.tensor([*before, top, left, *size], dtype=torch.float32)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth.networks import SDXLNetwork
 from pera_lightning.tasks.dreambooth.noise_schedule import load_scheduler
 from pera_lightning.tasks.dreambooth.pipeline_files import check_size
@@ -19,15 +18,11 @@ if TYPE_CHECKING:
 
 
 class _Denoiser(nn.Module):
-    """The network as the pipeline calls a UNet. It goes through the network's own forward, which gathers its shards.
-
-    Args:
-        network: hidden from `nn.Module`, so that the pipeline cannot move or change it.
-        device: where the pipeline computes.
-    """
+    """The network as the pipeline calls a UNet. It goes through the network's own forward, which gathers its shards."""
 
     def __init__(self, network: SDXLNetwork, device: torch.device) -> None:
         super().__init__()
+        # In a tuple, which hides it from `nn.Module`: the pipeline cannot move or change it.
         self._network, self.device, self.dtype = (network,), device, network.dtype
 
     @property
@@ -41,14 +36,8 @@ class _Denoiser(nn.Module):
     def forward(
         self, latents: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, added_cond_kwargs: dict, **_: Any
     ) -> tuple[Tensor]:
-        out = self._network[0](
-            latents,
-            t,
-            added_cond_kwargs["time_ids"],
-            prompt_embeds=encoder_hidden_states,
-            pooled_prompt_embeds=added_cond_kwargs["text_embeds"],
-        )
-        return (out,)
+        texts = {"prompt_embeds": encoder_hidden_states, "pooled_prompt_embeds": added_cond_kwargs["text_embeds"]}
+        return (self._network[0](latents, t, added_cond_kwargs["time_ids"], **texts),)
 
 
 @torch.no_grad()
@@ -87,58 +76,40 @@ def sample(
     Returns:
         (B, 3, height, width) in [0, 1], float32, on the device.
     """
+    from diffusers import StableDiffusionXLPipeline
+
     check_size(height, width)
-    scheduler = sampler(encoders, steps, prediction_type)
+    scheduler = load_scheduler(encoders.name, encoders.revision, prediction_type, steps)
     device = torch.device(device)
     network = unet if isinstance(unet, SDXLNetwork) else SDXLNetwork(unet)
     embed = embeddings or (lambda texts: encoders.prompts(texts, device))
     with _evaluating(network):
-        pipeline = _pipeline(_Denoiser(network, device), scheduler)
+        parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        denoiser = _Denoiser(network, device)
+        pipeline = StableDiffusionXLPipeline(**parts, unet=denoiser, scheduler=scheduler, add_watermarker=False)
+        pipeline.set_progress_bar_config(disable=True)  # Lightning shows the stage's
         how = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
         # Guidance leads away from the empty prompt: two predictions a step.
         if guidance_scale > 1:
-            embeds, pooled = encoders.unconditional(device, embed)
+            embeds, pooled = encoders.unconditional(embed)
             how |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
         known: dict[str, tuple[Tensor, Tensor]] = {}
         images = []
         for prompt, seed in zip(prompts, seeds, strict=True):  # one by one, so that the batch decides nothing
             if prompt not in known:
-                known[prompt] = embed([prompt])
+                known[prompt] = embed([prompt])  # once for all seeds
             embeds, pooled = known[prompt]
             with _seeded(int(seed), device) as generator:
-                latents = pipeline(
-                    prompt_embeds=embeds,
-                    pooled_prompt_embeds=pooled,
-                    generator=generator,
-                    output_type="latent",
-                    **how,
-                ).images  # (1, 4, h, w)
+                texts = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+                latents = pipeline(**texts, generator=generator, output_type="latent", **how).images  # (1, 4, h, w)
             images.append(encoders.decode(latents, device))
-        return torch.cat(images)
-
-
-def sampler(encoders: Encoders, steps: int, prediction_type: str | None = None) -> Any:
-    """Makes the repository's scheduler, once it is known to take that many steps."""
-    scheduler = load_scheduler(encoders.name, encoders.revision, prediction_type)
-    most = scheduler.config.get("num_train_timesteps", steps)
-    if not 1 <= steps <= most:
-        raise ConfigurationError(f"{steps} sampling steps, and there are 1 to {most}; 20 to 50 are usual")
-    return scheduler
-
-
-def _pipeline(denoiser: _Denoiser, scheduler: Any) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipeline = StableDiffusionXLPipeline(**parts, unet=denoiser, scheduler=scheduler, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        return torch.cat(images)  # (B, 3, height, width)
 
 
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
     """Puts a network in eval mode, and each module's own mode back afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
+    modes = [(module, module.training) for module in network.modules()]  # one may be in eval mode by choice
     network.eval()
     try:
         yield
@@ -153,8 +124,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     # Noise from the CPU is the same whatever device computes the image.
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.random.default_generator.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # for samplers that add noise in each step
         for each in cuda:
             with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
+                torch.cuda.manual_seed(seed)  # the device's own
+        yield torch.Generator().manual_seed(seed)  # for the first noise

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.pretrained import explained
+from pera_lightning.tasks.dreambooth.networks import check_complete
 
 if TYPE_CHECKING:
     from PIL import Image
 
 BATCH = 32  # images or prompts at once
-# transformers' names of networks whose first token stands for the whole image
+# transformers' names of networks whose first token stands for the entire image
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # files that describe one
 
@@ -33,29 +34,17 @@ class Similarity:
     Not an `nn.Module`, so that a Lightning module that holds one neither counts, saves nor shards it.
 
     Args:
-        dino: hub id or folder of a vision transformer, by default the paper's ViT-S/16; None leaves out `dino`.
+        dino: hub id or folder of a vision transformer, the paper's is ViT-S/16; None leaves out `dino`.
         clip: hub id or folder of a CLIP model; None leaves out `clip_i` and `clip_t`.
         device: where they are held.
-
-    Raises:
-        ConfigurationError: a model that cannot be had or is of another kind, or none at all.
     """
 
-    def __init__(
-        self,
-        dino: str | None = "facebook/dino-vits16",
-        clip: str | None = "openai/clip-vit-base-patch32",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if dino is None and clip is None:
-            raise ConfigurationError("neither a DINO nor a CLIP model is given; name one, or leave the metrics out")
-        self._images: dict[str, Callable[[Sequence[Image.Image]], Tensor]] = {}
-        self._texts = None
+    def __init__(self, dino: str | None, clip: str | None, device: torch.device | str = "cpu") -> None:
+        self._images: dict[str, _Network] = {}
         if dino is not None:
-            self._images["dino"] = _Dino(dino, device).images
+            self._images["dino"] = _Network(dino, "DINO", DINO_TYPES, device)
         if clip is not None:
-            both = _Clip(clip, device)
-            self._images["clip_i"], self._texts = both.images, both.texts
+            self._images["clip_i"] = _Network(clip, "CLIP", ("clip",), device)
 
     def scores(
         self, images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[Image.Image]
@@ -70,43 +59,25 @@ class Similarity:
         Returns:
             The means `dino`, `clip_i` (to all references) and `clip_t` (to the own prompt), without those whose model
             is None; and `images`, n dicts of the same keys, one an image.
-
-        Raises:
-            DataError: no images, no references, another number of prompts, or something that is no PIL image.
         """
-        _check(images, prompts, references)
         columns = {}
-        for key, embed in self._images.items():
-            generated = embed(images)  # (n, D)
-            # Rows have length 1, so products are cosines: the mean over all photographs.
-            columns[key] = (generated @ embed(references).T).mean(1)
-            if key == "clip_i" and self._texts is not None:
-                # And with each image's own prompt.
-                columns["clip_t"] = (generated * self._texts(prompts)).sum(1)
-        rows = [dict(zip(columns, row, strict=True)) for row in torch.stack([*columns.values()], 1).tolist()]
-        return {**{key: column.mean().item() for key, column in columns.items()}, "images": rows}
-
-
-def _check(images: Sequence[Image.Image], prompts: Sequence[str], references: Sequence[Image.Image]) -> None:
-    from PIL import Image
-
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        number = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise DataError(f"{len(images)} images and {number}; give a list with the prompt of each image")
-    for what, given in (("images", images), ("references", references)):
-        if not len(given):
-            raise DataError(f"no {what} to compare; give at least one")
-        kinds = {type(one).__name__ for one in given if not isinstance(one, Image.Image)}
-        if kinds:  # a tensor in [0, 1] would be scaled down by 255 once more, without a word
-            raise DataError(f"{what} has {listed(sorted(kinds))}; give PIL images")
+        for key, network in self._images.items():
+            generated = network.images(images)  # (n, D)
+            # Embeddings have length 1, so products are cosines: the mean over all photographs.
+            columns[key] = (generated @ network.images(references).T).mean(1)
+            if key == "clip_i":  # and with each image's own prompt
+                columns["clip_t"] = (generated * network.texts(prompts)).sum(1)
+        each = [dict(zip(columns, values, strict=True)) for values in torch.stack([*columns.values()], 1).tolist()]
+        return {**{key: column.mean().item() for key, column in columns.items()}, "images": each}
 
 
 class _Network:
-    """A frozen network of transformers and the image processor saved with it."""
+    """A frozen network of transformers, with the image processor and, for CLIP, the tokenizer saved with it."""
 
     def __init__(self, name: str, what: str, types: Sequence[str], device: torch.device | str) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
+        # 1. The network, of a kind whose embeddings are known here.
         kind = _had(AutoConfig.from_pretrained, name, f"{what} model").model_type
         if kind not in types:
             raise ConfigurationError(f"{what} model {name} is of type {kind!r}; give one of {listed(types)}")
@@ -114,18 +85,21 @@ class _Network:
         if kind == "vit":
             options["add_pooling_layer"] = False  # DINO has none, and a random one would be made
         network, found = _had(AutoModel.from_pretrained, name, f"{what} model", **options)
-        if missing := sorted(found["missing_keys"]):
-            raise ConfigurationError(
-                f"{what} model {name} has no weights for {len(missing)} of its tensors, which would be random: "
-                f"{listed(missing, 2)}; give one with all weights"
-            )
-        self.network = network.eval().requires_grad_(False).to(device)
+        check_complete(f"{what} model {name}", found)
+        self.network = network.eval().requires_grad_(False).to(device)  # used, never trained
+        # 2. Its image processor: without a file transformers takes the defaults of the type.
         folder = Path(name)
         if folder.is_dir() and not any((folder / file).is_file() for file in PROCESSORS):
-            raise ConfigurationError(
-                f"folder {name} of the {what} model has no image processor ({PROCESSORS[0]}); add that of the model"
-            )
+            raise ConfigurationError(f"folder {name} of the {what} model has no image processor ({PROCESSORS[0]})")
         self.processor = _had(AutoImageProcessor.from_pretrained, name, f"{what} image processor")
+        if kind != "clip":
+            return
+        # 3. Its tokenizer. Without files transformers 5 makes one of special tokens alone, to which prompts are equal.
+        self.tokenizer = _had(AutoTokenizer.from_pretrained, name, "CLIP tokenizer")
+        tokens, known = len(self.tokenizer), network.config.text_config.vocab_size
+        if not len(self.tokenizer.all_special_ids) < tokens <= known:
+            has = f"has {tokens} tokens, and the model {known}"
+            raise ConfigurationError(f"the tokenizer of CLIP model {name} {has}; add the model's own (tokenizer.json)")
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embeds images: (n, D) of length 1, float64 on the CPU."""
@@ -134,44 +108,13 @@ class _Network:
             pixels = self.processor([image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
             return self.of_pixels(pixels.to(self.network.device, torch.float32))
 
-        return self.normalised(embed, images)
+        return self._normalised(embed, images)
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
-        """Embeds processed images (B, 3, H, W): (B, D)."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def normalised(self, embed: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
-        """Embeds items batch by batch, outside of any autocast, and scales embeddings to length 1."""
-        with torch.autocast(self.network.device.type, enabled=False):
-            batches = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-        return F.normalize(torch.cat(batches).cpu().double(), dim=-1)
-
-
-class _Dino(_Network):
-    def __init__(self, name: str, device: torch.device | str) -> None:
-        super().__init__(name, "DINO", DINO_TYPES, device)
-
-    def of_pixels(self, pixels: Tensor) -> Tensor:
-        return self.network(pixel_values=pixels).last_hidden_state[:, 0]  # the class token
-
-
-class _Clip(_Network):
-    def __init__(self, name: str, device: torch.device | str) -> None:
-        from transformers import AutoTokenizer
-
-        super().__init__(name, "CLIP", ("clip",), device)
-        self.tokenizer = _had(AutoTokenizer.from_pretrained, name, "CLIP tokenizer")
-        tokens, known = len(self.tokenizer), self.network.config.text_config.vocab_size
-        # Without its files transformers 5 makes one of special tokens alone, to which all prompts are the same.
-        if not len(self.tokenizer.all_special_ids) < tokens <= known:
-            raise ConfigurationError(
-                f"the tokenizer of CLIP model {name} has {tokens} tokens, and the model {known}; add the model's own "
-                "(tokenizer.json, or vocab.json and merges.txt)"
-            )
-
-    def of_pixels(self, pixels: Tensor) -> Tensor:
-        return _tensor(self.network.get_image_features(pixel_values=pixels))
+        """Embeds processed images (B, 3, H, W): (B, D), CLIP's projection or the state of the class token."""
+        if self.network.config.model_type == "clip":
+            return _tensor(self.network.get_image_features(pixel_values=pixels))
+        return self.network(pixel_values=pixels).last_hidden_state[:, 0]  # of (B, tokens, D)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeds texts: (n, D) of length 1, float64 on the CPU; equal texts are computed once."""
@@ -180,11 +123,17 @@ class _Clip(_Network):
         def embed(batch: Sequence[str]) -> Tensor:
             ids = self.tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             ids = ids.to(self.network.device)
-            features = self.network.get_text_features(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
-            return _tensor(features)
+            return _tensor(self.network.get_text_features(ids["input_ids"], attention_mask=ids["attention_mask"]))
 
-        unique = list(dict.fromkeys(texts))
-        return self.normalised(embed, unique)[[unique.index(text) for text in texts]]
+        unique = list(dict.fromkeys(texts))  # prompts come once a seed
+        return self._normalised(embed, unique)[[unique.index(text) for text in texts]]
+
+    @torch.no_grad()
+    def _normalised(self, embed: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
+        """Embeds items batch by batch, outside of any autocast, and scales embeddings to length 1."""
+        with torch.autocast(self.network.device.type, enabled=False):
+            batches = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+        return F.normalize(torch.cat(batches).cpu().double(), dim=-1)  # (n, D)
 
 
 def _tensor(features: Any) -> Tensor:

@@ -15,7 +15,7 @@ from pera_lightning.files import read_text
 
 SUBJECT = "{}"
 
-PROMPTS = (  # places, light and materials that suit things and animals alike; ours, in no paper
+PROMPTS = (  # places, light and materials that suit things and animals; ours, in no paper
     "a photo of {} on a park bench in autumn",
     "a photo of {} between the shelves of an old library",
     "a photo of {} in front of a lighthouse at sunset",
@@ -46,24 +46,15 @@ def read_prompts(path: str | Path, subject: str | None = None) -> list[str]:
             prompts_and_classes.txt.
         subject: what the prompts are for, which decides between the lists of the data set's file: the name of a
             subject ("dog6") or words that end with a class ("sks dog"). Other files have one list for all.
-
-    Returns:
-        One or more templates; a line of one's own may do without `{}`.
-
-    Raises:
-        DataError: the file is missing, no text, has no prompts or a malformed one.
-        ConfigurationError: the data set's file and no subject, or none of its table.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise DataError(f"{path} is no file: give prompts as a list, or a file with one prompt a line")
-    lines = [line.strip() for line in read_text(path).splitlines()]
+        raise DataError(f"{path} is not a file: give prompts as a list, or a file with one prompt a line")
+    lines = [line.strip() for line in read_text(path).splitlines()]  # of either kind of file
     # Python code of the data set's repository, or plain text.
     if any(_CALL in line or line.casefold() == _TABLE for line in lines):
         return _of_data_set(path, lines, subject)
-    found = [
-        _checked(path, number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")
-    ]
+    found = [_checked(path, n, line) for n, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     if not found:
         raise DataError(f"{path} has no prompts; write one a line, with {SUBJECT} where the subject stands")
     return found
@@ -88,19 +79,16 @@ def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]
     section = None  # the table of subjects, or one of the lists
     for number, line in enumerate(lines, start=1):
         if line.casefold() == _TABLE:
-            section = "table"
+            section = "table"  # what follows are subjects and their classes
         elif line.casefold() in _SECTIONS:
-            section = _SECTIONS[line.casefold()]
+            section = _SECTIONS[line.casefold()]  # what follows are prompts
         elif section == "table" and line.count(",") == 1:
             name, kind = (_words(cell) for cell in line.split(","))
-            classes[name] = kind
+            classes[name] = kind  # "dog6" is a dog
         elif _CALL in line:
-            found = _PROMPT.fullmatch(line)
+            found = _PROMPT.fullmatch(line)  # of Python code, which is not run
             if found is None or "{0} {1}" not in found["text"] or section not in prompts:
-                raise DataError(
-                    f"{path}, line {number}: {line!r} is no prompt of the data set under the head of a list; take "
-                    "its prompts_and_classes.txt as it is, or write one prompt a line with {}"
-                )
+                raise DataError(f"{path}, line {number}: {line!r} is not as in the data set; take its file as it is")
             # "{0} {1}" are the identifier and the class, which {} stands for together.
             prompts[section].append(_checked(path, number, found["text"].replace("{0} {1}", SUBJECT)))
     kind = "live" if _class_of(path, subject, classes) in LIVE_CLASSES else "object"
@@ -110,21 +98,14 @@ def _of_data_set(path: Path, lines: list[str], subject: str | None) -> list[str]
 
 
 def _class_of(path: Path, subject: str | None, classes: dict[str, str]) -> str:
-    """Finds the class of a subject: that of the longest name that its words end with ("sks backpack dog" is no dog)."""
+    """Finds the class of a subject by the longest name that its words end with ("sks backpack dog" is not a dog)."""
     known = {**{kind: kind for kind in classes.values()}, **classes}
-    if subject is None:
-        raise ConfigurationError(
-            f"{path} has one list of prompts for objects and one for live subjects; say what the subject is, one of "
-            f"{listed(dict.fromkeys(classes.values()))}"
-        )
-    words = _words(subject)
+    words = _words(subject or "")
     ends = [name for name in known if f" {words}".endswith(f" {name}")]
     if not ends:
-        raise ConfigurationError(
-            f"{path} does not say whether {subject!r} is an object or alive: it has {listed(dict.fromkeys(known))}"
-            f"{closest(words, known)}; end the subject with one of these, or give a file with one prompt a line"
-        )
-    return known[max(ends, key=len)]
+        has = f"it has {listed(dict.fromkeys(known))}{closest(words, known)}; end the subject with one of these"
+        raise ConfigurationError(f"{path} does not say whether {subject!r} is an object or alive: {has}")
+    return known[max(ends, key=len)]  # the longest: "tin robot cat" is a toy
 
 
 def _words(name: str) -> str:

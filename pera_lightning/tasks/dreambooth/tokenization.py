@@ -25,16 +25,15 @@ def load_tokenizers(name: str, revision: str | None = None) -> tuple[CLIPTokeniz
 
     made = []
     for part, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        find(name, f"{part}/tokenizer_config.json", revision)
+        find(name, f"{part}/tokenizer_config.json", revision)  # a missing one has a clear message there
         try:
             tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part, revision=revision or "main")
         except Exception as error:  # the library tokenizers raises nothing narrower
             raise ConfigurationError(f"{part} of model {name}: {shorten(str(error))[:200]}; fetch it again") from error
-        size = read(name, f"{encoder}/config.json", revision).get("vocab_size")
+        size = read(name, f"{encoder}/config.json", revision).get("vocab_size")  # rows of its embedding
         if not _LETTERS <= len(tokenizer) <= (size or len(tokenizer)):
-            raise ConfigurationError(
-                f"{part} of model {name} has {len(tokenizer)} tokens, and {encoder} knows {size}; fetch it again"
-            )
+            has = f"has {len(tokenizer)} tokens, and {encoder} knows {size}"
+            raise ConfigurationError(f"{part} of model {name} {has}; fetch it again")
         made.append(tokenizer)
     return made[0], made[1]
 
@@ -45,18 +44,15 @@ def tokenise(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> tup
     A warning says which words of a prompt are cut off, once for each prompt.
     """
     prompts = list(prompts)
-    made = []
-    for number, tokenizer in enumerate(tokenizers):
-        longest = tokenizer.model_max_length
-        if number == 0:  # the second has the same words
-            for prompt in dict.fromkeys(prompts):
-                full = tokenizer(prompt, verbose=False).input_ids
-                if len(full) > longest:
-                    _warn_of_cut(prompt, tokenizer.decode(full[longest - 1 : -1]).strip(), longest)
-        made.append(
-            tokenizer(prompts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt").input_ids
-        )
-    return made[0], made[1]
+    # What is cut off, by the first tokenizer: the second has the same words.
+    first, longest = tokenizers[0], tokenizers[0].model_max_length
+    for prompt in dict.fromkeys(prompts):
+        full = first(prompt, verbose=False).input_ids  # uncut, with start and end
+        if len(full) > longest:
+            _warn_of_cut(prompt, first.decode(full[longest - 1 : -1]).strip(), longest)
+    how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    one, two = (each(prompts, max_length=each.model_max_length, **how).input_ids for each in tokenizers)
+    return one, two
 
 
 @cache
@@ -77,6 +73,6 @@ def prompt_embeddings(encoders: Sequence[nn.Module], input_ids: Sequence[Tensor]
     states, pooled = [], None
     for encoder, ids in zip(encoders, input_ids, strict=True):
         out = encoder(ids.to(next(encoder.parameters()).device), output_hidden_states=True)
-        states.append(out.hidden_states[-2])
+        states.append(out.hidden_states[-2])  # before the last layer
         pooled = out[0]  # the second encoder's stays, its projection; the first has none
-    return torch.cat(states, dim=-1), pooled
+    return torch.cat(states, dim=-1), pooled  # 768 + 1280 wide in SDXL

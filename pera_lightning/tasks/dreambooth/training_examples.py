@@ -18,13 +18,10 @@ Example = dict[str, Any]
 class TrainingExamples(Dataset):
     """Pairs of a photograph and a class image; lists of one without class images.
 
-    Pair i of an epoch is photograph i mod n, and class image i mod m. There is no state, so that any sampler serves.
+    Pair i of an epoch is photograph i mod n, and class image i mod m. Stateless, so that any sampler serves.
 
-    Args:
-        photographs: the photographs of the subject.
-        class_images: the images of its class; may be empty.
-        repeats: times that each photograph comes in an epoch, at least.
-        load: gives what a batch holds of an image and its caption: `load_pixels` or `look_up`.
+    Each photograph comes `repeats` times in an epoch, or more often where there are more class images. `load` gives
+    what a batch holds of an image and its caption: `load_pixels` or `look_up`.
     """
 
     def __init__(
@@ -43,13 +40,12 @@ class TrainingExamples(Dataset):
     def __getitem__(self, number: int) -> list[Example]:
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends `for example in examples`
-        pair = [self._labelled(self.photographs[number % len(self.photographs)], is_prior=False)]
-        if self.class_images:
-            pair.append(self._labelled(self.class_images[number % len(self.class_images)], is_prior=True))
+        pair = []
+        for images, is_prior in ((self.photographs, False), (self.class_images, True)):
+            if images:  # the shorter of the two starts again
+                one = images[number % len(images)]
+                pair.append({**self.load(one), "is_prior": torch.tensor(is_prior), "ids": one.id})
         return pair
-
-    def _labelled(self, photograph: Photograph, is_prior: bool) -> Example:
-        return {**self.load(photograph), "is_prior": torch.tensor(is_prior), "ids": photograph.id}
 
 
 def load_pixels(photograph: Photograph, size: tuple[int, int], crop: str = "center", flip: bool = False) -> Example:
@@ -65,6 +61,6 @@ def look_up(photograph: Photograph, encoded: Mapping[str, Mapping[str, Tensor]])
 
 def collate(pairs: Sequence[Sequence[Example]]) -> dict[str, Any]:
     """Collates b pairs into b examples of the subject and then, if there are any, b of its class; tensors stacked."""
-    examples = [example for kind in zip(*pairs, strict=True) for example in kind]
+    examples = [example for kind in zip(*pairs, strict=True) for example in kind]  # the subject's, then the class's
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     return {name: torch.stack(column) if isinstance(column[0], Tensor) else column for name, column in columns.items()}

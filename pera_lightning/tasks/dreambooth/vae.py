@@ -2,73 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth.networks import loaded
-from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR, INDEX, check_sdxl, identity, read
+from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR, read
 
 
-class VAESource(NamedTuple):
-    """Where a VAE lies and how it runs."""
-
-    name: str  # hub id, or folder
-    subfolder: str  # "" for `name` itself
-    revision: str | None
-    variant: str | None
-    dtype: torch.dtype
-    replaces: bool  # given in place of the pipeline's own
-
-    @property
-    def config_file(self) -> str:
-        return f"{self.subfolder}/config.json".lstrip("/")
-
-    def settings(self) -> dict[str, str | None]:
-        """Gives what latents depend on, as primitives: for the keys of caches."""
-        return {
-            "vae": self.name,
-            "files": identity(self.name, self.config_file, [self.subfolder], self.revision),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "variant": self.variant,
-        }
-
-
-def load_vae(source: VAESource) -> Any:
-    """Loads a frozen VAE."""
-    if not source.replaces:
-        return _loaded(source)
-    given = Path(source.name)
-    if (given / INDEX).is_file():
-        raise ConfigurationError(f"vae={given} is a whole pipeline: give {given / 'vae'}")
-    if given.is_file():
-        raise ConfigurationError(f"vae={given} is a file: give a folder with config.json and its weights")
-    try:
-        return _loaded(source)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"vae={source.name}: {error}") from error
-
-
-def _loaded(source: VAESource) -> Any:
+def load_vae(name: str, part: str, *, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
+    """Loads the frozen VAE in a folder or hub repository `name`, in its folder `part` ("" for `name` itself)."""
     from diffusers import AutoencoderKL
 
     # From its configuration, before any weights are fetched.
-    config = read(source.name, source.config_file, source.revision)
-    kind = config.get("_class_name")
-    channels = config.get("latent_channels", CHANNELS)
+    try:
+        config = read(name, f"{part}/config.json".lstrip("/"), revision)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"vae of {name}: {error}") from error
     factor = 2 ** (len(config.get("block_out_channels", [])) - 1)  # every block but one halves height and width
-    if kind != "AutoencoderKL" or (channels, factor) != (CHANNELS, FACTOR):
-        what = f"is of class {kind}" if kind != "AutoencoderKL" else f"has {channels} channels for {factor} pixels"
-        raise ConfigurationError(
-            f"the VAE of {source.name} {what}; an AutoencoderKL with {CHANNELS} channels for {FACTOR} pixels is "
-            "needed: give vae= another, or leave it out"
-        )
-    if not source.replaces:
-        check_sdxl(source.name, source.revision)
-    how = {"dtype": source.dtype, "revision": source.revision, "variant": source.variant}
-    return loaded(AutoencoderKL, source.name, source.subfolder, **how).requires_grad_(False)
+    found = config.get("_class_name"), config.get("latent_channels", CHANNELS), factor
+    if found != ("AutoencoderKL", CHANNELS, FACTOR):
+        needed = f"an AutoencoderKL with {CHANNELS} for {FACTOR}"
+        has = f"is a {found[0]} with {found[1]} channels for {factor} pixels"
+        raise ConfigurationError(f"the VAE of {name} {has}, and {needed} is needed: give vae= another, or leave it out")
+    network = loaded(AutoencoderKL, name, part, dtype=dtype, revision=revision, variant=variant)
+    return network.requires_grad_(False)
 
 
 def shift_and_scale(vae: Any, device: torch.device | str) -> tuple[Any, Any]:
@@ -81,6 +40,6 @@ def shift_and_scale(vae: Any, device: torch.device | str) -> tuple[Any, Any]:
     config = vae.config
     means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if means is None or stds is None:
-        return 0.0, config.scaling_factor
+        return 0.0, config.scaling_factor  # broadcast over (B, 4, h, w), as the other
     shift, std = (torch.tensor(x, device=device, dtype=torch.float32).view(1, -1, 1, 1) for x in (means, stds))
     return shift, config.scaling_factor / std

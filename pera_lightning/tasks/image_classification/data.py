@@ -1,6 +1,6 @@
 """Images for classification: the data module over the catalogue, the hub, local folders and digits.
 
-What a picture goes through is in `transforms.py`, where it comes from in `reading.py` and `sources.py`, how splits are
+What an image goes through is in `transforms.py`, where it comes from in `reading.py` and `sources.py`, how splits are
 cut in `pera_lightning.data.splits`. Here is the Lightning side of it.
 """
 
@@ -28,7 +28,7 @@ class ImageDataModule(TaskDataModule):
 
     Training, validation and test batches are ``(images, labels)``: (B, 3, H, W) float32 and (B,) int64. Prediction
     batches are ``(images, labels, ids)``, where a label is -1 if unknown and ids are file names relative to the
-    folder, or row numbers of the source. Over several processes each image is in one batch of one of them; shards that
+    folder, or indices in the source. Over several processes each image is in one batch of one of them; shards that
     do not come out even are filled up with the last image, labelled -100. A split that the source lacks is cut from its
     training examples by a seed of its own: the test examples first, then the validation examples from what remains.
     Which example went where is written to ``splits/`` in the run's log folder.
@@ -40,7 +40,7 @@ class ImageDataModule(TaskDataModule):
             is given as ``./name``.
         classes: keep these classes only, by name or by original number, and number them in this order from 0. The
             split is made before, so that runs on different classes share no test image with another's training.
-        transform: how pictures are prepared, one of `transforms.TRANSFORMS`: ``fourierft`` (the papers': random
+        transform: how images are prepared, one of `transforms.TRANSFORMS`: ``fourierft`` (the papers': random
             resized crop and flip), ``center``, ``timm`` or ``none``.
         image_size: height and width in pixels. This and the next four are by default the transform's own
             (``fourierft``: bilinear, crop_pct 1) or else those that the trainer's module requires.
@@ -56,7 +56,7 @@ class ImageDataModule(TaskDataModule):
             tenth.
         test_fraction: share of the training examples for a test split that the source lacks; by default a fifth.
         split_seed: seed of the cuts, and of nothing else.
-        predict_folder: predict on all pictures under this folder, at any depth, in place of the test split. A folder
+        predict_folder: predict on all images under this folder, at any depth, in place of the test split. A folder
             on their path that is called like a class is their label.
         config_name: configuration of a data set of the hub.
         image_column: image column of a data set of the hub, by default ``image``.
@@ -97,17 +97,13 @@ class ImageDataModule(TaskDataModule):
         test_split: str | None = None,
     ) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.classes = classes
-        self.transform = transform
-        self.given = transforms.check_given(transform, image_size, mean, std, interpolation, crop_pct)
-        self.batch_size = batch_size
+        self.dataset, self.classes, self.transform = dataset, classes, transform
+        sizes = {"image_size": image_size, "interpolation": interpolation, "crop_pct": crop_pct}
+        self.given = transforms.check_given(transform, mean=mean, std=std, **sizes)
+        self.batch_size, self.drop_last, self.num_workers = batch_size, drop_last, num_workers
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.drop_last = drop_last
-        self.num_workers = num_workers
         self.fractions = {"validation": validation_fraction, "test": test_fraction}
-        self.split_seed = split_seed
-        self.predict_folder = predict_folder
+        self.split_seed, self.predict_folder = split_seed, predict_folder
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("split_seed", 0)):
             check_in_range(getattr(self, name), name, ge=least, integer=True)
         for split, fraction in self.fractions.items():
@@ -117,7 +113,7 @@ class ImageDataModule(TaskDataModule):
         named = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
         self._read = ImageDataset(dataset, {**options, **named})
         self._sources: dict[str, sources.ImageSource] = {}
-        self._rows: dict[str, np.ndarray] = {}  # of each split, numbers in its source
+        self._indices: dict[str, np.ndarray] = {}  # of each split, indices in its source
         self._kept: list[int] = []  # original numbers of the classes, in their new order
         self._to_predict: sources.FolderSource | None = None
 
@@ -137,8 +133,8 @@ class ImageDataModule(TaskDataModule):
         return len(self.class_names)
 
     def description(self) -> dict[str, Any]:
-        """What a module must know of these data, after `setup`: number and names of the classes."""
-        return {"num_classes": self.num_classes, "class_names": self.class_names}
+        """What a module must know of these data, after `setup`: number and names of the classes, and the protocol."""
+        return {"num_classes": self.num_classes, "class_names": self.class_names, "protocol": self.protocol()}
 
     def expected_classes(self) -> int:
         """How many classes there are; for the catalogue and for chosen classes without reading any data."""
@@ -158,28 +154,22 @@ class ImageDataModule(TaskDataModule):
     def prepare_data(self) -> None:
         """Downloads, on one process, what the hub holds; keeps nothing."""
         self._check_fractions(self._read.hub_splits())
-        self._read.download()
+        self._read.tables()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads labels and file names and makes the splits, once.
-
-        Args:
-            stage: "fit", "validate", "test" or "predict"; only "predict" (or None) reads `predict_folder`.
-        """
+        """Reads labels and file names and makes the splits, once; for "predict" (or None) also `predict_folder`."""
         if not self._sources:
             self._build()
         if self.predict_folder is not None and stage in ("predict", None) and self._to_predict is None:
             self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
-        splits.record_run(self.trainer, self._read.short_name, self.split_record)
+        splits.record_run(self.trainer, self._read.short_name, self.split_record)  # each run has its own folder
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented ``(images, labels)``."""
         images = self._images("train", training=True)
         if self.drop_last and len(images) < self.batch_size:
-            raise ConfigurationError(
-                f"drop_last leaves no batch: {len(images)} training images of {self.dataset}, batch_size "
-                f"{self.batch_size}"
-            )
+            counts = f"{len(images)} training images, and batch_size is {self.batch_size}"
+            raise ConfigurationError(f"drop_last leaves no batch: {counts}; lower it")
         return self.make_loader(images, shuffle=True, batch_size=self.batch_size, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader:
@@ -187,25 +177,19 @@ class ImageDataModule(TaskDataModule):
         return self._evaluated(self._images("validation"))
 
     def test_dataloader(self) -> DataLoader:
-        """``(images, labels)`` in a fixed order.
-
-        Raises:
-            DataError: for a test split without labels.
-        """
+        """``(images, labels)`` in a fixed order; a test split without labels is refused."""
         images = self._images("test")
         if unknown := int((images.labels < 0).sum()):
-            raise DataError(
-                f"{unknown} of {len(images)} test images of {self.dataset} have no label, so nothing can be measured; "
-                "give another test_split, or predict"
-            )
+            lack = f"{unknown} of {len(images)} test images of {self.dataset} have no label"
+            raise DataError(f"{lack}; give another test_split, or predict")
         return self._evaluated(images)
 
     def predict_dataloader(self) -> DataLoader:
         """``(images, labels, ids)`` of `predict_folder`, else of the test split."""
         if self._to_predict is None:
             return self._evaluated(self._images("test", with_identifier=True))
-        source, transform = self._to_predict, self._transform(training=False)
-        every = np.arange(len(source.files))
+        source, transform = self._to_predict, transforms.build(self.transform, self.preprocessing(), training=False)
+        every = np.arange(len(source.files))  # all files, in the order of their names
         return self._evaluated(sources.ImageExamples(source, every, source.labels, transform, with_identifier=True))
 
     def calibration_batches(self, count: int) -> list[Any]:
@@ -217,14 +201,13 @@ class ImageDataModule(TaskDataModule):
     def _check_fractions(self, existing: Iterable[str]) -> None:
         for split in existing:
             if (fraction := self.fractions.get(split)) is not None:
-                raise ConfigurationError(
-                    f"{split}_fraction={fraction} would do nothing: {self.dataset} has its own {split} split"
-                )
+                why = f"{self.dataset} has its own {split} split"
+                raise ConfigurationError(f"{split}_fraction={fraction} would do nothing: {why}")
 
     def _build(self) -> None:
         """Reads the sources, cuts the splits and keeps the chosen classes."""
         found, kind = self._read.read(), self._read.kind
-        self._check_fractions(found)
+        self._check_fractions(found)  # also for folders, whose splits are known only now
         if kind == "catalogue":
             counts = {split: len(source.labels) for split, source in found.items()}
             if note := datasets.count_note(datasets.canonical(self.dataset) or "", counts):
@@ -235,7 +218,7 @@ class ImageDataModule(TaskDataModule):
             only = listed(names[label] for label in kept) or "none"
             raise DataError(f"{self.dataset}: classifying needs at least two classes; chosen: {only}")
         # Before the classes are chosen, so that the same image is in the same split whatever they are.
-        rows = splits.cut(
+        indices = splits.cut(
             {split: np.arange(len(source.labels)) for split, source in found.items()},
             found["train"].labels,
             validation_fraction=self.fractions["validation"] or datasets.VALIDATION_FRACTION,
@@ -243,26 +226,21 @@ class ImageDataModule(TaskDataModule):
             seed=self.split_seed,
             stratify=kind != "catalogue",  # the papers draw theirs regardless of class
         )
-        for split in rows:  # "train" first, whose classes the others are compared with
-            labels = found.get(split, found["train"]).labels[rows[split]]
+        for split in indices:  # "train" first, whose classes the others are compared with
+            labels = found.get(split, found["train"]).labels[indices[split]]
             if self.classes is not None:
                 chosen = np.isin(labels, kept)
-                rows[split], labels = rows[split][chosen], labels[chosen]
+                indices[split], labels = indices[split][chosen], labels[chosen]  # examples of other classes go
             if split != "test" and (labels < 0).any():
                 raise DataError(f"{int((labels < 0).sum())} {split} images of {self.dataset} have no label")
             if not len(labels):
                 raise DataError(f"the {split} split of {self.dataset} has no image of {listed(names[k] for k in kept)}")
             if split == "train":
                 learnt = labels
-            elif unseen := set(labels[labels >= 0].tolist()) - set(learnt.tolist()):
-                raise DataError(
-                    f"{self.dataset}: no training image of {listed(names[label] for label in sorted(unseen))}, but "
-                    f"{split} has some"
-                )
-        self._sources, self._rows, self._kept = found, rows, kept
-
-    def _transform(self, training: bool) -> transforms.Transform:
-        return transforms.build(self.transform, self.preprocessing(), training=training)
+            elif unseen := sorted(set(labels[labels >= 0].tolist()) - set(learnt.tolist())):
+                of = listed(names[label] for label in unseen)
+                raise DataError(f"{self.dataset}: no training image of {of}, but {split} has some")
+        self._sources, self._indices, self._kept = found, indices, kept
 
     def _images(self, split: str, *, training: bool = False, with_identifier: bool = False) -> sources.ImageExamples:
         if not self._sources:
@@ -270,17 +248,21 @@ class ImageDataModule(TaskDataModule):
         # A split that was cut has its images in the training source; classes are numbered anew.
         source = self._sources.get(split, self._sources["train"])
         number = np.full(len(source.class_names) + 1, -1, dtype=np.int64)  # the last one serves -1, unknown
-        number[self._kept] = np.arange(len(self._kept))
-        rows = self._rows[split]
-        labels = number[source.labels[rows]]
-        return sources.ImageExamples(source, rows, labels, self._transform(training), with_identifier=with_identifier)
+        number[self._kept] = np.arange(len(self._kept))  # original label -> label
+        indices = self._indices[split]
+        labels = number[source.labels[indices]]
+        transform = transforms.build(self.transform, self.preprocessing(), training=training)
+        return sources.ImageExamples(source, indices, labels, transform, with_identifier=with_identifier)
 
-    def _evaluated(self, images: sources.ImageExamples, batch_size: int | None = None) -> DataLoader:
+    def _evaluated(self, images: sources.ImageExamples) -> DataLoader:
         shard = padded_shard(images, self.trainer, sources.without_label)
         collate = sources.collate_identified if images.with_identifier else None
-        return self.make_loader(**shard, batch_size=batch_size or self.eval_batch_size, collate_fn=collate)
+        return self.make_loader(**shard, batch_size=self.eval_batch_size, collate_fn=collate)
 
     # ---- what is said of it -----------------------------------------------------------------------------------------
+
+    def _sizes(self) -> dict[str, int]:
+        return {split: len(indices) for split, indices in self._indices.items()}
 
     def protocol(self) -> dict[str, Any]:
         """How images are seen and split, as primitives, for results: data set, transform, preprocessing, split."""
@@ -289,29 +271,28 @@ class ImageDataModule(TaskDataModule):
             "transform": self.transform,
             "preprocessing": dataclasses.asdict(self.preprocessing()),
             "split_seed": self.split_seed,
-            "sizes": {split: len(rows) for split, rows in self._rows.items()},
+            "sizes": self._sizes(),
         }
 
     def split_record(self) -> dict[str, Any]:
         """What ``splits/<dataset>.json`` says: data set, seed, classes, sizes and the examples of every split.
 
-        Returns:
-            Primitives. Under "indices", for each split: the source split it is "of", and its "rows" there, which are
-            numbers, file names for folders, or "all".
+        Under "indices" stand, for each split, the source split it is "of", and its "rows" there: indices, file names
+        for folders, or "all".
         """
         indices = {}
-        for split, rows in self._rows.items():
+        for split, own in self._indices.items():
             source = self._sources.get(split, self._sources["train"])
-            chosen: str | list[Any] = rows.tolist()
-            if len(rows) == len(source.labels):
-                chosen = "all"
+            chosen: str | list[Any] = own.tolist()
+            if len(own) == len(source.labels):
+                chosen = "all"  # short where a split is taken as it is
             elif isinstance(source, sources.FolderSource):
-                chosen = [source.identifier(row) for row in rows.tolist()]
+                chosen = [source.identifier(index) for index in own.tolist()]
             indices[split] = {"of": split if split in self._sources else "train", "rows": chosen}
         return {
             "dataset": self.dataset,
             "seed": self.split_seed,
             "classes": self.class_names,
-            "sizes": {split: len(rows) for split, rows in self._rows.items()},
+            "sizes": self._sizes(),
             "indices": indices,
         }

@@ -1,4 +1,4 @@
-"""Pictures of the hub: one split of a data set, with its labels read."""
+"""Images of the hub: one split of a data set, with its labels read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pera_lightning.data import hub
 from pera_lightning.data.image_files import to_rgb
 from pera_lightning.errors import DataError, listed
 from pera_lightning.tasks.image_classification.sources import same_classes
@@ -26,21 +25,16 @@ class HubSource:
     labels: np.ndarray
     class_names: list[str]
 
-    def image(self, row: int) -> Image.Image:
-        """The picture of a row, upright and RGB."""
-        image = self.table[row][self.column]
+    def image(self, index: int) -> Image.Image:
+        """The image at an index, upright and RGB."""
+        image = self.table[index][self.column]
         if image is None:
-            raise ValueError("the row has no image")
+            raise ValueError("the example has no image")
         return to_rgb(image)
 
-    def identifier(self, row: int) -> str:
-        """The row's number in the source."""
-        return str(row)
-
-
-def load_table(repository: str, config_name: str | None, split: str) -> datasets.Dataset:
-    """`hub.load_table`, with the alternative that pictures have."""
-    return hub.load_table(repository, config_name, split, instead="a local folder of class folders")
+    def identifier(self, index: int) -> str:
+        """The index in the table."""
+        return str(index)
 
 
 def _words(kind: object) -> str:
@@ -49,44 +43,31 @@ def _words(kind: object) -> str:
 
 
 def hub_source(
-    repository: str,
-    split: str,
-    *,
-    config_name: str | None,
-    image_column: str,
-    label_column: str,
-    training_names: list[str] | None,
+    table: datasets.Dataset, where: str, image_column: str, label_column: str, training_names: list[str] | None
 ) -> HubSource:
-    """One split of a data set of the hub, its labels read and its pictures left where they are.
+    """One split of a data set of the hub, its labels read and its images left where they are.
 
     Args:
-        repository: ``org/name``.
-        split: a split of it.
-        config_name: configuration of it, if it has several.
-        image_column: column of the pictures.
-        label_column: column of the classes: class labels, whole numbers or text.
+        table: the split.
+        where: words for it in messages.
+        image_column: column of the images.
+        label_column: column of the classes: class labels, integers or text.
         training_names: class names of the training split; None for that split itself.
-
-    Raises:
-        DataError: for a column that is missing or of another type, an empty split, or classes that are not those of
-            training.
     """
     import datasets
 
-    table = load_table(repository, config_name, split)
-    where = f"data set {repository}, split {split!r}"
     for argument, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in table.column_names:
             names = table.column_names
             raise DataError(f"{where} has no column {column!r}: give {argument}, one of {', '.join(names)}")
     if not len(table):
-        raise DataError(f"{where} has no rows")
+        raise DataError(f"{where} has no examples")
     kind = table.features[image_column]
-    if not isinstance(kind, datasets.Image):
-        raw = kind == datasets.Value("binary") or (isinstance(kind, dict) and "bytes" in kind)
-        if not raw:
-            raise DataError(f"{where}: column {image_column!r} holds no images but {_words(kind)}; give image_column")
+    # Images that were saved as plain bytes are decoded too.
+    if kind == datasets.Value("binary") or (isinstance(kind, dict) and "bytes" in kind):
         table = table.cast_column(image_column, datasets.Image())
+    elif not isinstance(kind, datasets.Image):
+        raise DataError(f"{where}: column {image_column!r} holds no images but {_words(kind)}; give image_column")
     labels, names = read_labels(table, label_column, training_names, where)
     return HubSource(table.select_columns([image_column]), image_column, labels, names)
 
@@ -96,11 +77,7 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str]]:
     """Reads a label column in the numbering of the training split.
 
-    Args:
-        table: table of n examples.
-        column: name of the column: class labels (numbered as declared), or whole numbers or text (in sorted order).
-        training_names: class names of the training split; None for that split itself.
-        where: words for the data in messages.
+    Class labels are numbered as declared, integers and text in sorted order.
 
     Returns:
         (n,) int64, -1 for a label that is missing or negative; and the class names.
@@ -108,7 +85,7 @@ def read_labels(
     import datasets
 
     kind = table.features[column]
-    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()  # reads no image
     if isinstance(kind, datasets.ClassLabel):
         own = list(kind.names)
         if training_names is not None:

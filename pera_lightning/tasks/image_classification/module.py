@@ -6,6 +6,7 @@ import csv
 import io
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class ImageClassificationModule(AdapterModule):
     Batches are ``(images (B, 3, H, W), labels (B,))``, at predict ``(images, labels, ids)``. Images labelled -100,
     which fill up the shards of several processes, are measured nowhere. Logged: `train/loss`, `val/loss`,
     `val/accuracy`, `val/accuracy_top5` (from six classes up), the same at test, with the accuracy of each class as
-    `test_class/NAME` and the confusion matrix as a picture in TensorBoard. An AuroRA whose inference is dynamic is
+    `test_class/NAME` and the confusion matrix as an image in TensorBoard. An AuroRA whose inference is dynamic is
     tested twice: `test/accuracy` dynamic (the paper's AuroRA-D), `test_static/accuracy` static (the paper's AuroRA).
 
     Args:
@@ -60,9 +61,9 @@ class ImageClassificationModule(AdapterModule):
     ) -> None:
         super().__init__(**shared)
         check_in_range(label_smoothing, "label_smoothing", ge=0, lt=1)
-        for name, value in (("num_classes", num_classes), ("image_size", image_size)):
-            if value is not None:
-                check_positive_int(value, name)
+        for name in ("num_classes", "image_size"):
+            if self.hparams[name] is not None:
+                check_positive_int(self.hparams[name], name)
         self.class_names: list[str] | None = None  # by label, where the data have them
         self._data_config: dict[str, Any] | None = None
         self._started = 0.0
@@ -90,14 +91,10 @@ class ImageClassificationModule(AdapterModule):
             return
         self.agree()
         if self.hparams["num_classes"] is None:
-            raise ConfigurationError(
-                "num_classes is not given, and no data module with num_classes is attached: give it"
-            )
+            raise ConfigurationError("num_classes is not given, and no data module with num_classes is there: give it")
         super().configure_model()
         if self.adapter_injection is not None and not any(p.requires_grad for p in self._head_parameters()):
-            raise ConfigurationError(
-                "the new head is random and would stay so: name it in trainable, e.g. trainable=[head]"
-            )
+            raise ConfigurationError("the new head is random and would stay so: name it, e.g. trainable=[head]")
         count = self.hparams["num_classes"]
         accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
         if count > 5:
@@ -111,9 +108,7 @@ class ImageClassificationModule(AdapterModule):
         self.metrics = nn.ModuleDict({"val": metrics.clone(prefix="val/")})
         for stage in ("test", "test_static"):
             self.metrics[stage] = metrics.clone(prefix=f"{stage}/")
-            self.metrics[f"{stage}_classes"] = MetricCollection(
-                {k: m.clone() for k, m in per_class.items()}, compute_groups=False
-            )
+            self.metrics[f"{stage}_classes"] = MetricCollection(per_class, compute_groups=False).clone()
 
     def _create(self, pretrained: bool) -> nn.Module:
         return create(self.hparams["model_name"], pretrained=pretrained, image_size=self.hparams["image_size"])
@@ -134,8 +129,8 @@ class ImageClassificationModule(AdapterModule):
 
     def _head_parameters(self) -> list[nn.Parameter]:
         head = self.model.get_classifier()  # type: ignore[union-attr,operator]
-        parts = head if isinstance(head, (tuple, list)) else [head]  # distilled networks have two
-        return [p for part in parts for p in part.parameters()]
+        heads = head if isinstance(head, (tuple, list)) else [head]  # distilled networks have two
+        return [p for one in heads for p in one.parameters()]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, classes)."""
@@ -145,36 +140,31 @@ class ImageClassificationModule(AdapterModule):
             if not str(error).startswith("Input "):  # how timm refuses a size
                 raise
             size = "x".join(map(str, images.shape[-2:]))
-            raise ConfigurationError(
-                f"images of {size} pixels: {error}; give the model's image_size the same size"
-            ) from error
+            raise ConfigurationError(f"images of {size} pixels: {error}; set the model's image_size to it") from error
 
     # --- training and evaluation ---
 
     def _shared_step(self, batch: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, logits (B, classes) in float32, labels (B,)."""
         images, labels = batch[0], batch[1]
-        logits = self(images).float()
+        logits = self(images).float()  # metrics and loss in float32
         return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])
+        loss, _, labels = self._shared_step(batch, self.hparams["label_smoothing"])  # smoothed in training only
         self.check_loss(loss, batch_idx)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
     def _update(self, stage: str, batch: Any) -> None:
         loss, logits, labels = self._shared_step(batch)
-        known = labels != IGNORE
-        if known.any():  # else the loss, a mean over nothing, is no number
-            self._score(stage, loss, logits[known], labels[known])
+        known = labels != IGNORE  # others fill up a shard; cross-entropy leaves them out by itself
+        if count := int(known.sum()):  # else the loss, a mean over nothing, is not a number
+            for name, metric in self.metrics[stage].items(keep_base=True, copy_state=False):
+                metric.update(loss, weight=count) if name == "loss" else metric.update(logits[known], labels[known])
+            if f"{stage}_classes" in self.metrics:
+                self.metrics[f"{stage}_classes"].update(logits[known], labels[known])
         self.log_dict(self.metrics[stage], on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
-
-    def _score(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        for name, metric in self.metrics[stage].items(keep_base=True, copy_state=False):
-            metric.update(loss, weight=len(labels)) if name == "loss" else metric.update(logits, labels)
-        if f"{stage}_classes" in self.metrics:
-            self.metrics[f"{stage}_classes"].update(logits, labels)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._update("val", batch)
@@ -190,23 +180,21 @@ class ImageClassificationModule(AdapterModule):
                 self._update("test_static", batch)
 
     def on_test_epoch_end(self) -> None:
-        inference = results.inference_rows(self)  # alike on all ranks, also on one that had padding only
-        stages = list(inference)
+        inference = results.inference_rows(self)  # the same on all ranks, also on one that had padding only
         names = self.class_names or [str(k) for k in range(self.hparams["num_classes"])]
-        per_class: dict[str, dict[str, float]] = {}
-        n = 0
+        per_class: dict[str, dict[str, float]] = {}  # by stage and class
         # The confusion matrix counts each image once, so its sum is n.
-        for stage in stages:
+        for stage in inference:
             values = self.metrics[f"{stage}_classes"].compute()
             per_class[stage] = dict(zip(names, values["accuracy_per_class"].tolist(), strict=True))
-            n = int(values["confusion"].sum())
+            n = int(values["confusion"].sum())  # of all processes
             self._draw(f"{stage}/confusion", values["confusion"], names)
             for logger in self.loggers:
                 logger.log_metrics({f"{stage}_class/{k}": v for k, v in per_class[stage].items()}, self.global_step)
-            self.metrics[f"{stage}_classes"].reset()
+            self.metrics[f"{stage}_classes"].reset()  # Lightning resets only what is logged
         seconds = time.perf_counter() - self._started
-        scores = {k: v.item() for s in stages for k, v in self.metrics[s].compute().items()}
-        protocol = {**results.about(self, "image_classification"), "data": self.data_protocol()}
+        scores = {k: v.item() for s in inference for k, v in self.metrics[s].compute().items()}
+        protocol = {**results.about(self, "image_classification"), "data": self.data_description().get("protocol")}
         facts = {"n": n, "seconds": seconds, "accuracy_per_class": per_class, "inference": inference}
         results.record(self, scores, protocol=protocol, **facts)
 
@@ -232,7 +220,7 @@ class ImageClassificationModule(AdapterModule):
             heads = self._create(pretrained=False).pretrained_cfg["classifier"]
         head = heads if isinstance(heads, str) else heads[0]  # distilled networks have two
         if f"{head}.weight" not in state:
-            raise ConfigurationError(f"there is no trained {head} to tell how many classes there are: give num_classes")
+            raise ConfigurationError(f"without a trained {head} the number of classes is not known: give num_classes")
         self.hparams["num_classes"] = len(state[f"{head}.weight"])
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -243,8 +231,9 @@ class ImageClassificationModule(AdapterModule):
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
         from pera_lightning.export.timm import as_data_config, write_timm
 
-        seen = data.protocol().get("preprocessing") if hasattr(data, "protocol") else None
-        config = self.data_config if seen is None else as_data_config(seen)
+        # As the images of these data were seen; without data as the network's own were.
+        is_ours = isinstance(data, ImageDataModule)
+        config = as_data_config(asdict(data.preprocessing())) if is_ours else self.data_config
         return write_timm(self.model, folder, config, class_names)  # type: ignore[arg-type]
 
     def how_to_load(self, folder: Path) -> str:

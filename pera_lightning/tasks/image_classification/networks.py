@@ -12,11 +12,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def timm_name(model_name: str) -> str:
-    """The name as timm takes it: ``asset:NAME`` (shipped with this package) and folders become ``local-dir:…``.
-
-    Raises:
-        ConfigurationError: for a folder, an asset or a model of timm that does not exist.
-    """
+    """The name as timm takes it: ``asset:NAME`` (shipped with this package) and folders become ``local-dir:…``."""
     import timm
 
     if model_name.startswith("asset:"):
@@ -32,31 +28,23 @@ def timm_name(model_name: str) -> str:
         return f"local-dir:{folder.resolve()}"
     if ":" in model_name:  # hf-hub:org/name
         return model_name
-    name = model_name.partition(".")[0]
+    # timm's names are architecture.tag; the tag says which weights.
+    name, _, tag = model_name.partition(".")
     if not timm.is_model(name):
         near = closest(name, timm.list_models())
-        raise ConfigurationError(f"model_name={model_name!r} is no model of timm, folder or hf-hub: id{near}")
-    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{name}.*")]
-    if "." in model_name and model_name.partition(".")[2] not in tags:
+        raise ConfigurationError(f"model_name={model_name!r} is not a model of timm, a folder or an hf-hub: id{near}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
+    if tag and tag not in tags:
         raise ConfigurationError(f"model_name={model_name!r}: {name} has the weights {', '.join(tags) or 'none'}")
     return model_name
 
 
 def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:
-    """Makes a timm network with its own head.
-
-    Args:
-        model_name: see `timm_name`.
-        pretrained: loads the weights.
-        image_size: height and width in pixels, None for the network's own.
-
-    Raises:
-        ConfigurationError: for a network that does not exist, or whose weights cannot be had.
-    """
+    """Makes a timm network with its own head, for images of `image_size` pixels, by default the network's own."""
     import timm
 
     name = timm_name(model_name)
-    options = {} if image_size is None else {"img_size": image_size}
+    options = {} if image_size is None else {"img_size": image_size}  # not all architectures take one
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
@@ -64,7 +52,5 @@ def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.M
             raise ConfigurationError(f"image_size={image_size}: {name} takes any size, leave it out") from None
         raise
     except (OSError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"model_name={model_name!r} cannot be loaded: {shorten(str(error))[:200]}; give a timm folder, or set "
-            "HF_ENDPOINT to a hub that can be reached"
-        ) from None
+        why = f"cannot be loaded: {shorten(str(error))[:200]}"
+        raise ConfigurationError(f"model_name={model_name!r} {why}; give a timm folder, or set HF_ENDPOINT") from None

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pera_lightning.data.hub import load_table
 from pera_lightning.errors import ConfigurationError, UnknownNameError, closest, listed
 from pera_lightning.tasks.image_classification import hub, sources
 from pera_lightning.tasks.image_classification.datasets import CATALOGUE, HubSplit, canonical
+
+if TYPE_CHECKING:
+    import datasets
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -29,12 +34,7 @@ class ImageDataset:
 
     @cached_property
     def kind(self) -> str:
-        """What the name means: "catalogue", "digits", "folder" or "hub".
-
-        Raises:
-            UnknownNameError: for a name that is none of them.
-            ConfigurationError: for options that would be ignored.
-        """
+        """What the name means: "catalogue", "digits", "folder" or "hub"; a name that is none of them is refused."""
         if canonical(self.name):
             kind = "catalogue"
         elif self.name.lower() == "digits":
@@ -47,10 +47,8 @@ class ImageDataset:
             kind = "folder"  # that is missing, which reading it says
         else:
             known = [*CATALOGUE, "digits"]
-            raise UnknownNameError(
-                f"unknown data set {self.name!r}; there are {', '.join(known)}, data sets of the hub as org/name, and "
-                f"local folders{closest(self.name, known)}"
-            )
+            there = f"{', '.join(known)}, data sets of the hub as org/name, and local folders"
+            raise UnknownNameError(f"unknown data set {self.name!r}; there are {there}{closest(self.name, known)}")
         ignored = [option for option, value in self.hub.items() if value is not None and kind != "hub"]
         if ignored:
             raise ConfigurationError(f"{listed(ignored)}: for data sets of the hub (org/name) only, not {self.name}")
@@ -60,40 +58,39 @@ class ImageDataset:
     def short_name(self) -> str:
         """What the file of its splits is called."""
         if self.kind == "folder":
-            return Path(self.name).expanduser().absolute().name
+            return Path(self.name).expanduser().absolute().name  # "." has none of its own
         return canonical(self.name) or self.name
 
     def hub_splits(self) -> dict[str, HubSplit]:
         """Where the splits are that come from the hub; empty for what is local."""
         if self.kind == "catalogue":
-            entry = CATALOGUE[canonical(self.name) or ""]
-            found = {"train": entry.train, "validation": entry.validation, "test": entry.test}
-            return {split: place for split, place in found.items() if place is not None}
+            return dict(CATALOGUE[canonical(self.name) or ""].splits)
         if self.kind == "hub":
-            named = {split: self.hub[f"{split}_split"] for split in ("train", "validation", "test")}
-            named["train"] = named["train"] or "train"
+            given = {split: self.hub[f"{split}_split"] for split in ("train", "validation", "test")}
+            named = {**given, "train": given["train"] or "train"}  # "train" stays first
             return {split: HubSplit(self.name, name) for split, name in named.items() if name is not None}
         return {}
 
-    def download(self) -> None:
-        """Downloads what the hub holds."""
-        for place in self.hub_splits().values():
-            hub.load_table(place.repository, self.hub["config_name"], place.split)
+    def tables(self) -> dict[str, datasets.Dataset]:
+        """The splits that come from the hub, downloaded if they are not in its cache."""
+        config, instead = self.hub["config_name"], "a local folder of class folders"
+        return {
+            split: load_table(place.repository, config, place.split, instead=instead)
+            for split, place in self.hub_splits().items()
+        }
 
     def read(self) -> dict[str, sources.ImageSource]:
-        """The splits that exist, their labels read and their pictures left where they are; "train" comes first."""
+        """The splits that exist, their labels read and their images left where they are; "train" comes first."""
         if self.kind == "digits":
             return {"train": sources.digits_source()}
         if self.kind == "folder":
             return sources.folder_sources(self.name)
+        columns = self.hub["image_column"] or "image", self.hub["label_column"] or "label"
         found: dict[str, sources.ImageSource] = {}
-        for split, place in self.hub_splits().items():
-            found[split] = hub.hub_source(
-                place.repository,
-                place.split,
-                config_name=self.hub["config_name"],
-                image_column=self.hub["image_column"] or "image",
-                label_column=self.hub["label_column"] or "label",
-                training_names=found["train"].class_names if found else None,
-            )
+        places = self.hub_splits()
+        for split, table in self.tables().items():
+            where = f"data set {places[split].repository}, split {places[split].split!r}"
+            # All splits take the numbering of the classes in training, which is read first.
+            training_names = found["train"].class_names if found else None
+            found[split] = hub.hub_source(table, where, *columns, training_names)
         return found

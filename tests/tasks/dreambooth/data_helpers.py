@@ -1,4 +1,4 @@
-"""What the DreamBooth data tests share: pictures, a small data module, and a stand-in for SDXL's encoders."""
+"""What the DreamBooth data tests share: photographs, a small data module, and a stand-in for SDXL's encoders."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ PROMPT = "a photo of sks dog"
 CPU = torch.device("cpu")
 
 
-def picture(height, width, seed=0):
+def photograph(height, width, seed=0):
     """A gradient with noise, unlike its mirror image and its other half."""
     ramp = np.linspace(0, 200, height)[:, None, None] + np.linspace(0, 40, width)[None, :, None]
     noise = np.random.default_rng(seed).integers(0, 15, (height, width, 3))
@@ -23,7 +23,7 @@ def fill(folder, count=3, size=(32, 48), first=0):
     """Writes ``00.png`` and so on, each unlike the others; gives the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
-        picture(*size, seed=number).save(folder / f"{number:02d}.png")
+        photograph(*size, seed=number).save(folder / f"{number:02d}.png")
     return folder
 
 
@@ -52,7 +52,7 @@ class StandIn:
 
 
 class Generator:
-    """Stands in for an `ImageGenerator`: pictures by seed, of a model called "tiny"."""
+    """Stands in for an `ImageGenerator`: photographs by seed, of a model called "tiny"."""
 
     is_sharded = False
 
@@ -67,7 +67,7 @@ class Generator:
 
     def generate(self, prompts, seeds):
         self.seeds += seeds
-        return [picture(16, 16, seed) for seed in seeds]
+        return [photograph(16, 16, seed) for seed in seeds]
 
 
 def attach(data, encoders=None, generator=None, *, adapts_text_encoders=False, is_trained=False, **trainer):

@@ -178,14 +178,14 @@ def trained(network):
 
 
 def assert_same(one, other):
-    """To the bit."""
+    """Bit for bit."""
     assert one.keys() == other.keys()
     assert one
     for name in one:
         assert torch.equal(one[name], other[name]), name
 
 
-def picture_pixels(path, side=SIDE):
+def photograph_pixels(path, side=SIDE):
     """What the network sees of a photograph."""
     from pera_lightning.tasks.dreambooth.preprocessing import crop_to, open_image, to_pixels
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from pera_lightning.errors import DataError
+from pera_lightning.tasks.dreambooth.generate import ImageGenerator
 from pera_lightning.tasks.dreambooth.networks import load_unet
 from pera_lightning.tasks.dreambooth.sampling import sample
 from tests.tasks.dreambooth import fits as fits
@@ -31,18 +32,19 @@ def run(base, photos, folder, classes, *, dies_at=None, ckpt=None, **options):
     given = {"class_folder": str(classes), "class_prompt": fits.CLASS, "num_class_images": 3}
     network, made = module(base, **options), []
     rows = data(photos, classes.parent / "cache", **given)
-    generate = network.generator.generate
+    generate = ImageGenerator.generate
 
-    def generated(prompts, seeds):
+    def generated(generator, prompts, seeds):
         if seeds == [dies_at]:
             raise Kills
         assert network.encoders._text is None  # UNet and VAE need the room
         made.extend(seeds)
-        return generate(prompts, seeds)
+        return generate(generator, prompts, seeds)
 
-    network.generator.generate = generated
     keeps = ModelCheckpoint(folder, save_last=True)
-    fit(folder, network, rows, ckpt=ckpt, callbacks=[keeps], enable_checkpointing=True, max_epochs=2 if ckpt else 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageGenerator, "generate", generated)
+        fit(folder, network, rows, ckpt=ckpt, callbacks=[keeps], enable_checkpointing=True, max_epochs=2 if ckpt else 1)
     return made, trained(network)
 
 
@@ -112,7 +114,7 @@ OTHERWISE = {
 def test_missing_images_are_not_made_otherwise_than_those_there(base, photos, tmp_path, classes, name):
     options, words = OTHERWISE[name]
     (classes / "00001.png").unlink()
-    with pytest.raises(DataError, match=f"holds images made with {words}; give another class_folder") as error:
+    with pytest.raises(DataError, match=f"holds images made with {words}; give another, or delete it") as error:
         run(base, photos, tmp_path, classes, **options)
     assert "\n" not in str(error.value)
     assert not (classes / "00001.png").exists()

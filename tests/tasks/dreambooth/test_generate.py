@@ -112,11 +112,7 @@ def test_the_grid_is_labelled_by_step_prompts_and_seeds(base, photos, tmp_path, 
     rows = data(photos, validation_prompts=PROMPTS, validation_seeds=[3, 0])
     fit(tmp_path, module(base), rows)
     ((images, prompts, seeds, title),) = drawn
-    assert (prompts, seeds, title) == (
-        ["a photo of sks dog", "sks dog on a beach"],
-        ["seed 0", "seed 3"],
-        "step 3",
-    )
+    assert (prompts, seeds, title) == (["a photo of sks dog", "sks dog on a beach"], ["seed 0", "seed 3"], "step 3")
     folder = tmp_path / "validation" / "step_000003"
     assert (np.asarray(images[0][1]) == pixels(folder / f"{NAMES[1]}.png")).all()
     assert (np.asarray(images[1][0]) == pixels(folder / f"{NAMES[2]}.png")).all()

@@ -35,7 +35,7 @@ def generated(*names):
     return GeneratedImages("org/model", adapter, 200, {"steps": 30, "guidance_scale": 7.5, "seed": None}, images)
 
 
-def test_pictures_are_the_tensors_rounded():
+def test_images_are_the_tensors_rounded():
     images = torch.tensor([0.0, 0.5, 1.0, -3.0, 7.0, 0.25]).view(1, 1, 2, 3).repeat(2, 3, 1, 1)
     images[1, 0] = 1
     first, second = to_pil(images.requires_grad_())
@@ -46,7 +46,7 @@ def test_pictures_are_the_tensors_rounded():
     assert np.array_equal(np.asarray(to_pil(images.detach().bfloat16())[0]), np.asarray(first))
 
 
-def test_pictures_that_are_not_finite_are_told():
+def test_images_that_are_not_finite_are_told():
     images = torch.ones(3, 3, 2, 2)
     images[1, 0, 0, 0], images[2, 0, 0, 0] = float("nan"), float("inf")
     with pytest.warns(UserWarning, match="2 of 3 generated images have NaN or infinite values"):
@@ -103,27 +103,27 @@ def changed(**values):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    "content",
     [
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ("3", "is damaged"),
-        ('{"images": []}', "is damaged"),
-        (changed(images=[]), "lists no image"),
-        (changed(images=[{"file": "a.png"}]), "is damaged"),
-        (changed(images=[{"file": "../a.png", "prompt": "p", "seed": 0}]), "names '../a.png'"),
-        (changed(images=[{"file": 3, "prompt": "p", "seed": 0}]), "names 3"),
-        (changed(images=[{"file": "a.png", "prompt": ["p"], "seed": 0}]), r"\['p'\] is no str"),
-        (changed(images=[{"file": "a.png", "prompt": "p", "seed": "0"}]), "'0' is no int"),
-        (changed(images=3), "is damaged"),
-        (changed(adapter="LoRA"), "'LoRA' is no Mapping"),
-        (changed(sampling=[1]), "is no Mapping"),
-        (changed(more=1), "is damaged"),
+        "{",
+        "[]",
+        "3",
+        '{"images": []}',
+        changed(images=[]),
+        changed(images=[{"file": "a.png"}]),
+        changed(images=[{"file": "../a.png", "prompt": "p", "seed": 0}]),
+        changed(images=[{"file": 3, "prompt": "p", "seed": 0}]),
+        changed(images=[{"file": "a.png", "prompt": ["p"], "seed": 0}]),
+        changed(images=[{"file": "a.png", "prompt": "p", "seed": "0"}]),
+        changed(images=3),
+        changed(adapter="LoRA"),
+        changed(sampling=[1]),
+        changed(more=1),
     ],
 )
-def test_a_damaged_list_is_one_line(tmp_path, content, expected):
+def test_a_damaged_list_is_one_line(tmp_path, content):
     (tmp_path / FILE).write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(DataError, match=expected) as error:
+    with pytest.raises(DataError, match=r"images\.json is damaged") as error:
         read_images(tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path / FILE) in str(error.value)

@@ -7,15 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pera_lightning.errors import ConfigurationError, UnknownNameError
-from pera_lightning.tasks.dreambooth.loss import (
-    add_noise,
-    dreambooth_loss,
-    min_snr_weights,
-    offset_noise,
-    snr,
-    target,
-)
+from pera_lightning.tasks.dreambooth.loss import add_noise, dreambooth_loss, min_snr_weights, offset_noise, snr, target
 
 T, GAMMA = 50, 5.0
 SHAPE = (3, 2, 5)  # of an example; its axes differ
@@ -226,28 +218,3 @@ def test_the_global_generator_is_the_default():
     assert not torch.equal(first, offset_noise((2, 3, 4), 0.1))
     torch.manual_seed(0)
     assert torch.equal(first, offset_noise((2, 3, 4), 0.1))
-
-
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "words"),
-    [
-        ("sample", ConfigurationError, "no loss here; give a model that predicts epsilon or v_prediction"),
-        ("v_predicton", UnknownNameError, "closest: v_prediction"),
-        (None, UnknownNameError, "one of epsilon, v_prediction"),
-    ],
-)
-def test_prediction_types_that_there_are_not(kind, error, words):
-    x0, noise, _, t = draw(2)
-    with pytest.raises(error, match=words):
-        target(kind, x0, noise, schedule(), t)
-    with pytest.raises(error, match=words):
-        min_snr_weights(schedule(), t, GAMMA, kind)
-
-
-@pytest.mark.parametrize("gamma", [0, -1.0, math.inf, math.nan])
-def test_gamma_is_a_positive_number(gamma):
-    with pytest.raises(ConfigurationError, match=r"snr_gamma=.*: a number above 0 is needed"):
-        min_snr_weights(schedule(), torch.tensor([1]), gamma, "epsilon")

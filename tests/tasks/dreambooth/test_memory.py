@@ -176,7 +176,7 @@ def test_a_prompt_that_was_not_known_loads_the_text_encoders_again(base, photos,
 @pytest.mark.parametrize("kept", [True, False])
 def test_latents_that_are_nan_stop_the_run_and_name_the_image(base, photos, tmp_path, monkeypatch, kept):
     network = module(base)
-    original, broken = network.encoders.latents, fits.picture_pixels(photos / "01.png")
+    original, broken = network.encoders.latents, fits.photograph_pixels(photos / "01.png")
 
     def latents(pixels, device):
         mean, std = original(pixels, device)

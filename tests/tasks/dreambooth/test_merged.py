@@ -1,6 +1,7 @@
 """Settings of the DreamBooth module that images and merged pipelines follow: what is predicted, and another VAE."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,7 @@ def vae(tmp_path_factory):
 
 
 def pixels(network):
-    network.generator.size = (32, 32)
-    return np.asarray(network.generator.generate([PROMPT], [SEED])[0]).astype(int)
+    return np.asarray(replace(network.generator, size=(32, 32)).generate([PROMPT], [SEED])[0]).astype(int)
 
 
 def theirs(folder):

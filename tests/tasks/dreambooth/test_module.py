@@ -76,8 +76,8 @@ def test_each_setting_of_the_loss_acts(base):
 
 def test_the_repository_says_what_is_predicted(tmp_path, base):
     velocity = save_tiny(tmp_path / "v", scheduler={"prediction_type": "v_prediction"})
-    assert module(velocity).schedule[1] == "v_prediction"
-    assert module(velocity, prediction_type="epsilon").schedule[1] == module(base).schedule[1] == "epsilon"
+    assert injected(velocity).schedule[1] == "v_prediction"
+    assert injected(velocity, prediction_type="epsilon").schedule[1] == injected(base).schedule[1] == "epsilon"
 
 
 def test_it_learns_a_batch_by_heart(tmp_path):

@@ -8,16 +8,10 @@ import torch
 
 from pera_lightning.errors import DataError
 from pera_lightning.tasks.dreambooth import subject_prompts
-from pera_lightning.tasks.dreambooth.prompts import fill as filled
 from pera_lightning.tasks.dreambooth.prompts import generation_examples, subject_of
-from tests.tasks.dreambooth.data_helpers import PROMPT, data_module, fill
+from tests.tasks.dreambooth.data_helpers import data_module, fill
 
 CLASS = {"class_prompt": "a photo of dog"}
-
-
-@pytest.fixture
-def photos(tmp_path):
-    return fill(tmp_path / "sks", 3)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +67,7 @@ def test_each_image_is_made_by_one_process(photos):
     for rank in (0, 1):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         made.append([(int(b["seed"]), b["prompt"][0]) for b in data.test_dataloader()])
-    assert made == [
-        [(0, "sks dog one"), (0, "sks dog three")],
-        [(0, "sks dog two"), (-1, "sks dog three")],
-    ]
+    assert made == [[(0, "sks dog one"), (0, "sks dog three")], [(0, "sks dog two"), (-1, "sks dog three")]]
 
 
 def test_lists_of_prompts(photos, tmp_path):
@@ -88,9 +79,9 @@ def test_lists_of_prompts(photos, tmp_path):
     assert ours == [one.replace("{}", "sks dog") for one in subject_prompts.PROMPTS]
     (tmp_path / "mine.txt").write_text("# mine\n{} on a hill\n")
     assert prompts(prompts=str(tmp_path / "mine.txt")) == ["sks dog on a hill"]
-    with pytest.raises(DataError, match=r"none\.txt is no file: give prompts as a list, or a file with one"):
+    with pytest.raises(DataError, match=r"none\.txt is not a file: give prompts as a list, or a file with one"):
         prompts(prompts=str(tmp_path / "none.txt"))
-    assert filled(["{}, {}"], subject_of(PROMPT)) == ["sks dog, sks dog"]
+    assert prompts(prompts=["{}, {}"]) == ["sks dog, sks dog"]
     assert len({row["name"] for row in generation_examples(["x"] * 120, [0, 1])}) == 240
 
 

@@ -33,9 +33,10 @@ class Still(DreamBoothModule):
         finally:
             diffusion_loss.offset_noise = plain
 
-    @property
-    def schedule(self):
-        return torch.tensor([0.4]), "epsilon"
+    def build_network(self, weights=True):
+        network = super().build_network(weights)
+        self.schedule = torch.tensor([0.4]), "epsilon"
+        return network
 
 
 class Uneven(LightningDataModule):

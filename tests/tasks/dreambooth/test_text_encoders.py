@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth import encoders as dreambooth_encoders
 from pera_lightning.tasks.dreambooth import module as dreambooth
+from pera_lightning.tasks.dreambooth.generate import ImageGenerator
 from tests.tasks.dreambooth.fits import (
     CLASS,
     TEXT,
@@ -38,20 +39,17 @@ def test_adapters_in_both_text_encoders_are_trained(base, photos, tmp_path):
     for name in names:
         assert seen.gradients[0][name].abs().max() > 0, name
     blocks = {(n.split(".")[1], n.split("layers.")[1].split(".")[0]) for n in names if "layers." in n}
-    assert blocks == {
-        *(("text_encoder", k) for k in "01"),
-        *(("text_encoder_2", k) for k in "012"),
-    }
+    assert blocks == {*(("text_encoder", k) for k in "01"), *(("text_encoder_2", k) for k in "012")}
 
 
-def test_images_and_losses_are_of_the_adapted_text_encoders(base, photos):
+def test_images_and_losses_are_of_the_adapted_text_encoders(base, photos, monkeypatch):
     network = injected(base, targets=[*UNET, *TEXT], adapt_text_encoders=True)
     plain = network.encoders.prompts(["a dog"], "cpu")
     adapted = network.generator.embeddings(["a dog"])
     assert all((one - other).abs().max() > 1e-3 for one, other in zip(plain, adapted, strict=True))
     with torch.no_grad():
         image = network.generator.generate(["a dog"], [0])[0]
-        network.generator.embeddings = lambda prompts: network.encoders.prompts(prompts, "cpu")
+        monkeypatch.setattr(ImageGenerator, "embeddings", lambda own, prompts: own.encoders.prompts(prompts, "cpu"))
         other = network.generator.generate(["a dog"], [0])[0]
     assert (np.asarray(image) != np.asarray(other)).any()
 

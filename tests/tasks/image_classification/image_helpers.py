@@ -1,4 +1,4 @@
-"""What the image tests share: a small data module, folders of small pictures, and a hub in memory."""
+"""What the image tests share: a small data module, folders of small photographs, and a hub in memory."""
 
 import datasets
 import numpy as np
@@ -28,12 +28,12 @@ def fill(folder, count=1, suffix=".png", seed=0):
 
 
 def class_folders(root):
-    """Three class folders: 12, 6 and 6 pictures, some of them deeper or in upper case, with other files between."""
+    """Three class folders: 12, 6 and 6 photographs, some of them deeper or in upper case, with other files between."""
     fill(root / "cat", 11)
     fill(root / "cat" / "more", 1)
     fill(root / "dog", 6, ".JPG")
     fill(root / "eel", 6)
-    (root / "cat" / "notes.txt").write_text("no picture")
+    (root / "cat" / "notes.txt").write_text("no photograph")
     (root / "cat" / "._00.png").write_text("left by a Mac")
     (root / ".cache").mkdir()
     return root
@@ -65,6 +65,6 @@ class FakeHub:
         self.tables[repository, split] = table
 
 
-def pictures(count):
+def photographs(count):
     pixels = np.random.default_rng(0).integers(0, 256, (count, 10, 12, 3), dtype=np.uint8)
     return [Image.fromarray(one) for one in pixels]

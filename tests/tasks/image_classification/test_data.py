@@ -18,7 +18,14 @@ from pera_lightning.tasks.image_classification import data as images
 from pera_lightning.tasks.image_classification import hub as image_hub
 from pera_lightning.tasks.image_classification import sources as image_sources
 from pera_lightning.tasks.image_classification.data import ImageDataModule
-from tests.tasks.image_classification.image_helpers import SMALL, FakeHub, class_folders, image_module, pictures, sizes
+from tests.tasks.image_classification.image_helpers import (
+    SMALL,
+    FakeHub,
+    class_folders,
+    image_module,
+    photographs,
+    sizes,
+)
 
 
 @pytest.fixture
@@ -239,7 +246,7 @@ def test_only_one_process_writes_and_all_ask_for_the_folder(tmp_path):
 
 
 def test_several_processes_share_what_is_not_trained_on(flat):
-    """Of 24 pictures 5 are to test on: two processes have three each, the sixth without a label."""
+    """Of 24 photographs 5 are to test on: two processes have three each, the sixth without a label."""
     data = image_module(flat, transform="fourierft", eval_batch_size=2, batch_size=2)
     whole = [name for batch in data.predict_dataloader() for name in batch[2]]
     count = sizes(data)[2]
@@ -285,7 +292,7 @@ def test_batches_depend_on_the_seed_alone(flat):
 
 
 def test_what_workers_get_pickles(flat, hub):
-    hub.add("org/name", "train", [0, 1] * 10, images=pictures(20))
+    hub.add("org/name", "train", [0, 1] * 10, images=photographs(20))
     for name in (flat, "org/name", "digits"):
         part = image_module(name).predict_dataloader().dataset
         again = pickle.loads(pickle.dumps(part))

@@ -27,10 +27,7 @@ SOURCES = {  # rows of every split at its source, written down apart from the ca
         ("Multimodal-Fatima/StanfordCars_train", "train"): 8144,
         ("Multimodal-Fatima/StanfordCars_test", "test"): 8041,
     },
-    "cifar10": {
-        ("Multimodal-Fatima/CIFAR10_train", "train"): 50000,
-        ("Multimodal-Fatima/CIFAR10_test", "test"): 10000,
-    },
+    "cifar10": {("Multimodal-Fatima/CIFAR10_train", "train"): 50000, ("Multimodal-Fatima/CIFAR10_test", "test"): 10000},
     "dtd": {("cansa/Describable-Textures-Dataset-DTD", "train"): 5640},
     "eurosat": {
         ("timm/eurosat-rgb", "train"): 16200,
@@ -64,7 +61,7 @@ def test_split_sizes_are_the_papers(name, hub, recwarn):
     data = image_module(name)
     assert sizes(data) == PAPER[name]
     assert {(repository, split) for repository, _, split in hub.asked} == set(SOURCES[name])
-    assert not [warning for warning in recwarn if "rows" in str(warning.message)]
+    assert not [warning for warning in recwarn if "examples, the paper" in str(warning.message)]
 
 
 @pytest.mark.parametrize("spelling", ["OxfordPets", "oxford-pets", "OXFORD_PETS"])
@@ -72,8 +69,8 @@ def test_names_are_matched_without_case_and_hyphens(spelling):
     assert image_datasets.canonical(spelling) == "oxford_pets"
 
 
-def test_another_row_count_is_said_and_split_by_the_same_fractions(hub):
+def test_another_size_of_a_source_is_said_and_split_by_the_same_fractions(hub):
     hub.add("cansa/Describable-Textures-Dataset-DTD", "train", [0, 1] * 50)
-    with pytest.warns(UserWarning, match="dtd: the source has train 100 rows, the paper's has train 5640"):
+    with pytest.warns(UserWarning, match="dtd: the source has train 100 examples, the paper's has train 5640"):
         data = image_module("DTD")
     assert sizes(data) == (72, 8, 20)

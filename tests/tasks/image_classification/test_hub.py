@@ -5,7 +5,7 @@ import pytest
 
 from pera_lightning.errors import DataError
 from pera_lightning.tasks.image_classification.data import ImageDataModule
-from tests.tasks.image_classification.image_helpers import FakeHub, fill, image_module, pictures, sizes
+from tests.tasks.image_classification.image_helpers import FakeHub, fill, image_module, photographs, sizes
 
 
 @pytest.fixture
@@ -16,9 +16,9 @@ def hub(monkeypatch):
 def test_hub_ids_with_their_own_columns_and_splits(hub):
     names = ("text", "kind")
     columns = {"image_column": "text", "label_column": "kind", "config_name": "big"}
-    hub.add("org/name", "learn", [0, 1] * 10, images=pictures(20), columns=names)
-    hub.add("org/name", "check", [0, 1], images=pictures(2), columns=names)
-    hub.add("org/name", "final", [1, 0, 1], images=pictures(3), columns=names)
+    hub.add("org/name", "learn", [0, 1] * 10, images=photographs(20), columns=names)
+    hub.add("org/name", "check", [0, 1], images=photographs(2), columns=names)
+    hub.add("org/name", "final", [1, 0, 1], images=photographs(3), columns=names)
     data = image_module(
         "org/name", train_split="learn", validation_split="check", test_split="final", num_workers=2, **columns
     )
@@ -55,7 +55,7 @@ def test_plain_label_columns_are_numbered_in_sorted_order(hub, kind, labels, nam
 
 def test_a_test_split_without_labels_can_be_predicted_only(hub):
     hub.add("org/name", "train", [0, 1] * 10)
-    hub.add("org/name", "test", [-1, -1], images=pictures(2))
+    hub.add("org/name", "test", [-1, -1], images=photographs(2))
     data = image_module("org/name", test_split="test")
     assert next(iter(data.predict_dataloader()))[1].tolist() == [-1, -1]
     with pytest.raises(DataError, match="2 of 2 test images of org/name have no label"):
@@ -72,8 +72,8 @@ def test_a_test_split_without_labels_can_be_predicted_only(hub):
         ({"image_column": "img"}, "no column 'img': give image_column, one of image, label"),
         ({"image_column": "label"}, "column 'label' holds no images but int64"),
         ({"label_column": "image"}, "column 'image' holds no classes"),
-        ({"test_split": "strange"}, "has c that training lacks; every split needs the same classes"),
-        ({"test_split": "empty"}, "'empty' has no rows"),
+        ({"test_split": "strange"}, "and training differ in c; every split needs the same classes"),
+        ({"test_split": "empty"}, "'empty' has no examples"),
         ({"test_split": "rare"}, "no training image of b, but test has some"),
     ],
 )
@@ -86,13 +86,13 @@ def test_hub_data_that_does_not_serve(hub, arguments, message):
         image_module("org/name", **arguments)
 
 
-def test_a_row_without_a_picture_is_named(hub):
+def test_an_example_without_an_image_is_named(hub):
     hub.add("org/name", "train", [0, 1] * 10)
-    with pytest.raises(DataError, match=r"image of row \d+ cannot be read \(the row has no image\)"):
+    with pytest.raises(DataError, match=r"image \d+ cannot be read \(the example has no image\)"):
         next(iter(image_module("org/name").val_dataloader()))
 
 
-def test_pictures_as_plain_bytes_are_decoded(hub, tmp_path):
+def test_images_as_plain_bytes_are_decoded(hub, tmp_path):
     fill(tmp_path / "x", 1)
     row = {"bytes": (tmp_path / "x" / "00.png").read_bytes(), "path": None}
     features = datasets.Features(

@@ -28,7 +28,7 @@ def test_names_that_timm_takes(vit, monkeypatch):
     ("name", "expected"),
     [
         ("asset:vit", "model_name='asset:vit': no such asset; there are: vit_digits"),
-        ("vit_base_patch16_223", "no model of timm, folder or hf-hub: id; closest: vit_base_patch16_224"),
+        ("vit_base_patch16_223", "not a model of timm, a folder or an hf-hub: id; closest: vit_base_patch16_224"),
         ("vit_base_patch16_224.orig", "vit_base_patch16_224 has the weights .*orig_in21k"),
         ("local-dir:nothing", "nothing has no config.json, as timm's folders have"),
         ("", "has no config.json"),

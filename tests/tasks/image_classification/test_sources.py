@@ -1,4 +1,4 @@
-"""Folders of pictures: layouts, splits, modes of pictures, and everything that can be wrong with them."""
+"""Folders of photographs: layouts, splits, modes of photographs, and everything that can be wrong with them."""
 
 import numpy as np
 import pytest
@@ -61,11 +61,17 @@ def test_a_missing_split_folder_is_cut_from_training(tmp_path):
         (lambda root: None, "at least two classes; it holds none"),
         (lambda root: fill(root / "cat"), "it holds only cat/"),
         (lambda root: (fill(root / "cat"), (root / "dog").mkdir()), "dog has no images"),
-        (lambda root: (split_folders(root), fill(root / "vall" / "cat")), "also vall"),
-        (lambda root: (split_folders(root), fill(root / "valid" / "cat")), "more than one validation folder"),
-        (lambda root: (fill(root / "test" / "cat"), fill(root / "val" / "cat")), "no train/"),
-        (lambda root: (split_folders(root), fill(root / "test" / "emu")), "test has emu that training lacks"),
-        (lambda root: (split_folders(root), fill(root / "train" / "emu")), "validation lacks emu that training has"),
+        (
+            lambda root: (split_folders(root), fill(root / "vall" / "cat")),
+            "has the folders test, train, val, vall; needed are train/ and no others",
+        ),
+        (lambda root: (split_folders(root), fill(root / "valid" / "cat")), "valid; needed are train/ .* each once"),
+        (
+            lambda root: (fill(root / "test" / "cat"), fill(root / "val" / "cat")),
+            "has the folders test, val; needed are train/",
+        ),
+        (lambda root: (split_folders(root), fill(root / "test" / "emu")), "test and training differ in emu"),
+        (lambda root: (split_folders(root), fill(root / "train" / "emu")), "validation and training differ in emu"),
         (lambda root: (fill(root / "cat", 3), fill(root / "dog", 1)), None),
         (lambda root: (fill(root / "cat", 1), fill(root / "dog", 1)), "too few"),
     ],
@@ -88,15 +94,15 @@ def test_missing_folder_names_what_is_close(flat):
         image_module(flat / "cat" / "00.png")
 
 
-def test_broken_pictures_are_named_at_setup(flat):
-    (flat / "dog" / "03.JPG").write_bytes(b"not a picture")
+def test_broken_photographs_are_named_at_setup(flat):
+    (flat / "dog" / "03.JPG").write_bytes(b"not a photograph")
     (flat / "eel" / "05.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2 broken image\(s\) under .*: dog/03.JPG, eel/05.png"):
         image_module(flat)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_truncated_pictures_are_named_when_read(flat, num_workers):
+def test_truncated_photographs_are_named_when_read(flat, num_workers):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in sorted((flat / "dog").iterdir()):
         Image.fromarray(noise).save(name)
