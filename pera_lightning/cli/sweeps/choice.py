@@ -37,12 +37,8 @@ def data_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
                 facts[key].append(value)
     if any("." in key for key in facts):
         return facts
-    grid = {
-        key: [value]
-        for key, value in records[0]["values"].items()
-        if _is_of_data(key) and key.rpartition(".")[2] not in _LOADING
-    }
-    return {**facts, **grid}
+    grid = {key: [value] for key, value in records[0]["values"].items() if _is_of_data(key)}
+    return {**facts, **{key: values for key, values in grid.items() if key.rpartition(".")[2] not in _LOADING}}
 
 
 def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -70,8 +66,7 @@ def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
             row, line = _best_of(group, label)
             lines.append(line)
             if row is not None:
-                mean = row["selection"]["mean"]
-                chosen.append({"of": label, "values": dict(row["values"]), "mean": mean})
+                chosen.append({"of": label, "values": dict(row["values"]), "mean": row["selection"]["mean"]})
     if not lines:
         return [], "No setting is named best: no two of them are of the same data."
     return chosen, "\n".join(lines)
@@ -88,13 +83,13 @@ def _best_of(group: Sequence[Mapping[str, Any]], label: str | None) -> tuple[Map
     ((name, mode),) = kinds
     left = [row for row in group if not row["selection"]["not_finite"]]
     if not left:
-        return None, f"No setting{of} is named best: each has a run whose {name} is no number."
+        return None, f"No setting{of} is named best: each has a run whose {name} is not a number."
     row = (max if mode == "max" else min)(left, key=lambda row: row["selection"]["mean"])
     text = f"Best{of} by the mean of {name} ({mode}): {setting_name(row['values'])}, {row['selection']['mean']:.4f}"
     if len({one["n"] + one["not_finite"] for one in by}) > 1:
         text += "; the settings have unlike numbers of runs"
     if out := [setting_name(row["values"]) for row in group if row["selection"]["not_finite"]]:
-        text += f"; not chosen from, as {name} of a run is no number: {listed(out)}"
+        text += f"; not chosen from, as {name} of a run is not a number: {listed(out)}"
     if any(row["selected_on_test"] for row in group):
         text += f"; {name} is measured on the test set itself, so its test scores are those of a chosen setting"
     return row, text + "."
@@ -105,29 +100,21 @@ def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
     if len(groups) == 1:
         return [None]
     # Keys of the grid name the data where each group has one value of them, and not all the same.
-    keys = [
-        key
-        for key in groups[0][0]["values"]
-        if _is_of_data(key) and all(len({row["values"][key] for row in group}) == 1 for group in groups)
-    ]
-    keys = [key for key in keys if len({group[0]["values"][key] for group in groups}) > 1]
+    found = {key: [{row["values"][key] for row in group} for group in groups] for key in groups[0][0]["values"]}
+    keys = [key for key, of in found.items() if _is_of_data(key) and all(len(one) == 1 for one in of)]
+    keys = [key for key in keys if len(set().union(*found[key])) > 1]
     by_grid = [setting_name({key: group[0]["values"][key] for key in keys}) for group in groups]
     if keys and len(set(by_grid)) == len(groups):
         return list(by_grid)
-    # Else the facts that differ do.
+    # Else the facts that differ do, in a few letters: digests are long.
     facts = [group[0]["data"] for group in groups]
-    unlike = [key for key in dict.fromkeys(key for one in facts for key in one) if _differs(key, facts)]
-    return [", ".join(f"{key}={_value(one.get(key, []))}" for key in unlike) for one in facts]
-
-
-def _differs(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
-    return any(one.get(key) != facts[0].get(key) for one in facts)
-
-
-def _value(values: Sequence[Any]) -> str:
-    """Values in a few letters; digests are long."""
-    return "|".join(str(value)[:12] for value in values) or "none"
+    names = dict.fromkeys(key for one in facts for key in one)
+    unlike = [key for key in names if any(one.get(key) != facts[0].get(key) for one in facts)]
+    return [
+        ", ".join(f"{key}={'|'.join(str(value)[:12] for value in one.get(key, [])) or 'none'}" for key in unlike)
+        for one in facts
+    ]
 
 
 def _is_of_data(key: str) -> bool:
-    return key == "data" or key.startswith("data.")
+    return key.partition(".")[0] == "data"

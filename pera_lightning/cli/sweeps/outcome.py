@@ -79,18 +79,14 @@ def read_results(file: Path) -> dict[str, Any]:
     A value that is not a number, such as Pearson's r of equal predictions, becomes None.
     """
     result = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)
+    metrics = result.get("metrics") or {}
     facts = {key: value for key, value in flattened(result.get("protocol") or {}).items() if key != "checkpoint"}
+    # Neither prompts nor the items of lists.
+    short = [k for k, v in facts.items() if len(str(v)) <= _SHORT and not any(map(str.isdecimal, k.split(".")))]
     return {
-        "metrics": {
-            name: None if value is None else float(value) for name, value in (result.get("metrics") or {}).items()
-        },
+        "metrics": {name: None if value is None else float(value) for name, value in metrics.items()},
         "trainable_parameters": result.get("trainable_parameters"),
         "method": result.get("method"),
-        # Neither prompts nor the items of lists.
-        "protocol": {
-            key: value
-            for key, value in facts.items()
-            if len(str(value)) <= _SHORT and not any(part.isdecimal() for part in key.split("."))
-        },
+        "protocol": {key: facts[key] for key in short},
         "selected_on_test": any(k.rpartition(".")[2] == "selected_on_test" and v is True for k, v in facts.items()),
     }

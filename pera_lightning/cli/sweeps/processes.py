@@ -13,10 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pera_lightning.cli.sweeps.folder import note_owner
 from pera_lightning.errors import DataError
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def program() -> list[str]:
@@ -47,9 +46,8 @@ class Processes:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Processes:
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self._before[number] = signal.signal(number, self._received)
         return self
 
@@ -83,13 +81,10 @@ class Processes:
             with log.open("ab") as file:
                 file.write(f"$ {shlex.join(words)}\n".encode())
                 file.flush()
-                self._child = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                    pass_fds=(self.lock,),
-                )  # fmt: skip
+                options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "pass_fds": (self.lock,)}
+                self._child = subprocess.Popen(words, start_new_session=True, **options)  # type: ignore[call-overload]
         except OSError as error:
             raise DataError(f"{log} cannot be written, or {words[0]} not started ({error.strerror})") from None
-        note_owner(self.lock, os.getpid(), self._child.pid)
         if self.signal is not None:  # it came before there was a process to hand it to
             self._child.terminate()
         return self._child.wait()
