@@ -49,7 +49,7 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def inference_rows(model: nn.Module) -> dict[str, str]:
+def inference_stages(model: nn.Module) -> dict[str, str]:
     """The stages that a test has, and the row of the papers' tables that each stands for.
 
     An AuroRA whose inference is dynamic is tested twice.

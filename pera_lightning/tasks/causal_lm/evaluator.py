@@ -52,7 +52,7 @@ class Evaluator:
             )
         self.module, self.trainer, self.data, self.kind = module, module.trainer, data, kind
         self.protocol, self.tokenizer = data["protocol"], data["tokenizer"]
-        self.inference = results.inference_rows(module)  # the stages, and what each stands for
+        self.inference = results.inference_stages(module)  # the stages, and what each stands for
         self.name = self.protocol.name if kind == "test" else f"{self.protocol.name}_predict"
         self.folder: Path | None = None
         self.partial: PartialPredictions | None = None

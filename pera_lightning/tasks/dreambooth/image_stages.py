@@ -164,7 +164,7 @@ class ImageStagesModule(NormalisedLossModule):
             return
         metrics: dict[str, float] = {}
         each: dict[str, dict[str, dict[str, float]]] = {}
-        inference = results.inference_rows(self)
+        inference = results.inference_stages(self)
         variants = dict(zip(inference, (DYNAMIC, STATIC), strict=False))  # one or both
         for stage, variant in variants.items():
             own = self._images[variant]

@@ -60,16 +60,11 @@ class GLUETask:
         """The labels that are allowed, for a message."""
         if self.regression:
             low, high = self.label_range
-            return "finite numbers of 32 bits" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
+            return "finite numbers of 32 bits, except -100" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
         return ", ".join(f"{k} ({name})" for k, name in enumerate(self.class_names))
 
     def named(self, kind: str, name: str) -> str:
-        """A set in full, as the hub's splits are called: ``validation``, ``test_mismatched``.
-
-        Args:
-            kind: "validation", "test" or what else each set has.
-            name: name of the set, one of `sets`.
-        """
+        """A set in full, as the hub's splits are called: ``named("test", "mismatched")`` is ``test_mismatched``."""
         return f"{kind}_{name}" if name else kind
 
     def written(self, prediction: float) -> str:
@@ -88,27 +83,15 @@ class GLUETask:
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
-_F1 = ("f1", "accuracy")
+_F1, _CORRELATIONS = ("f1", "accuracy"), ("pearson", "spearman")
 
 _TASKS = (
     GLUETask(
-        "cola",
-        ("sentence",),
-        ("unacceptable", "acceptable"),
-        metrics=("matthews",),
-        selection="matthews",
-        submission_files=("CoLA",),
+        "cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "matthews", submission_files=("CoLA",)
     ),
     GLUETask("sst2", ("sentence",), ("negative", "positive"), submission_files=("SST-2",)),
     GLUETask("mrpc", _PAIR, ("not_equivalent", "equivalent"), metrics=_F1, submission_files=("MRPC",)),
-    GLUETask(
-        "stsb",
-        _PAIR,
-        metrics=("pearson", "spearman"),
-        selection="pearson",
-        submission_files=("STS-B",),
-        label_range=(0.0, 5.0),
-    ),
+    GLUETask("stsb", _PAIR, (), _CORRELATIONS, "pearson", submission_files=("STS-B",), label_range=(0.0, 5.0)),
     GLUETask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=_F1, submission_files=("QQP",)),
     GLUETask(
         "mnli",
@@ -132,10 +115,9 @@ def find_task(name: str) -> GLUETask:
         UnknownNameError: naming the closest.
     """
     if name not in TASKS:
-        known = [*TASKS, CUSTOM]
+        near = closest(name.lower().replace("-", ""), [*TASKS, CUSTOM])
         raise UnknownNameError(
-            f"unknown task {name!r}; there are {', '.join(TASKS)}, and {CUSTOM!r} for files of your own"
-            f"{closest(name.lower().replace('-', ''), known)}"
+            f"unknown task {name!r}; there are {', '.join(TASKS)}, and {CUSTOM!r} for files of your own{near}"
         )
     return TASKS[name]
 
@@ -155,13 +137,6 @@ def custom_task(text_columns: Sequence[str], class_names: Sequence[str]) -> GLUE
     if class_names:  # F1 is that of label 1, so there is none of three classes
         metrics = ("accuracy", "f1", "matthews") if len(class_names) == 2 else ("accuracy", "matthews")
     else:
-        metrics = ("pearson", "spearman")
-    return GLUETask(
-        CUSTOM,
-        tuple(text_columns),
-        tuple(class_names),
-        metrics=metrics,
-        selection=metrics[0],
-        submission_files=(CUSTOM,),
-        writes_names=True,
-    )
+        metrics = _CORRELATIONS
+    names = {"submission_files": (CUSTOM,), "writes_names": True}
+    return GLUETask(CUSTOM, tuple(text_columns), tuple(class_names), metrics, metrics[0], **names)

@@ -114,10 +114,12 @@ class Sentences(LightningDataModule):
     def protocol(self):
         return {"name": "of the tests", "sizes": [len(rows) for rows in self.sets]}
 
-    def class_weights(self):
-        counts = torch.bincount(torch.tensor([row["label"] for row in self.train]), minlength=self.num_labels)
-        return counts.sum() / (self.num_labels * counts)
+    @property
+    def class_counts(self):
+        labels = [row["label"] for row in self.train]
+        return None if self.num_labels == 1 else [labels.count(k) for k in range(self.num_labels)]
 
+    @property
     def extremes(self):
         rows = [row["input_ids"] for part in (*self.sets, self.train) for row in part]
         return max(map(len, rows)), max(map(max, rows))

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from pera_lightning import GLUEDataModule
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.sequence_classification.loss import balanced_weights
 from tests.tasks.causal_lm.text_helpers import TextModule, one_line
 from tests.tasks.sequence_classification.glue_helpers import CLS, PAD, SEP, glue, numbers, pair_tokenizer, pairs, write
 
@@ -78,18 +79,13 @@ def test_single_texts_and_regression(tmp_path):
     files = {f"{s}_file": write(tmp_path / f"{s}.csv", rows) for s in ("train", "validation")}
     options = {"text_columns": ["text"], "label_column": "score", "regression": True, "split_protocol": "red"}
     data = glue(tmp_path, task="custom", **options, **files)
-    assert (data.num_labels, data.class_names, data.metrics, data.selection) == (
-        1,
-        [],
-        ("pearson", "spearman"),
-        "pearson",
-    )
+    said = data.description()
+    assert (said["num_labels"], said["class_names"], said["class_counts"]) == (1, [], None)
+    assert (said["metrics"], said["selection"]) == (("pearson", "spearman"), "pearson")
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].dtype == torch.float32
     values = {round(v, 4) for b in data.train_dataloader() for v in b["labels"].tolist()}
     assert values == {round(k / 10, 4) for k in range(8)}
-    with pytest.raises(ConfigurationError, match="no classes"):
-        data.class_weights()
 
 
 def test_over_two_processes_each_evaluated_row_counts_once_and_fillers_have_no_label(folder):
@@ -156,7 +152,7 @@ def test_mnli_has_two_sets_in_every_stage(tmp_path):
     data = glue(tmp_path, task="mnli", split_protocol="red")
     data.setup("test")
     data.setup("predict")
-    assert data.test_sets == ["matched", "mismatched"]
+    assert data.description()["test_sets"] == ["matched", "mismatched"]
     assert [len(numbers(loader)) for loader in data.val_dataloader()] == [4, 3]
     assert [len(numbers(loader)) for loader in data.test_dataloader()] == [4, 3]
     assert [sum(len(b["ids"]) for b in loader) for loader in data.predict_dataloader()] == [8, 6]
@@ -287,9 +283,14 @@ def test_limited_training_rows_are_drawn_by_the_seed_and_nested(folder):
 def test_balanced_weights_are_those_of_the_rows_trained_on(tmp_path):
     write(tmp_path / "train.jsonl", [{**row, "label": int(k < 10)} for k, row in enumerate(pairs(40))])
     write(tmp_path / "validation.jsonl", pairs(4))
-    assert glue(tmp_path).class_weights().tolist() == pytest.approx([40 / 60, 40 / 20])
+
+    def weights(data):
+        said = data.description()
+        return balanced_weights(said["class_counts"], said["class_names"])
+
+    assert weights(glue(tmp_path)).tolist() == pytest.approx([40 / 60, 40 / 20])
     with pytest.raises(DataError) as error:
-        glue(tmp_path, train_limit=1).class_weights()
+        weights(glue(tmp_path, train_limit=1))
     one_line(error, "entailment", "train_limit")
 
 

@@ -311,7 +311,7 @@ def test_results_say_what_was_measured(bert, tmp_path):
         ({"head_dropout": 1.0}, "head_dropout"),
         ({"class_weights": [1.0, -1.0]}, "a positive number a class"),
         ({"class_weights": "equal"}, "'balanced', or"),
-        ({"class_weights": [1.0, 2.0, 3.0], "num_labels": 2}, "has 3 numbers, and there are 2 classes"),
+        ({"class_weights": [1.0, 2.0, 3.0], "num_labels": 2}, "3.0], and there are 2 classes"),
         ({"class_weights": "balanced", "num_labels": 1}, "a regression has no classes"),
     ],
 )
