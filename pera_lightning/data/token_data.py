@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
 
 class TokenDataModule(TaskDataModule):
-    """Base of the data modules of tokenised examples, which say what the arguments mean for them."""
+    """Base of the data modules of tokenised examples; what is not given here, the subclasses describe.
+
+    Args:
+        tokenizer: hub id or folder; by default the tokenizer that the trainer's module requires.
+        batch_size: examples in a training batch, per process.
+        eval_batch_size: examples in every other batch; by default `batch_size`.
+        batching: order of the training examples: "grouped": examples of similar length together; "random".
+        num_workers: processes that make batches; 0 makes them in the main one.
+        cache_dir: folder of tokenised examples and downloads; by default in the cache of the library datasets.
+    """
 
     asks_module: str  # class of a module that has a tokenizer, for the message
     orders: tuple[str, ...] = ("grouped", "random")  # values of `batching`
@@ -31,14 +40,14 @@ class TokenDataModule(TaskDataModule):
     def __init__(
         self,
         *,
-        tokenizer: str | None,
         max_length: int,
-        batch_size: int,
-        eval_batch_size: int | None,
-        batching: str,
         split_seed: int,
-        num_workers: int,
-        cache_dir: str | None,
+        batch_size: int,
+        tokenizer: str | None = None,
+        eval_batch_size: int | None = None,
+        batching: str = "grouped",
+        num_workers: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer_name = tokenizer

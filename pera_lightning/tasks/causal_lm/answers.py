@@ -12,6 +12,7 @@ from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.causal_lm.decoding import generate, score_options
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 from pera_lightning.tasks.causal_lm.questions import Question
+from pera_lightning.training.transformers_models import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ def _generated(
 
 def _excess(model: PreTrainedModel, needed: int, prompt: int) -> int:
     """How many tokens of a prompt must go so that `needed` positions fit the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     excess = 0 if context is None else max(needed - context, 0)
     if excess > prompt - 2:  # the first token stays, and one more
         raise ConfigurationError(

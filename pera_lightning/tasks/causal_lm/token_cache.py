@@ -36,7 +36,7 @@ def tokenised(
         examples: training examples.
         protocol: gives prompt, response, BOS and what the loss is on.
         tokenizer: the model's.
-        folder: the cache.
+        folder: folder of the cache.
         sha256: `digest` of the examples.
 
     Raises:
@@ -55,13 +55,8 @@ def _write(examples: Sequence[Example], protocol: Protocol, tokenizer: PreTraine
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for begin in range(0, len(examples), _CHUNK):
             chunk = examples[begin : begin + _CHUNK]
-            pairs = encode_pairs(
-                tokenizer,
-                [protocol.training_prompt(one) for one in chunk],
-                [protocol.response(one) for one in chunk],
-                bos=protocol.bos,
-                eos=True,
-            )
+            texts = [protocol.training_prompt(one) for one in chunk], [protocol.response(one) for one in chunk]
+            pairs = encode_pairs(tokenizer, *texts, bos=protocol.bos, eos=True)
             ids = pa.array([ids for ids, _ in pairs], type=pa.list_(pa.int32()))
             starts = pa.array([start if protocol.loss_on == "answer" else 0 for _, start in pairs], type=pa.int32())
             writer.write_batch(pa.record_batch([ids, starts], schema=schema))
@@ -107,12 +102,7 @@ class TokenDataset:
 
 
 class PackedDataset:
-    """Several examples as one item, for packed batches.
-
-    Args:
-        examples: the dataset of single ones.
-        sequences: numbers of the examples of each item.
-    """
+    """Several examples as one item, for packed batches: `sequences` are the numbers of the examples of each."""
 
     def __init__(self, examples: TokenDataset, sequences: Sequence[Sequence[int]]) -> None:
         self.examples, self.sequences = examples, sequences

@@ -63,16 +63,11 @@ class GLUEDataModule(TokenDataModule):
             labels is scored on; `setup` for fit reads it too, so that what it lacks shows before the training.
         split_seed: seed of the draws of "red" and `train_limit`, and of nothing else, so that runs of different seeds
             compare on the same examples.
-        tokenizer: hub id or folder; by default the tokenizer that the trainer's module requires.
         max_length: most tokens of an example, special ones included. The longer text of a pair is cut first.
-        batch_size: examples in a training batch, per process.
-        eval_batch_size: examples in every other batch; by default `batch_size`.
-        batching: order of the training examples: "grouped": examples of similar length together; "random".
         train_limit: most training examples to use, drawn by `split_seed`; those of a smaller number are among those of
             a larger one.
-        num_workers: processes that make batches; 0 makes them in the main one.
-        cache_dir: folder of tokenised examples; by default in the cache of the library datasets.
         protocol: former name of `split_protocol`.
+        shared: arguments of `TokenDataModule`.
 
     Raises:
         ConfigurationError, UnknownNameError: for values out of range, unknown or without effect on this task.
@@ -94,26 +89,13 @@ class GLUEDataModule(TokenDataModule):
         regression: bool = False,
         split_protocol: str | None = None,
         split_seed: int = 42,
-        tokenizer: str | None = None,
         max_length: int = 512,
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        batching: str = "grouped",
         train_limit: int | None = None,
-        num_workers: int = 0,
-        cache_dir: str | None = None,
         protocol: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            batching=batching,
-            split_seed=split_seed,
-            num_workers=num_workers,
-            cache_dir=cache_dir,
-        )
+        super().__init__(max_length=max_length, split_seed=split_seed, batch_size=batch_size, **shared)
         if train_limit is not None:
             check_in_range(train_limit, "train_limit", ge=1, integer=True)
         if protocol is not None:

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassConfusionMatrix
 from torchmetrics.utilities import dim_zero_cat
 
-from pera_lightning.errors import ConfigurationError, UnknownNameError, closest, listed
+from pera_lightning.errors import UnknownNameError, closest, listed
 
 CLASSIFICATION = ("accuracy", "f1", "matthews")
 REGRESSION = ("pearson", "spearman")
@@ -77,34 +77,28 @@ def default_metrics(num_labels: int) -> tuple[str, ...]:
 
 
 def check_metrics(names: Sequence[str], selection: str, num_labels: int) -> None:
-    """Raises `UnknownNameError` or `ConfigurationError` for metrics that do not exist, or not for so many labels."""
-    known = (*CLASSIFICATION, *REGRESSION)
+    """Raises `UnknownNameError` for metrics that do not exist, or not for so many labels."""
     # F1 is that of label 1, as in GLUE, so there is none of three classes.
     fitting = REGRESSION if num_labels == 1 else [n for n in CLASSIFICATION if n != "f1" or num_labels == 2]
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(f"metric {name!r} does not exist; there are {listed(known)}{closest(name, known)}")
-        if name not in fitting:
+    for name in (*names, selection):
+        if name not in fitting or name not in names:
             what = "one output, a regression" if num_labels == 1 else f"{num_labels} classes"
-            raise ConfigurationError(f"metric {name!r} does not fit {what}, which has {listed(fitting)}")
-    if selection not in names:
-        raise ConfigurationError(f"the metric that selects, {selection!r}, is none of those measured: {listed(names)}")
+            raise UnknownNameError(
+                f"metric {name!r} does not fit {what} with the metrics {listed(names)}; there are {listed(fitting)}"
+                f"{closest(name, fitting)}"
+            )
 
 
 def metric(name: str, num_labels: int) -> Metric:
-    """A metric of predictions (class numbers, or values of a regression) and labels, both (N,).
-
-    Args:
-        name: name of a metric that fits, see `check_metrics`.
-        num_labels: number of classes, 1 for a regression.
-    """
-    if name in REGRESSION:
-        return Correlation(ranked=name == "spearman")
-    if name == "matthews":
-        return Matthews(num_labels)
-    if name == "f1":
-        return BinaryF1Score()
-    return MulticlassAccuracy(num_labels, average="micro")
+    """A metric of predictions (class numbers, or values of a regression) and labels, both (N,), by its name."""
+    makers = {
+        "accuracy": lambda: MulticlassAccuracy(num_labels, average="micro"),
+        "f1": BinaryF1Score,
+        "matthews": lambda: Matthews(num_labels),
+        "pearson": Correlation,
+        "spearman": lambda: Correlation(ranked=True),
+    }
+    return makers[name]()
 
 
 class Scores(nn.Module):

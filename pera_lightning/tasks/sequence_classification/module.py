@@ -20,7 +20,7 @@ from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.tasks.sequence_classification.data import GLUEDataModule
 from pera_lightning.tasks.sequence_classification.loss import balanced_weights, check_weights, example_losses
-from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
+from pera_lightning.tasks.sequence_classification.metrics import Scores, decided, default_metrics
 from pera_lightning.tasks.sequence_classification.networks import (
     check_trained,
     load_network,
@@ -167,7 +167,6 @@ class SequenceClassificationModule(TransformersModule):
         labels = self.hparams["num_labels"]
         names = self._data.get("metrics") or default_metrics(labels)
         selection = self._data.get("selection") or names[0]
-        check_metrics(names, selection, labels)
         # Anew for each run: which metrics there are is known from the data, and nothing of an earlier run is left.
         sets = [f"{stage}{name}" for stage in stages for name in self._names_of_sets(count)]
         self.scores = nn.ModuleDict({name: Scores(names, selection, labels) for name in sets}).to(self.device)

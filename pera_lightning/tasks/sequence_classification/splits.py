@@ -25,14 +25,10 @@ class Subset:
     numbers: np.ndarray
 
     def record(self, ids: Sequence[str]) -> dict[str, Any]:
-        """The split that it is "of", its "rows" there, and if they are not all their "ids".
-
-        Args:
-            ids: ids of all examples of the split.
-        """
+        """The split that it is "of", its "rows" there, numbers or "all", and if not all their "ids" of the split's."""
         if len(self.numbers) == len(ids):
             return {"of": self.split, "rows": "all"}
-        return {"of": self.split, "rows": self.numbers.tolist(), "ids": [ids[row] for row in self.numbers]}
+        return {"of": self.split, "rows": self.numbers.tolist(), "ids": [ids[number] for number in self.numbers]}
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,10 @@ class Plan:
         own_test = self.cut is splits.own_test
         kinds = {
             # A test set that cannot be scored on is found before hours of training, not after.
-            "fit": ("train", "validation", *(["test"] if own_test else [])),
-            "validate": ("validation",),
-            "test": ("test" if own_test else "validation",),
-            "predict": ("test",),
+            "fit": ["train", "validation", *(["test"] if own_test else [])],
+            "validate": ["validation"],
+            "test": ["test" if own_test else "validation"],
+            "predict": ["test"],
         }[stage]
         for kind in kinds:
             yield from [kind] if kind == "train" else [task.named(kind, name) for name in task.sets]
@@ -95,8 +91,8 @@ class Plan:
                     chosen[task.named("test", name)] = Subset(split, scored)
             elif stage != "predict" and not examples.labelled:
                 raise DataError(
-                    f"split_protocol=own_test scores on the {split} split, which has rows without label (GLUE's are "
-                    "hidden); give labels, or split_protocol=red"
+                    f"split_protocol=own_test scores on the {split} split, which has examples without label (hidden in "
+                    "GLUE); give labels, or split_protocol=red"
                 )
             else:
                 own = "predict" if stage == "predict" else "test"

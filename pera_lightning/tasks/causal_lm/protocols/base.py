@@ -37,8 +37,7 @@ class Decoding:
         max_new_tokens: most tokens after the prompt.
         num_beams: number of beams; 1 is greedy.
         length_penalty: beams compare summed log-probability / tokens to this power.
-        no_repeat_ngram_size: length in tokens of the n-grams that may not come twice, the prompt included; 0 allows
-            all.
+        no_repeat_ngram_size: tokens of the n-grams that may not come twice, the prompt included; 0 allows all.
     """
 
     max_new_tokens: int
@@ -67,8 +66,7 @@ class Protocol:
         evaluation_prompt: what the model is given to answer.
         response: the text trained on right after the training prompt, without EOS.
         loss_on: the response alone, or the prompt too.
-        bos: "always": one BOS in front wherever the tokenizer has such a token; "tokenizer": as the tokenizer does by
-            itself.
+        bos: "always": one BOS in front wherever the tokenizer has it; "tokenizer": as the tokenizer does by itself.
         max_length: default limit of a training example in tokens, special ones included.
         decoding: None where nothing is generated and `options` are compared by log-probability.
         extract: the answer in a generated text (prompt excluded), or None if it has none.
@@ -115,38 +113,25 @@ class Protocol:
         }
 
 
-_PROTOCOLS: dict[str, dict[str, Protocol]] = {}
+_PROTOCOLS: dict[str, dict[str, Protocol]] = {}  # by task and name
 
 
 def register(one: Protocol) -> Protocol:
-    """Adds a protocol under its task and name, and gives it back.
-
-    Raises:
-        ConfigurationError: if the task has one of this name.
-    """
-    names = _PROTOCOLS.setdefault(one.task, {})
-    if one.name in names:
+    """Adds a protocol under its task and name, and gives it back; raises `ConfigurationError` for a name taken."""
+    if one.name in _PROTOCOLS.setdefault(one.task, {}):
         raise ConfigurationError(f"task {one.task!r} has a protocol {one.name!r} already; give this one another name")
-    names[one.name] = one
+    _PROTOCOLS[one.task][one.name] = one
     return one
 
 
 def protocols(task: str) -> Mapping[str, Protocol]:
-    """Name to protocol of one task, in order of registration.
-
-    Raises:
-        UnknownNameError: if the task does not exist.
-    """
+    """Name to protocol of one task, in order of registration; raises `UnknownNameError` for an unknown task."""
     check_choice(task, "task", tuple(_PROTOCOLS))
     return dict(_PROTOCOLS[task])
 
 
 def protocol(task: str, name: str) -> Protocol:
-    """The protocol of a name.
-
-    Raises:
-        UnknownNameError: if the task or the name does not exist.
-    """
+    """The protocol of a name; raises `UnknownNameError` for an unknown task or name."""
     names = protocols(task)
     check_choice(name, f"{task} protocol", tuple(names))
     return names[name]
