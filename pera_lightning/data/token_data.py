@@ -99,7 +99,7 @@ class TokenDataModule(TaskDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches, of examples of similar length if `batching` is "grouped"."""
         examples = self.dataset("train")
-        order: dict[str, Any] = {"shuffle": True}
+        order: dict[str, Any] = {"shuffle": True}  # "random"; Lightning puts a distributed sampler in its place
         if self.batching == "grouped":
             order = {"sampler": length_grouping.grouped_sampler(examples.lengths, self.batch_size, self.trainer)}
         return self.make_loader(examples, batch_size=self.batch_size, collate_fn=self.collate_function(), **order)

@@ -56,7 +56,7 @@ def load_pretrained(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         prepare(config)
-        if not weights:
+        if not weights:  # on the meta device, say: no file but the configuration is read
             return auto_class.from_config(config, **own), {}
         return auto_class.from_pretrained(
             name, config=config, revision=revision, output_loading_info=True, **own, **options

@@ -72,6 +72,7 @@ class TransformersModule(NormalisedLossModule):
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
         from pera_lightning.export.transformers import write_transformers
 
+        # Heads were trained in float32; a folder of transformers has one precision.
         notes, dtype = [], self.hparams["base_dtype"]
         if heads := release_heads(self.model, DTYPES[dtype]):  # type: ignore[arg-type]
             notes.append(f"{listed(heads)} was trained in float32 and is {dtype}, as the base is")

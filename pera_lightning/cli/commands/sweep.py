@@ -142,12 +142,7 @@ def output_folder(request: Request) -> Path:
 def read_plan(request: Request, before: Mapping[str, Any] | None) -> Plan:
     """Makes the plan of a sweep, and reads every setting's config, so that a wrong one is refused now.
 
-    Args:
-        request: words of the sweep.
-        before: content of the folder's `sweep.json`, or None.
-
-    Raises:
-        PeraError: for a config that fit would not take, or that a sweep cannot place.
+    `before` is the content of the folder's `sweep.json`, or None.
     """
     # Every setting is parsed once, with any seed; runs of a setting differ in the seed alone.
     combinations = settings(request.grid)

@@ -55,13 +55,7 @@ def read_sweep(folder: Path, keys: Iterable[str]) -> dict[str, Any] | None:
 
 
 def check_same(folder: Path, sweep: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises `ConfigurationError` where a folder holds a sweep with other settings than these.
-
-    Args:
-        folder: folder of the sweep, for the message.
-        sweep: content of `sweep.json`.
-        config: config of the sweep's reference setting, parsed now; contents are compared, not paths or words.
-    """
+    """Raises `ConfigurationError` where a folder's sweep has other settings than `config`, whatever its paths."""
     if found := differences(sweep["config"], config):
         raise ConfigurationError(
             f"--output {folder} holds a sweep with other settings: {listed(found, 3)}; give another --output"
@@ -118,7 +112,7 @@ def new_record(run: Run) -> dict[str, Any]:
 
 
 def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
-    """Writes `sweep.json`, with a summary that is new, and `sweep.csv`; each whole or not at all.
+    """Writes `sweep.json`, with a summary that is new, and `sweep.csv`; each completely or not at all.
 
     Raises:
         DataError: where the disk is full, or the folder gone.

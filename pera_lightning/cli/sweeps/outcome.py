@@ -27,7 +27,7 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
         that was NaN left an infinite score, which becomes None.
 
     Raises:
-        CheckpointError: where there is no checkpoint, or a damaged one.
+        CheckpointError: for a missing or damaged checkpoint.
     """
     folder = run / "checkpoints"
     files = sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)

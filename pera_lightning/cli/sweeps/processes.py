@@ -32,16 +32,12 @@ class Processes:
     The process gets SIGTERM, whatever the signal was: at that a fit saves a checkpoint, at Ctrl-C it would not. It has
     a session of its own, so that Ctrl-C in a terminal reaches the sweep alone. At a second signal it is killed.
 
-    Args:
-        lock: lock of the sweep's folder, which the processes inherit.
-
-    Attributes:
-        signal: signal that was sent, else None.
+    `lock` is that of the sweep's folder, which the processes inherit.
     """
 
     def __init__(self, lock: int) -> None:
         self.lock = lock
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the first that was sent
         self._child: subprocess.Popen | None = None
         self._before: dict[int, Any] = {}
 
@@ -67,15 +63,7 @@ class Processes:
             os.killpg(self._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
 
     def run(self, words: Sequence[str], log: Path) -> int:
-        """Runs a command to its end, and gives its exit code, negative for a signal.
-
-        Args:
-            words: words of the command.
-            log: file that what it prints is appended to.
-
-        Raises:
-            DataError: where the log cannot be written.
-        """
+        """Runs a command to its end, and gives its exit code, negative for a signal; what it prints goes to `log`."""
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:

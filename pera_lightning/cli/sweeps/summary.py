@@ -40,10 +40,7 @@ def statistics_of(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Statistics of the complete runs, setting by setting.
-
-    Args:
-        records: runs as `sweep.json` holds them.
+    """Statistics of the complete runs of `sweep.json`, setting by setting.
 
     Returns:
         For each setting with a complete run: ``values``, ``seeds``, ``selection`` (statistics with ``name`` and

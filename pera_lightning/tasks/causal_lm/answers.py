@@ -41,11 +41,11 @@ def _scored(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
     """The likeliest option of each question; its tokens are those of the prompt and of all options."""
-    fitting = [_fit_candidates(model, q) for q in questions]
+    fitting = [_fit_candidates(model, q) for q in questions]  # (candidates, tokens left out) of each
     scores = score_options(model, [candidates for candidates, _ in fitting], pad_id=pad_token_id(tokenizer))
     answers = []
     for q, own, (candidates, left_out) in zip(questions, scores, fitting, strict=True):
-        prediction = q.options[max(range(len(own)), key=own.__getitem__)]
+        prediction = q.options[max(range(len(own)), key=own.__getitem__)]  # of equal ones the first
         answers.append(
             {
                 "scores": dict(zip(q.options, own, strict=True)),
@@ -63,6 +63,7 @@ def _generated(
 ) -> list[dict[str, Any]]:
     """What is generated after each prompt; its tokens are the new ones."""
     new = protocol.decoding.max_new_tokens  # type: ignore[union-attr]
+    # Prompt and new tokens together fit the context; a prompt that is too long loses tokens after its first.
     left_out = [_excess(model, len(q.prompt) + new, len(q.prompt)) for q in questions]
     prompts = [_without(q.prompt, left) for q, left in zip(questions, left_out, strict=True)]
     texts = generate(model, tokenizer, prompts, protocol.decoding, synced=is_sharded(model))  # type: ignore[arg-type]

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from pera_lightning.data import downloads
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.examples import Example, read_examples
-from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, TASK, options
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, TASK
 from pera_lightning.validation import check_choice
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
@@ -70,9 +68,7 @@ class CommonsenseDataModule(TextDataModule):
         super().prepare_data()
 
     def training_examples(self) -> list[Example]:
-        examples = [one for name in self.train for one in self._read(name, "train", TRAINING_SETS.get(name))]
-        _warn_of_answers(examples)
-        return examples
+        return [one for name in self.train for one in self._read(name, "train", TRAINING_SETS.get(name))]
 
     def test_examples(self) -> dict[str, list[Example]]:
         return {name: self._read(name, "test", SETS[name].count) for name in self.test}
@@ -104,23 +100,6 @@ class CommonsenseDataModule(TextDataModule):
                 return path
         what = f"has neither {short} nor {place}" if self.folder.is_dir() else "is not a folder"
         raise DataError(f"{self.folder} {what}; give the folder of LLM-Adapters' files, or none to download them")
-
-
-def _warn_of_answers(examples: list[Example]) -> None:
-    """Warns of training examples whose answer is none of their options; they are trained on as they are written."""
-    wrong = []
-    for one in examples:
-        try:
-            words = options(one)
-        except DataError:  # a training example need not say them
-            continue
-        if one.answer and one.answer not in words:
-            wrong.append(f"{one.id} has {one.answer!r}, of {'/'.join(words)}")
-    if wrong:
-        rank_zero_warn(
-            f"{len(wrong)} of {len(examples)} training examples have an answer that is none of their options, and are "
-            f"trained on as they are: {wrong[0]}"
-        )
 
 
 def _place(name: str, split: str) -> str:

@@ -186,11 +186,11 @@ class TextDataModule(TokenDataModule):
                 "examples; lower it"
             )
         # The validation examples are drawn first: they are the same at every fraction, and a smaller fraction of the
-        # others is part of a larger one.
+        # others is contained in a larger one.
         order = splits.random_order(np.random.Generator(np.random.PCG64(self.split_seed)), len(examples))
         held, rest = order[: self.validation_size], order[self.validation_size :]
         rest = rest[: splits.held_out_size(len(rest), self.train_fraction)]
-        chosen = {"train": np.sort(rest), "validation": np.sort(held)}
+        chosen = {"train": np.sort(rest), "validation": np.sort(held)}  # numbers in the order of the file
         table = self._tokenised(examples)
         for name, indices in chosen.items():
             split = TokenDataset(table, indices, self.max_length)
@@ -205,6 +205,7 @@ class TextDataModule(TokenDataModule):
                     f"cut; {split.dropped} of them lost their answer and are left out"
                 )
             self._datasets[name] = split
+        # What is written to splits/: ids, but for the usual case that nothing is left out.
         everything = len(rest) + len(held) == len(examples)
         self._record = {
             "seed": self.split_seed,

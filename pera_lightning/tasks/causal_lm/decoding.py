@@ -67,7 +67,8 @@ def generate(
     if not prompts:
         return []
     if not all(prompts):
-        raise DataError("a prompt of the batch has no tokens: there is nothing to continue")
+        raise DataError("a prompt of the batch has no tokens to continue")
+    # The protocol's decoding, drawing nothing, and the model's and tokenizer's ends of a text.
     pad_id, ends, beams = pad_token_id(tokenizer), end_ids(model, tokenizer), decoding.num_beams > 1
     config = GenerationConfig(**asdict(decoding), do_sample=False)
     config.pad_token_id, config.eos_token_id = pad_id, ends or None
@@ -97,8 +98,7 @@ def _generated(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[in
 @contextlib.contextmanager
 def _own_generation_config(model: PreTrainedModel, config: object) -> Iterator[None]:
     """Puts an empty config in the place of the model's: transformers fills what a given one leaves open from it."""
-    kept = model.generation_config
-    model.generation_config = config
+    kept, model.generation_config = model.generation_config, config
     try:
         yield
     finally:

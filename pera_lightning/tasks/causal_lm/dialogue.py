@@ -83,7 +83,7 @@ class DialogueDataModule(TextDataModule):
             if path.is_file():
                 return path
         tried = ", ".join(map(str, places)) or "folder is not given either"
-        raise DataError(f"{argument}: there is no such file ({tried}). {_ORIGIN}")
+        raise DataError(f"{argument}: no such file ({tried}). {_ORIGIN}")
 
 
 @dataclass
@@ -100,11 +100,11 @@ def read_replies(path: Path) -> list[Example]:
 
     Args:
         path: JSON or JSON lines by its ending, else ParlAI's text; ids are ``<stem>/<dialogue>/<turn>``, from 0.
-
-    Raises:
-        DataError: for a file or dialogue that cannot be used, naming it.
     """
-    dialogues = _of_json(path) if path.suffix in (".json", ".jsonl") else _of_text(path)
+    if path.suffix in (".json", ".jsonl"):
+        dialogues = [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(read_json(path))]
+    else:
+        dialogues = _of_text(path)
     examples = []
     for number, dialogue in enumerate(dialogues):
         for turn, (partner, reply) in enumerate(dialogue.turns):
@@ -114,17 +114,11 @@ def read_replies(path: Path) -> list[Example]:
                 raise DataError(f"{dialogue.where}, turn {turn}: {error}") from None
             if not reply.strip():
                 raise DataError(f"{dialogue.where}, turn {turn}: the reply is empty; leave the turn out")
-            name = f"{path.stem}/{number}/{turn}"
-            examples.append(
-                Example(id=name, set="convai2", instruction=instruction, input="", output=reply, answer=reply)
-            )
+            one = Example(f"{path.stem}/{number}/{turn}", "convai2", instruction, input="", output=reply, answer=reply)
+            examples.append(one)
     if not examples:
         raise DataError(f"{path} has no dialogue with a reply. {_ORIGIN}")
     return examples
-
-
-def _of_json(path: Path) -> list[Dialogue]:
-    return [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(read_json(path))]
 
 
 def _of_entry(entry: Any, where: str) -> Dialogue:

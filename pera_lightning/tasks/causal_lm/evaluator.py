@@ -40,9 +40,6 @@ class Evaluator:
         module: the language model, attached to its trainer.
         data: `TextDataModule.description`.
         kind: "test" or "predict".
-
-    Raises:
-        ConfigurationError: if the data have no protocol.
     """
 
     def __init__(self, module: AdapterModule, data: Mapping[str, Any], kind: str) -> None:
@@ -137,6 +134,7 @@ class Evaluator:
 
     def finish(self) -> None:
         """Scores the predictions of all processes; the first prints the table and writes predictions and results."""
+        # 1. Gather; all that follows is the same on every process.
         own = self.predictions if self.partial is None else self.partial.read()
         everything = [one for rank in all_gather_object(own) for one in rank]
         # A question is answered twice where shards were filled up, or where several processes read the same files.
@@ -144,6 +142,7 @@ class Evaluator:
             stage: unique([one for one in everything if one["stage"] == stage], self.data["test_ids"])
             for stage in self.inference
         }
+        # 2. Score: by stage the results of each set, and their average.
         sets = {s: [self._of_set(name, own) for name, own in by_set(found).items()] for s, found in stages.items()}
         sets = {stage: results_of_sets for stage, results_of_sets in sets.items() if results_of_sets}
         metric = self.protocol.main_metric
@@ -157,11 +156,13 @@ class Evaluator:
             "shortened": sum(one["left_out"] > 0 for one in stages["test"]),
             "complete": all(len(found) == len(self.data["test_ids"]) for found in stages.values()),
         }
+        # 3. Tell.
         if self.trainer.is_global_zero:
             for stage, own in sets.items():
                 print(f"\n{stage}, protocol {self.protocol.name}\n{table(own, metric)}", flush=True)
             if shortened := facts["shortened"]:
                 print(f"{shortened} prompts were longer than the model's context; their ends were kept", flush=True)
+        # 4. Write.
         result = None
         if self.kind == "test":
             scores = {f"{stage}/{metric}": one[metric] for stage, one in averages.items()}

@@ -15,23 +15,14 @@ from pera_lightning.errors import DataError, shorten
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with its answer.
+    """A question with its answer."""
 
-    Args:
-        id: unique in its set; names the example in predictions and messages.
-        set: the set it belongs to, such as ``"ARC-Easy"``; the extraction of an answer follows it.
-        instruction: the question as the model sees it.
-        input: further context; empty in the commonsense files.
-        output: the text trained on, such as ``"the correct answer is answer3"``.
-        answer: what a prediction is compared with, such as ``"answer3"``.
-    """
-
-    id: str
-    set: str
-    instruction: str
-    input: str
-    output: str
-    answer: str
+    id: str  # unique in its set; names the example in predictions and messages
+    set: str  # the set it belongs to, such as "ARC-Easy"; the extraction of an answer follows it
+    instruction: str  # the question as the model sees it
+    input: str  # further context; empty in the commonsense files
+    output: str  # the text trained on, such as "the correct answer is answer3"
+    answer: str  # what a prediction is compared with, such as "answer3"
 
 
 def to_example(entry: Any, *, number: int, set_name: str, split: str, source: str, needed: Sequence[str]) -> Example:

@@ -28,8 +28,8 @@ class MathsDataModule(TextDataModule):
     """MetaMathQA and GSM8K, or word problems of your own in one of three forms.
 
     The columns tell the form. LLM-Adapters': "instruction", "input", "output", "answer". MetaMathQA's: "query" and
-    "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the whole solution and
-    ends in "#### 72"; it is trained on as it is. The answer of a test example has to be a number.
+    "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the entire solution
+    and ends in "#### 72"; it is trained on as it is. The answer of a test example has to be a number.
 
     Args:
         train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given

@@ -121,10 +121,10 @@ class CausalLMModule(TransformersModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         summed, logits, targets = self._shared_step(batch)
-        labelled = targets != IGNORE
+        labelled = targets != IGNORE  # (N,)
         count = int(labelled.sum())
         if count:
-            right = (logits.argmax(-1) == targets)[labelled].float().mean()
+            right = (logits.argmax(-1) == targets)[labelled].float().mean()  # share of the labelled tokens
             self.metrics["loss"].update(summed / count, weight=count)
             self.metrics["token_accuracy"].update(right, weight=count)
 
@@ -197,6 +197,7 @@ class CausalLMModule(TransformersModule):
             raise ConfigurationError(
                 f"answer_length={answer_length}: protocol {protocol.name} has labels on all tokens"
             )
+        # The ids are never read; lengths and labels decide what is computed.
         full, packed = {"input_ids": [0] * length, "start": start}, data.batching == "packed"
         if packed:
             batch = batching.collate_packed([full] * size)

@@ -76,6 +76,7 @@ def _probe(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def _change(model: PreTrainedModel, ids: Tensor, other: Tensor, **options: Tensor) -> Tensor:
     """How much each token's logits differ between two sequences, (T,); draws nothing at random."""
+    # Dropout would differ between the two forwards, and move the random state of the fit.
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:

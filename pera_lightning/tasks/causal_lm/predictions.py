@@ -26,11 +26,7 @@ Prediction = Mapping[str, Any]  # of one question: its id, set, stage, output, p
 class PartialPredictions:
     """The predictions of a test that is not done: those of this process are appended, those of all are read.
 
-    Args:
-        folder: folder of all predictions of a run.
-        name: name of the evaluation, see above.
-        key: hash of all that decides the answers.
-        rank: number of this process.
+    `folder` is that of all predictions of a run, `name` and `key` are those above.
     """
 
     def __init__(self, folder: Path, name: str, key: str, rank: int) -> None:
@@ -83,7 +79,7 @@ def by_set(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
 
 def unique(predictions: Iterable[Prediction], order: Sequence[str]) -> list[Prediction]:
     """Each question's first prediction, in the order of the ids given; other ids are left out."""
-    first: dict[str, Prediction] = {}
+    first: dict[str, Prediction] = {}  # by id
     for one in predictions:
         first.setdefault(one["id"], one)
     return [first[name] for name in order if name in first]

@@ -56,7 +56,7 @@ def make_questions(
         bos=protocol.bos,
         eos=False,
     )
-    rest = iter(pairs)
+    rest = iter(pairs)  # handed out again, as many to each question as it has options
     return [
         Question(one, ids, words, tuple(next(rest) for _ in words))
         for one, ids, words in zip(examples, encoded, options, strict=True)

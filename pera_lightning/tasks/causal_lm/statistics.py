@@ -11,14 +11,8 @@ from pera_lightning.errors import DataError
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, without continuity correction: its ends, within 0 and 1.
-
-    Args:
-        successes: number of right answers among the `n`.
-        n: number of answers, 1 or more.
-        confidence: between 0 and 1, both excluded.
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    """Wilson's score interval of a proportion, without continuity correction: its ends, within 0 and 1."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)  # 1.96 for 95 %
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
@@ -50,11 +44,7 @@ def accuracy_summary(predictions: Sequence[Mapping[str, Any]]) -> dict[str, floa
 
 
 def average_of(sets: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> dict[str, float]:
-    """Averages over sets as the papers do: plain means, a large set counting no more than a small one.
-
-    Args:
-        sets: results of each set, one or more.
-        main_metric: the metric that the protocol reports.
+    """Averages over one set or more as the papers do: plain means, a large set counting no more than a small one.
 
     Returns:
         The main metric, ``not_found``, ``seconds`` and ``tokens_per_second``; less those that a set lacks.
@@ -64,11 +54,7 @@ def average_of(sets: Sequence[Mapping[str, Any]], main_metric: str = "accuracy")
 
 
 def evaluation_seconds(predictions: Iterable[Mapping[str, Any]]) -> float:
-    """How long the questions took: the sum of each process's seconds, and of several processes the longest.
-
-    Args:
-        predictions: each with ``seconds`` and the ``rank`` of the process that answered.
-    """
+    """How long the questions took: the sum of each process's seconds, and of several processes the longest."""
     of_rank: dict[int, float] = {}
     for one in predictions:
         of_rank[one["rank"]] = of_rank.get(one["rank"], 0.0) + one["seconds"]
@@ -79,8 +65,7 @@ def table(sets: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     """Lines up the results of each set, and their average below.
 
     Args:
-        sets: results of each set: ``set``, ``n``, the metrics, ``seconds``, ``tokens_per_second``. A key that one
-            lacks is left empty.
+        sets: each ``set``, ``n``, metrics, ``seconds``, ``tokens_per_second``; a key that one lacks is left empty.
         main_metric: of the last line, which is `average_of` the sets.
 
     Returns:
@@ -88,6 +73,7 @@ def table(sets: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> s
     """
     from pera_lightning.training.tables import format_table  # protocols import this file, and load no library
 
+    # The main metric first, the times last, all other metrics as they come.
     columns = list(dict.fromkeys(key for one in sets for key in one))
     first = [key for key in ("set", "n", main_metric) if key in columns]
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]

@@ -69,27 +69,21 @@ class TokenDataset:
         table: as `tokenised` gives it.
         indices: examples of it, in order.
         max_length: most tokens of an example; cut at the end.
-
-    Attributes:
-        lengths: tokens of each example kept, after cutting.
-        cut: number of examples that were cut.
-        dropped: number of examples left out, since the cut took all their labels.
-        highest: the highest token id of the whole table.
     """
 
     def __init__(self, table: datasets.Dataset, indices: np.ndarray, max_length: int) -> None:
         import pyarrow.compute as pc
 
         self._table, self._max_length = table, max_length
-        columns = table.with_format("arrow")[:]
+        columns = table.with_format("arrow")[:]  # mapped, not read; only lengths are kept
         ids = columns.column("input_ids")
-        self.highest = int(pc.max(pc.list_flatten(ids)).as_py())
+        self.highest = int(pc.max(pc.list_flatten(ids)).as_py())  # token id of the entire table
         full = np.asarray(pc.list_value_length(ids))[indices]
         starts = columns.column("start").to_numpy()[indices]
         lengths = np.minimum(full, max_length)
         kept = lengths > np.maximum(starts, 1)  # a first token has none before it that predicts it
-        self.cut, self.dropped = int((full > max_length).sum()), int((~kept).sum())
-        self.indices, self.lengths = indices[kept], lengths[kept]
+        self.cut, self.dropped = int((full > max_length).sum()), int((~kept).sum())  # how many; all labels were cut
+        self.indices, self.lengths = indices[kept], lengths[kept]  # tokens after cutting
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -110,12 +110,6 @@ class TokenDataset:
         examples: what it was made of.
         indices: numbers of the examples that are wanted, in order.
         with_ids: items say their ``id``.
-
-    Attributes:
-        lengths: number of tokens of each example.
-        labels: label of each example.
-        cut: how many examples were cut.
-        highest: the highest token id of the whole table.
     """
 
     def __init__(
@@ -126,9 +120,9 @@ class TokenDataset:
         self._table, self._ids = table, examples.ids if with_ids else None
         columns = table.with_format("arrow")[:]  # mapped, not read; only lengths are kept
         self.indices, self.labels = indices, examples.labels[indices]
-        self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]
-        self.cut = int(columns.column("cut").to_numpy()[indices].sum())
-        self.highest = int(pc.max(pc.list_flatten(columns.column("input_ids"))).as_py())
+        self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]  # tokens of each
+        self.cut = int(columns.column("cut").to_numpy()[indices].sum())  # how many examples were cut
+        self.highest = int(pc.max(pc.list_flatten(columns.column("input_ids"))).as_py())  # token id of the entire table
 
     def __len__(self) -> int:
         return len(self.indices)

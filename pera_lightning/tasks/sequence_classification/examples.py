@@ -22,19 +22,12 @@ _NUMBER = re.compile(r"[-+]?\d{1,18}(\.\d*)?")  # longer ones are names: Python 
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked examples of a split.
+    """Checked examples of a split."""
 
-    Attributes:
-        texts: one or two lists, n texts each.
-        labels: (n,) int64, or float32 for regression; `IGNORE` for unknown ones.
-        ids: n different names; numbers from 0, if the source has no ``idx``.
-        empty: number of pairs of which one text is empty.
-    """
-
-    texts: tuple[list[str], ...]
-    labels: np.ndarray
-    ids: list[str]
-    empty: int = 0
+    texts: tuple[list[str], ...]  # one or two lists, n texts each
+    labels: np.ndarray  # (n,) int64, or float32 for regression; `IGNORE` for unknown ones
+    ids: list[str]  # n different names; numbers from 0, if the source has no ``idx``
+    empty: int = 0  # number of pairs of which one text is empty
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -128,7 +121,7 @@ def _texts(columns: Columns, task: GLUETask) -> tuple[tuple[list[str], ...], int
 
 
 def _canonical(value: Any) -> int | float | str | None:
-    """A label of a file: a whole number however it is written, a fraction, a name, or None where there is none."""
+    """A label of a file: a whole number however it is written, a fraction, a name, or None for nothing."""
     if isinstance(value, str):
         value = value.strip()
         if value.lower() in ("true", "false"):  # as JSON's booleans are called here: other tools write True

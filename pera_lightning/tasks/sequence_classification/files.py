@@ -19,15 +19,10 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Columns:
-    """A table as lists, by column.
+    """A table as lists, by column."""
 
-    Attributes:
-        source: names it in messages.
-        values: all equally long; None where a row has nothing.
-    """
-
-    source: str
-    values: Mapping[str, Sequence[Any]]
+    source: str  # names it in messages
+    values: Mapping[str, Sequence[Any]]  # all equally long; None where a row has nothing
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values()), ()))
@@ -36,7 +31,7 @@ class Columns:
         """A column; `argument` is what chooses it.
 
         Raises:
-            DataError: where there is none of that name, listing those that there are.
+            DataError: for a name that it lacks, listing those that it has.
         """
         if name not in self.values:
             there = f"{', '.join(self.values)}{closest(name, self.values)}"
@@ -48,7 +43,7 @@ def split_file(folder: Path, split: str) -> Path:
     """The file of a split in a folder: ``train.jsonl``, else one of the other kinds.
 
     Raises:
-        DataError: where there is none, listing what there is.
+        DataError: for a folder that lacks it, listing what it has.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give one with {split}.jsonl, or none to use the hub")

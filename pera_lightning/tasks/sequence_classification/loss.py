@@ -45,7 +45,7 @@ def check_weights(weights: Any, num_labels: int | None) -> None:
 
 
 def balanced_weights(counts: Sequence[int] | None, names: Sequence[str]) -> Tensor:
-    """Weights (C,) that give every class an equal part in the training loss, n / (C nₖ); their mean over examples is 1.
+    """Weights (C,) that give each class an equal share of the training loss, n / (C nₖ); their mean over examples is 1.
 
     Args:
         counts: training examples of each class; None where the data do not say them.

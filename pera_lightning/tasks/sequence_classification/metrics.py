@@ -1,8 +1,8 @@
-"""The metrics of GLUE over a whole set: accuracy, F1, Matthews, Pearson and Spearman, and the mean loss.
+"""The metrics of GLUE over an entire set: accuracy, F1, Matthews, Pearson and Spearman, and the mean loss.
 
 Matthews is 0 where all predictions, or all labels, are alike, as in scikit-learn, by which GLUE is scored; torchmetrics
 1.9 gives another number there (0.03 for a CoLA model that accepts every sentence). Correlations keep all values and are
-computed in float64; they are no number where one side is constant, and ties have the mean of their ranks.
+computed in float64; they are NaN where one side is constant, and ties have the mean of their ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def matthews(confusion: Tensor) -> Tensor:
 
     (c s - Σ tₖ pₖ) / √((s² - Σ pₖ²) (s² - Σ tₖ²)), with s examples, c of them right, tₖ of class k, pₖ predicted as k.
     """
-    counts = confusion.double()
+    counts = confusion.double()  # (C, C); of integers the products below would overflow
     labelled, predicted, s = counts.sum(1), counts.sum(0), counts.sum()
     spread = (s**2 - predicted @ predicted) * (s**2 - labelled @ labelled)
     return torch.where(spread > 0, (counts.trace() * s - labelled @ predicted) / spread.sqrt(), 0.0)
@@ -40,7 +40,8 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 def average_ranks(x: Tensor) -> Tensor:
     """Ranks (N,) from 1 on in float64; ties have the mean of their ranks."""
-    _, place, counts = x.unique(return_inverse=True, return_counts=True)
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)  # sorted
+    # Of equal values the ranks end at their cumulated count; half of what lies before the last is their mean.
     return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
 
 

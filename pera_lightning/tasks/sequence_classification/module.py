@@ -158,7 +158,7 @@ class SequenceClassificationModule(TransformersModule):
 
     def _names_of_sets(self, count: int) -> list[str]:
         """What is put behind a stage's name, for so many sets: nothing for the first."""
-        names = list(self._data.get("test_sets", ()))
+        names = list(self._data.get("test_sets", ()))  # [""], or MNLI's two
         names += [str(k) for k in range(len(names), count)]
         return ["", *(f"_{name}" for name in names[1:count])]
 
@@ -206,7 +206,7 @@ class SequenceClassificationModule(TransformersModule):
                 self._update("test_static", batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        n = {name: scores.n() for name, scores in self.scores.items()}
+        n = {name: scores.n() for name, scores in self.scores.items()}  # labelled examples, of all processes
         if not all(n.values()):
             none = listed(name for name, count in n.items() if not count)
             raise DataError(f"no example of {none} has a label to test by; predict them")
@@ -233,6 +233,7 @@ class SequenceClassificationModule(TransformersModule):
         """Outputs and what they decide: ``{"ids", "outputs" (B, num_labels), "predictions" (B,)}``."""
         outputs = self(batch).float()
         predictions = decided(outputs)
+        # Loaders of somebody else give no ids: then the batch, and the place in it.
         prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
         ids = batch.get("ids") or [f"{prefix}{batch_idx}_{k}" for k in range(len(outputs))]
         self._predicted[dataloader_idx] += zip(ids, predictions.tolist(), strict=True)
@@ -242,7 +243,7 @@ class SequenceClassificationModule(TransformersModule):
         """Writes a file for each set as GLUE's leaderboard takes it."""
         task = self._data.get("task")
         written = getattr(task, "written", str)  # as a label, or as the name of a class
-        names = [*getattr(task, "submission_files", ())]
+        names = [*getattr(task, "submission_files", ())]  # of the leaderboard; further sets get names of ours
         names += [f"predictions{name}" for name in self._names_of_sets(len(self._predicted))[len(names) :]]
         files = {f"{name}.tsv": own for name, own in zip(names, self._predicted.values(), strict=False)}
         write_predictions(self.trainer, files, lambda own: submission((name, written(value)) for name, value in own))
@@ -254,7 +255,7 @@ class SequenceClassificationModule(TransformersModule):
         if self.hparams["num_labels"] is None:
             count = trained_labels(self.hparams["model_name"], self.hparams["revision"], state)
             if count is None:
-                raise ConfigurationError("there is no trained head to tell how many labels there are: give num_labels")
+                raise ConfigurationError("no trained head tells how many labels there are: give num_labels")
             self.hparams["num_labels"] = count
 
     def outputs_and_loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -283,6 +284,7 @@ class SequenceClassificationModule(TransformersModule):
         if not isinstance(data, GLUEDataModule):
             return super().example_batch(data)
         length = min(data.max_length, context_length(self.model) or data.max_length)  # type: ignore[arg-type]
+        # One example of full length; the others have a padding token, which makes the mask needed.
         example = {"input_ids": [0] * length, "label": 0.0 if data.task.regression else 0}
         short = {**example, "input_ids": [0] * (length - 1)}
         batch = batching.collate_classified([example, *[short] * (data.batch_size - 1)], pad_id=0)

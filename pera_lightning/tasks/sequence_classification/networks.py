@@ -60,7 +60,7 @@ def load_network(
     # Whatever of the network would stay random is refused or named, so that it is trained.
     _check_kind(network, name)
     _check_dropout(network, head_dropout)
-    head = head_parameters(network)
+    head = head_parameters(network)  # names
     if not weights:
         return network, head
     missing, other = frozenset(found["missing_keys"]), frozenset(key for key, *_ in found["mismatched_keys"])
@@ -70,7 +70,7 @@ def load_network(
             f"model {name}: {len(wrong)} of its tensors have other shapes than its configuration says: "
             f"{listed(wrong, 2)}; fetch it again"
         )
-    if _is_pretrained(network.config):
+    if _is_pretrained(network.config):  # what its files have outside of the base was not trained on a task
         return network, missing | other
     _renew(network)
     return network, missing | head
@@ -130,8 +130,8 @@ def _renew(network: PreTrainedModel) -> None:
     for module in network.modules():
         if module in base or module is network:
             continue
-        for part in (module, *module.parameters(recurse=False)):
-            part._is_hf_initialized = False  # by which transformers spares what it has loaded
+        for one in (module, *module.parameters(recurse=False)):
+            one._is_hf_initialized = False  # by which transformers spares what it has loaded
         network._init_weights(module)
 
 
@@ -178,7 +178,7 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     state, spec = read_adapter(path) if folder else checkpoint_adapters(path)
     mark = injection_of(network)
     if mark is None:
-        raise ConfigurationError(f"mnli_checkpoint={path}: there are no adapters to start; add AdapterInjection")
+        raise ConfigurationError(f"mnli_checkpoint={path}: this run has no adapters to start; add AdapterInjection")
     # Of the checkpoint everything but its heads, and of this network its own, so that the check covers all names.
     heads = tuple(f"{module}." for module in spec["trained_modules"])
     taken = {name: value for name, value in state.items() if not name.startswith(heads)}

@@ -20,26 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GLUESource:
-    """The splits of a task.
+    """The splits of a task."""
 
-    Attributes:
-        name: name of the task; `CUSTOM` for files of one's own.
-        folder: folder with GLUE's splits as files; None for those of the hub.
-        files: files of a custom task, by split.
-        text_columns: text columns of a custom task.
-        label_column: name of the column of labels.
-        regression: whether a custom task's labels are numbers to predict.
-
-    Raises:
-        ConfigurationError, UnknownNameError: for an unknown task, or what would have no effect on this one.
-    """
-
-    name: str
-    folder: Path | None
-    files: Mapping[str, Path]
-    text_columns: tuple[str, ...] | None
+    name: str  # of the task; `CUSTOM` for files of one's own
+    folder: Path | None  # with GLUE's splits as files; None for those of the hub
+    files: Mapping[str, Path]  # of a custom task, by split
+    text_columns: tuple[str, ...] | None  # of a custom task
     label_column: str
-    regression: bool
+    regression: bool  # whether a custom task's labels are numbers to predict
 
     def __post_init__(self) -> None:
         if self.name != CUSTOM:

@@ -33,17 +33,11 @@ class Subset:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the splits of a run are made of those of the source.
+    """How the splits of a run are made of those of the source."""
 
-    Attributes:
-        cut: the split protocol.
-        seed: seed of its draw, and of that of the training examples.
-        train_limit: most training examples to use; None for all.
-    """
-
-    cut: splits.Cut
-    seed: int
-    train_limit: int | None
+    cut: splits.Cut  # the split protocol
+    seed: int  # of its draw, and of that of the training examples
+    train_limit: int | None  # most training examples to use; None for all
 
     def limited(self, count: int) -> np.ndarray:
         """The numbers of the training examples that are used, of `count`."""
@@ -73,9 +67,6 @@ class Plan:
             task: the task, which says what sets there are.
             stage: "fit", "validate", "test" or "predict".
             read: called with a source's split, gives its examples.
-
-        Raises:
-            DataError: for a validation set that is too small, or a test set without labels that is to be scored on.
         """
         chosen: dict[str, Subset] = {}
         for split in self.needed(task, stage):

@@ -21,29 +21,17 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True)
 class GLUETask:
-    """What sets one task of sentence classification apart.
+    """What sets one task of sentence classification apart."""
 
-    Attributes:
-        name: name in configs, on the command line and on the hub.
-        text_columns: name of one column, or of the two that make a pair.
-        class_names: names of the classes by label; empty for regression.
-        metrics: some of `accuracy`, `f1` (of label 1), `matthews`, `pearson` and `spearman`.
-        selection: metric that chooses the best epoch.
-        sets: names of the sets that validation and test have, by dataloader; the first is the one that selects.
-        submission_files: name of each set's file, without its ending.
-        writes_names: whether a submission has names of classes, not numbers.
-        label_range: least and largest label of a regression.
-    """
-
-    name: str
-    text_columns: tuple[str, ...]
-    class_names: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
-    selection: str = "accuracy"
-    sets: tuple[str, ...] = ("",)
-    submission_files: tuple[str, ...] = ()
-    writes_names: bool = False
-    label_range: tuple[float, float] = (-math.inf, math.inf)
+    name: str  # in configs, on the command line and on the hub
+    text_columns: tuple[str, ...]  # one, or the two that make a pair
+    class_names: tuple[str, ...] = ()  # by label; empty for regression
+    metrics: tuple[str, ...] = ("accuracy",)  # some of accuracy, f1 (of label 1), matthews, pearson and spearman
+    selection: str = "accuracy"  # the metric that chooses the best epoch
+    sets: tuple[str, ...] = ("",)  # of validation and test, by dataloader; the first is the one that selects
+    submission_files: tuple[str, ...] = ()  # each set's, without its ending
+    writes_names: bool = False  # whether a submission has names of classes, not numbers
+    label_range: tuple[float, float] = (-math.inf, math.inf)  # least and largest label of a regression
 
     @property
     def regression(self) -> bool:

@@ -151,12 +151,3 @@ def test_folders_that_do_not_serve(tmp_path):
     with pytest.raises(DataError) as error:
         CommonsenseDataModule(str(tmp_path), test=["piqa"]).test_examples()
     one_line(error, "example 1 of", "piqa/test.json: text is needed as 'answer'")
-
-
-def test_an_unknown_answer_word_in_training_is_said(tmp_path):
-    asked = "which ?\n\nAnswer format: answer1/answer2"
-    rows = [entry(k, instruction=asked) | {"answer": f"answer{k + 1}"} for k in range(3)]
-    write_json(tmp_path / "ARC-Easy" / "train.json", rows)
-    data = CommonsenseDataModule(str(tmp_path), train="ARC-Easy", test=["ARC-Easy"])
-    with pytest.warns(UserWarning, match=r"1 of 3 training examples .*train/2 has 'answer3', of answer1/answer2"):
-        assert len(data.training_examples()) == 3

@@ -126,13 +126,13 @@ def test_files_that_are_missing_say_where_they_come_from(tmp_path):
     one_line(error, "give folder, or train and test", *origin)
     with pytest.raises(DataError) as error:
         DialogueDataModule(str(tmp_path)).training_examples()
-    one_line(error, "train: there is no such file", f"{tmp_path}/train.jsonl", *origin)
+    one_line(error, "train: no such file", f"{tmp_path}/train.jsonl", *origin)
     with pytest.raises(DataError) as error:
         DialogueDataModule(test=str(tmp_path / "none.txt")).test_examples()
-    one_line(error, "test: there is no such file", "none.txt", *origin)
+    one_line(error, "test: no such file", "none.txt", *origin)
     with pytest.raises(DataError) as error:
         DialogueDataModule(test="x.txt").training_examples()
-    one_line(error, "train: there is no such file", "folder is not given", *origin)
+    one_line(error, "train: no such file", "folder is not given", *origin)
 
 
 def test_metrics_that_need_files_are_measured_where_asked_for(tmp_path, monkeypatch):

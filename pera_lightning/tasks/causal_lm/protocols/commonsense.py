@@ -20,17 +20,11 @@ TASK = "commonsense"
 
 @dataclass(frozen=True, slots=True)
 class CommonsenseSet:
-    """What is known of a set of LLM-Adapters.
+    """What is known of a set of LLM-Adapters."""
 
-    Args:
-        count: number of its test examples in the papers.
-        options: the answer words of each example; empty if examples differ and have to say theirs.
-        read: the words that count as an answer in generated text; by default the options.
-    """
-
-    count: int
-    options: tuple[str, ...]
-    read: tuple[str, ...] = ()
+    count: int  # of its test examples in the papers
+    options: tuple[str, ...]  # answer words of each example; none if examples differ and have to say theirs
+    read: tuple[str, ...] = ()  # words that count as an answer in generated text; by default the options
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:
@@ -91,7 +85,7 @@ def first_match(text: str, example: Example) -> str | None:
 
 
 def first_match_of_response(text: str, example: Example) -> str | None:
-    """`first_match` before any further response marker: LLM-Adapters cuts the whole text at these markers."""
+    """`first_match` before any further response marker: LLM-Adapters cuts the entire text at these markers."""
     return first_match(text.partition("### Response:")[0], example)
 
 
@@ -131,7 +125,7 @@ LLM_ADAPTERS = register(
         HIRA,
         name="llm_adapters",
         origin=(
-            "LLM-Adapters' code, which AuroRA follows: both templates, loss on the whole text, 256 tokens an example, "
+            "LLM-Adapters' code, which AuroRA follows: both templates, loss on the entire text, 256 tokens an example, "
             "32 new tokens, 4 beams, first match. Ours, not in its code: padding is masked while generating (it passes "
             "no attention mask, so that its answers depend on the batch), and an example's input is used in evaluation "
             "too."
@@ -151,7 +145,7 @@ STRICT = register(
         HIRA,
         name="strict",
         origin=(
-            "Ours, in no paper: HiRA's template and loss, greedy decoding of 16 tokens, and the whole text has to be "
+            "Ours, in no paper: HiRA's template and loss, greedy decoding of 16 tokens, and the entire text has to be "
             "an option of the example, with or without 'the correct answer is' in front."
         ),
         decoding=Decoding(max_new_tokens=16),
