@@ -96,16 +96,18 @@ def run(args: Sequence[str]) -> None:
     check_alone(os.environ)
     request = read_request(args)
     folder = output_folder(request)
+    # 1. What was swept here before: the same keys and settings go on, others are refused.
     before = read_sweep(folder, request.grid)
     if before is not None:
         request.grid = {key: request.grid[key] for key in before["grid"]}  # names are made in the first sweep's order
+    # 2. What is asked for now, every setting parsed.
     plan = read_plan(request, before)
     if before is not None:
         check_same(folder, before, plan.config)
     if request.dry_run:
         _print_plan(folder, plan, before)
         return
-    # Another sweep may have come first between reading the folder and locking it.
+    # 3. Run it; another sweep may have come first between reading the folder and locking it.
     with locked(folder) as lock, Processes(lock) as processes:
         if read_sweep(folder, request.grid) != before:
             raise ConfigurationError(f"{folder} was written by another sweep meanwhile: give the command again")
@@ -149,7 +151,7 @@ def read_plan(request: Request, before: Mapping[str, Any] | None) -> Plan:
     parsed = {setting_name(values): parse(request, values) for values in combinations}
     for one in parsed.values():
         check_config(one.config)
-    seeds = request.seeds or (config_seed(next(iter(parsed.values())).config),)
+    seeds = request.seeds or (config_seed(next(iter(parsed.values())).config),)  # the config's own
     # A later sweep of the folder is compared in the setting that the first one noted, swept or not.
     reference = combinations[0] if before is None else before["reference"]
     compared = parsed.get(setting_name(reference)) or parse(request, reference)
@@ -245,7 +247,7 @@ def _print_plan(folder: Path, plan: Plan, before: Mapping[str, Any] | None) -> N
         complete, fitted = is_complete(place, records.get(run.name)), fit_finished(place)
         status = COMPLETE if complete else "to be tested" if fitted else "to be run"
         print(f"[{k}/{len(plan.runs)}] {run.name}: {status}")
-        own = run_words(plan, run, place)
+        own = run_words(plan, run, place)  # of fit and test alike
         if not complete and not fitted:
             print(f"  {shlex.join([*program(), 'fit', *own, *going_on(place)])}")
         if not complete:

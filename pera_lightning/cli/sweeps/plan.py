@@ -92,7 +92,7 @@ def read_request(words: Sequence[str]) -> Request:
                     raise ConfigurationError(f"--grid {key} is given twice: give all its values at once")
                 request.grid[key] = texts
         else:
-            request.words.append(word)
+            request.words.append(word)  # of the runs
     _check_words(request)
     return request
 
@@ -110,11 +110,7 @@ def _check_words(request: Request) -> None:
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """The seeds in ``"42,43,44"``.
-
-    Raises:
-        ConfigurationError: for anything but whole numbers from 0 to `LARGEST_SEED`, each once.
-    """
+    """The seeds in ``"42,43,44"``."""
     words = [word.strip() for word in text.split(",")]
     seeds = tuple(int(word) for word in words if re.fullmatch("[0-9]+", word) and int(word) <= LARGEST_SEED)
     if len(set(seeds)) < len(words):
@@ -125,15 +121,11 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 
 def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
-    """The key and the values in ``"model.lr=0.001,0.01"``; commas within brackets and quotes do not divide.
-
-    Raises:
-        ConfigurationError: without a key, or for a value that is empty or given twice.
-    """
+    """The key and the values in ``"model.lr=0.001,0.01"``; commas within brackets and quotes do not divide."""
     key, _, values = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", key) or not values.strip():
         raise ConfigurationError(f"--grid {text}: a key and its values are needed, such as model.lr=0.001,0.01")
-    parts = split_values(values)
+    parts = split_values(values)  # as they are written
     if parts is None or not all(parts):
         raise ConfigurationError(f"--grid {text}: values of YAML are needed, with commas between; quote odd ones")
     # 1e-3 and 0.001 are one value.

@@ -54,12 +54,13 @@ class Processes:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        first, self.signal = self.signal is None, signal.Signals(number)
+        first, self.signal = self.signal is None, signal.Signals(number)  # the second one kills
         if self._child is not None and self._child.poll() is None:
             self._child.terminate() if first else self._kill()
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
+            # The group: with several devices the fit has started processes of its own.
             os.killpg(self._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
 
     def run(self, words: Sequence[str], log: Path) -> int:

@@ -55,6 +55,7 @@ class Sweep:
 
     def __init__(self, folder: Path, sweep: dict[str, Any], plan: Plan, processes: Processes) -> None:
         self.folder, self.sweep, self.plan, self.processes = folder, sweep, plan, processes
+        # Runs of earlier sweeps stay in the file, whether they are wanted now or not.
         there = {record["name"]: record for record in sweep["runs"]}
         self.records = {run.name: there.get(run.name) or new_record(run) for run in plan.runs}
         sweep["runs"] = list({**there, **self.records}.values())
@@ -68,7 +69,7 @@ class Sweep:
             # What is complete is kept, whichever sweep ran it.
             kept = is_complete(place, record)
             if not kept:
-                record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})
+                record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})  # of every attempt
                 self._run(run, record, place)
                 write_sweep(self.folder, self.sweep)
             if self.processes.signal is None or record["status"] == COMPLETE:
@@ -86,7 +87,7 @@ class Sweep:
         # 1. Fit; a run that was stopped goes on from its own last checkpoint.
         if not fit_finished(place):
             code, seconds = self._process("fit", [*words, *going_on(place)], place)
-            record["fit_seconds"] += seconds
+            record["fit_seconds"] += seconds  # a fit that was stopped is paid for too
             if code != 0 or not fit_finished(place):
                 self._not_done(record, "fit", code, place)
                 return
@@ -145,7 +146,7 @@ class Sweep:
             "The same sweep command goes on from here.",
             flush=True,
         )
-        return 128 + number
+        return 128 + number  # as a shell says of a program that a signal ended
 
     def _print_summary(self) -> None:
         if self.sweep["summary"]:

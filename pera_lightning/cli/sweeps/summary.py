@@ -57,7 +57,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         measured: dict[str, list[float | None]] = {}
         for name, value in (item for record in group for item in record["metrics"].items()):
             measured.setdefault(name, []).append(value)
-        parameters = {record["trainable_parameters"] for record in group}
+        parameters = {record["trainable_parameters"] for record in group}  # one number, as a rule
         rows.append(
             {
                 "values": dict(group[0]["values"]),
@@ -91,7 +91,7 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
             )
             n = f"{of['n']} of {of['n'] + of['not_finite']}" if of["not_finite"] else str(of["n"])
             rows.append([setting, metric, n, f"{mean} ± {spread}", *rest])
-            setting = ""
+            setting = ""  # said in its first line only
     return format_table(["setting", "metric", "n", "mean ± sd", "median", "min", "max"], rows, text_columns=2)
 
 

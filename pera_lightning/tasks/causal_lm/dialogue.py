@@ -136,7 +136,7 @@ def _of_entry(entry: Any, where: str) -> Dialogue:
 
 def _of_text(path: Path) -> list[Dialogue]:
     dialogues: list[Dialogue] = []
-    last = 0
+    last = 0  # number of the line before
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -153,7 +153,7 @@ def _of_text(path: Path) -> list[Dialogue]:
         elif text.startswith(_OTHER):
             raise DataError(f"{where} has the partner's persona; give a file of the self persona, {TEST_FILES[0]}")
         elif "\t" in text:
-            partner, reply = text.split("\t")[:2]
+            partner, reply = text.split("\t")[:2]  # candidates follow
             dialogues[-1].turns.append((partner.strip(), reply.strip()))
         else:
             raise DataError(f"{where} has no reply after a tab; complete the line or leave the dialogue out")

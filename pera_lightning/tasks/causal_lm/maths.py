@@ -126,5 +126,5 @@ def _unified(entry: Any, form: tuple[str, ...], where: str) -> Any:
     question, solution = (entry.get(name) for name in form)
     if not isinstance(question, str) or not isinstance(solution, str):
         raise DataError(f"{where}: text is needed as {form[0]!r} and as {form[1]!r}; correct it or leave it out")
-    mark = "The answer is:" if form[0] == "query" else "####"
+    mark = "The answer is:" if form[0] == "query" else "####"  # MetaMathQA's, or GSM8K's
     return {"instruction": question, "output": solution, "answer": solution.rpartition(mark)[2].strip()}

@@ -63,11 +63,7 @@ class CausalLMModule(TransformersModule):
         self.metrics = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
 
     def finish_network(self) -> None:
-        self._check_tied_head()
-        super().finish_network()
-
-    def _check_tied_head(self) -> None:
-        """A head that is trained in float32 cannot share its weight with embeddings in low precision."""
+        # A head that is trained in float32 cannot share its weight with embeddings in low precision.
         mark, head = injection_of(self.model), self.model.get_output_embeddings()
         trained = mark is not None and any(self.model.get_submodule(p) is head for p in mark.trained_modules)
         tied = head is not None and head.weight is self.model.get_input_embeddings().weight
@@ -76,6 +72,7 @@ class CausalLMModule(TransformersModule):
                 "the head shares its weight with the embeddings, and trained it is float32: set base_dtype=float32, or "
                 "leave the head out of trainable"
             )
+        super().finish_network()
 
     def forward(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
         """Logits (B, K, V) at `positions` (K,) of the sequences, or at all of them."""

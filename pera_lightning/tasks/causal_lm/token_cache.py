@@ -57,6 +57,7 @@ def _write(examples: Sequence[Example], protocol: Protocol, tokenizer: PreTraine
             chunk = examples[begin : begin + _CHUNK]
             texts = [protocol.training_prompt(one) for one in chunk], [protocol.response(one) for one in chunk]
             pairs = encode_pairs(tokenizer, *texts, bos=protocol.bos, eos=True)
+            # The loss begins at the response, or covers the prompt too.
             ids = pa.array([ids for ids, _ in pairs], type=pa.list_(pa.int32()))
             starts = pa.array([start if protocol.loss_on == "answer" else 0 for _, start in pairs], type=pa.int32())
             writer.write_batch(pa.record_batch([ids, starts], schema=schema))

@@ -75,10 +75,6 @@ def tokenised(
         tokenizer: tokenizer of the model.
         max_length: most tokens of an example.
         path: folder of the cache, and the beginning of the file's name.
-
-    Raises:
-        ConfigurationError: as `encode`.
-        DataError: where the folder cannot be written, or its file is damaged.
     """
     # The name is a hash of all that decides the content, so a file that is there is the right one.
     total = hashlib.sha256()

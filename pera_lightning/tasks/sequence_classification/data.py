@@ -194,7 +194,7 @@ class GLUEDataModule(TokenDataModule):
         """
         stage = getattr(stage, "value", stage)  # Lightning's enum has another name in an f-string, by Python's version
         for one in ("fit", "test") if stage is None else (stage,):
-            subsets = self._plan.subsets(self.task, one, self._examples)
+            subsets = self._plan.subsets(self.task, one, self._examples)  # by the run's splits
             self._subsets.update(subsets)
             for name in subsets:
                 if name not in self._datasets and name.partition("_")[0] in LOADED[one]:
@@ -203,7 +203,7 @@ class GLUEDataModule(TokenDataModule):
             # The file of a fit says more, so none of the others is written over it.
             name = self.source.name if stage == "fit" else f"{self.source.name}-{stage}"
             splits.record_run(self.trainer, name, self.split_record)
-            self._recorded = stage == "fit"
+            self._recorded = stage == "fit"  # a test after this fit writes nothing
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The examples that select, longest first; a loader for each set of a task with several."""
@@ -218,7 +218,7 @@ class GLUEDataModule(TokenDataModule):
         return self._evaluated("predict")
 
     def _evaluated(self, kind: str) -> DataLoader | list[DataLoader]:
-        loaders = []
+        loaders = []  # MNLI has two
         for set_name in self.task.sets:
             examples = self.dataset(self.task.named(kind, set_name))
             if kind != "predict":  # whose order is that of the file

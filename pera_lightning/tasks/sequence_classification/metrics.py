@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassConfusionMatrix
 from torchmetrics.utilities import dim_zero_cat
 
-from pera_lightning.errors import UnknownNameError, closest, listed
+from pera_lightning.errors import ConfigurationError, closest, listed
 
 CLASSIFICATION = ("accuracy", "f1", "matthews")
 REGRESSION = ("pearson", "spearman")
@@ -78,13 +78,13 @@ def default_metrics(num_labels: int) -> tuple[str, ...]:
 
 
 def check_metrics(names: Sequence[str], selection: str, num_labels: int) -> None:
-    """Raises `UnknownNameError` for metrics that do not exist, or not for so many labels."""
+    """Raises `ConfigurationError` for metrics that do not exist, or not for so many labels."""
     # F1 is that of label 1, as in GLUE, so there is none of three classes.
     fitting = REGRESSION if num_labels == 1 else [n for n in CLASSIFICATION if n != "f1" or num_labels == 2]
     for name in (*names, selection):
         if name not in fitting or name not in names:
             what = "one output, a regression" if num_labels == 1 else f"{num_labels} classes"
-            raise UnknownNameError(
+            raise ConfigurationError(
                 f"metric {name!r} does not fit {what} with the metrics {listed(names)}; there are {listed(fitting)}"
                 f"{closest(name, fitting)}"
             )

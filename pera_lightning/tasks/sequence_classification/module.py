@@ -130,7 +130,7 @@ class SequenceClassificationModule(TransformersModule):
         path, weights = self.hparams["mnli_checkpoint"], self.hparams["class_weights"]
         if path is not None and self.trainer.ckpt_path is None and not Path(path).exists():  # which comes instead
             raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
-        self.trained_with = self.data_protocol()
+        self.trained_with = self.data_protocol()  # kept in checkpoints
         self.check_extremes()
         if weights == "balanced":
             weights = balanced_weights(self._data.get("class_counts"), self._data.get("class_names", ()))
@@ -139,7 +139,9 @@ class SequenceClassificationModule(TransformersModule):
     def on_train_start(self) -> None:
         # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which wins.
         path = self.hparams["mnli_checkpoint"]
-        if path is not None and self.started_from is None and self.trainer.ckpt_path is None:
+        if (
+            path is not None and self.started_from is None and self.trainer.ckpt_path is None
+        ):  # a checkpoint comes first
             task = start_from(self.model, path)  # type: ignore[arg-type]
             if task not in (None, "mnli"):
                 rank_zero_warn(f"mnli_checkpoint={path} was trained on {task}, and not on mnli")

@@ -109,7 +109,7 @@ def _check_kind(network: PreTrainedModel, name: str) -> None:
 def _check_dropout(network: PreTrainedModel, head_dropout: float | None) -> None:
     """Raises `ConfigurationError` if a dropout was asked for, and none of the head has it."""
     base = {*network.base_model.modules()}
-    there = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m not in base]
+    there = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m not in base]  # probabilities
     if head_dropout is not None and head_dropout not in (there or [0.0]):
         raise ConfigurationError(
             f"head_dropout={head_dropout:g} would not act: {type(network).__name__} has no dropout before its "
@@ -148,7 +148,7 @@ def check_trained(network: PreTrainedModel, random: Collection[str]) -> None:
 
 def _module_of(parameter: str, network: PreTrainedModel) -> str:
     """The module to train: the part of the head or of the base (its pooler) that a parameter lies in."""
-    parts = parameter.split(".")
+    parts = parameter.split(".")  # "bert.pooler.dense.weight": pooler; "classifier.weight": classifier
     return parts[1] if parts[0] == network.base_model_prefix and len(parts) > 2 else parts[0]
 
 

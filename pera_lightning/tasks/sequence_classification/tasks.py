@@ -97,11 +97,7 @@ TASKS = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> GLUETask:
-    """The task of a name.
-
-    Raises:
-        UnknownNameError: naming the closest.
-    """
+    """The task of a name; raises `UnknownNameError` for another, naming the closest."""
     if name not in TASKS:
         near = closest(name.lower().replace("-", ""), [*TASKS, CUSTOM])
         raise UnknownNameError(
@@ -111,15 +107,7 @@ def find_task(name: str) -> GLUETask:
 
 
 def custom_task(text_columns: Sequence[str], class_names: Sequence[str]) -> GLUETask:
-    """The task of somebody's own files.
-
-    Args:
-        text_columns: name of one column, or of the two that make a pair.
-        class_names: names of the classes by label; none for regression.
-
-    Raises:
-        ConfigurationError: for another number of columns.
-    """
+    """The task of somebody's own files, with one text column or a pair, and no class names for regression."""
     if len(text_columns) not in (1, 2) or len({*text_columns}) < len(text_columns):
         raise ConfigurationError(f"text_columns={list(text_columns)}: one column, or the two of a pair, are needed")
     if class_names:  # F1 is that of label 1, so there is none of three classes
