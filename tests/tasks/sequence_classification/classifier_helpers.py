@@ -61,7 +61,7 @@ def save_tiny(folder, kind="bert", *, seed=0, saved=None, **options):
 
 
 def sentences(count, classes=2, seed=0, longest=12, types=False):
-    """Rows of 3 to `longest` random tokens; labels are classes, or floats of 0 to 5 where `classes` is 1."""
+    """Examples of 3 to `longest` random tokens; labels are classes, or floats of 0 to 5 where `classes` is 1."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for k in range(count):
@@ -97,7 +97,7 @@ def without_label(row):
 
 
 class Sentences(LightningDataModule):
-    """A data module as the module takes them; `sets` are lists of rows, for validation, test and predict alike."""
+    """A data module as the module takes them; `sets` are lists of examples, for validation, test and predict alike."""
 
     def __init__(
         self, sets, train=None, *, classes=2, metrics=None, batch_size=4, names=("",), task=None, shuffle=False
@@ -193,7 +193,7 @@ def trained(network):
 
 @torch.no_grad()
 def outputs(network, rows):
-    """Row after row, without any padding, (N, C) in float64."""
+    """Example after example, without any padding, (N, C) in float64."""
     network.eval()
     return torch.cat([network(collate([row])) for row in rows]).double()
 

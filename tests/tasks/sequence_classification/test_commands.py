@@ -151,7 +151,7 @@ def test_exports(pera, base, runs, tmp_path, task):
 
 
 @pytest.mark.parametrize("task", ["rte", "mnli"])
-def test_merge_measures_on_the_validation_rows(pera, runs, task):
+def test_merge_measures_on_the_validation_examples(pera, runs, task):
     result = pera("merge", "--ckpt_path", runs / task / "adapter")
     assert result.code == 0
     assert "loss" in result.out

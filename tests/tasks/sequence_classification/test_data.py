@@ -1,4 +1,4 @@
-"""GLUE's data module: every row once, batches of every kind, the protocols' parts, the cache, predictions' ids."""
+"""GLUE's data module: every example once, batches of every kind, the split protocols, the cache, predictions' ids."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("batching", ["grouped", "random"])
-def test_every_row_is_trained_on_once_an_epoch_in_another_order_each_time(folder, batching):
+def test_every_example_is_trained_on_once_an_epoch_in_another_order_each_time(folder, batching):
     data = glue(folder, batching=batching)
     torch.manual_seed(0)
     first = numbers(data.train_dataloader())
@@ -88,7 +88,7 @@ def test_single_texts_and_regression(tmp_path):
     assert values == {round(k / 10, 4) for k in range(8)}
 
 
-def test_over_two_processes_each_evaluated_row_counts_once_and_fillers_have_no_label(folder):
+def test_over_two_processes_each_evaluated_example_counts_once_and_fillers_have_no_label(folder):
     for stage, loader in (("fit", "val_dataloader"), ("test", "test_dataloader"), ("predict", "predict_dataloader")):
         seen, sizes = [], []
         for rank in (0, 1):
@@ -114,7 +114,7 @@ def test_regression_fillers_are_minus_100_and_no_nan(tmp_path):
     assert torch.cat(labels).tolist() == [2.5, 2.5, -100.0]
 
 
-def test_prediction_rows_are_in_the_order_of_the_file_with_the_ids_of_its_idx(folder):
+def test_predicted_examples_are_in_the_order_of_the_file_with_the_ids_of_its_idx(folder):
     write(folder / "test.jsonl", [{**row, "idx": 100 - row["idx"]} for row in pairs(9, label=-1)])
     batches = list(glue(folder, "predict").predict_dataloader())
     assert [i for batch in batches for i in batch["ids"]] == [str(100 - k) for k in range(9)]
@@ -197,7 +197,7 @@ def test_evaluation_has_batches_of_its_own_size(folder):
     assert largest == {"train": 4, "val": 7, "test": 7, "predict": 7}
 
 
-def test_the_order_of_training_rows_is_that_of_the_runs_seed(folder, monkeypatch):
+def test_the_order_of_training_examples_is_that_of_the_runs_seed(folder, monkeypatch):
     orders = []
     for seed in ("3", "4", "3"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
@@ -206,7 +206,7 @@ def test_the_order_of_training_rows_is_that_of_the_runs_seed(folder, monkeypatch
     assert orders[0] != orders[1]
 
 
-def test_rows_are_tokenised_once_and_the_cache_knows_length_and_texts(folder):
+def test_examples_are_tokenised_once_and_the_cache_knows_length_and_texts(folder):
     tokenizer = pair_tokenizer()
     glue(folder, tokenizer=tokenizer)
     made = tokenizer.texts
@@ -272,7 +272,7 @@ def test_grouping_lowers_the_share_of_padding_and_says_by_how_much(tmp_path):
     assert said["grouped"] < said["random"] / 3
 
 
-def test_limited_training_rows_are_drawn_by_the_seed_and_nested(folder):
+def test_limited_training_examples_are_drawn_by_the_seed_and_nested(folder):
     drawn = {n: numbers(glue(folder, train_limit=n).train_dataloader()) for n in (5, 10, 100)}
     assert [len(rows) for rows in drawn.values()] == [5, 10, 41]
     assert {*drawn[5]} < {*drawn[10]}
@@ -280,7 +280,7 @@ def test_limited_training_rows_are_drawn_by_the_seed_and_nested(folder):
     assert {*drawn[5]} != {*numbers(glue(folder, train_limit=5, split_seed=1).train_dataloader())}
 
 
-def test_balanced_weights_are_those_of_the_rows_trained_on(tmp_path):
+def test_balanced_weights_are_those_of_the_examples_trained_on(tmp_path):
     write(tmp_path / "train.jsonl", [{**row, "label": int(k < 10)} for k, row in enumerate(pairs(40))])
     write(tmp_path / "validation.jsonl", pairs(4))
 
@@ -294,7 +294,7 @@ def test_balanced_weights_are_those_of_the_rows_trained_on(tmp_path):
     one_line(error, "entailment", "train_limit")
 
 
-def test_a_run_records_its_rows_and_a_later_test_does_not_overwrite_them(folder, tmp_path):
+def test_a_run_records_its_examples_and_a_later_test_does_not_overwrite_them(folder, tmp_path):
     log = tmp_path / "logs"
     data = glue(folder, split_protocol="red", train_limit=7, trainer={"log_dir": str(log)})
     record = json.loads((log / "splits" / "rte.json").read_text())

@@ -340,7 +340,7 @@ def test_without_data_the_number_of_labels_is_asked_for(bert, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_rows_that_are_too_long_are_refused_before_they_run(bert, tmp_path, command):
+def test_examples_that_are_too_long_are_refused_before_they_run(bert, tmp_path, command):
     data = Sentences([sentences(2, longest=3), [{"input_ids": [5] * (LONGEST + 1), "label": 0, "id": "x"}]])
     with pytest.raises(ConfigurationError, match=f"up to {LONGEST + 1} tokens.*max_length to {LONGEST}"):
         getattr(make_trainer(tmp_path), command)(module(bert), datamodule=data)
