@@ -3,7 +3,7 @@
 The handshake: what module and data module must agree on is exchanged here and nowhere else. From its `setup` on a data
 module asks for `requirements` (tokenizer, image size and mean …), which a module states in `data_requirements`. In its
 own `agree`, which comes afterwards, a module asks for `description` (number and names of the classes …).
-Whatever else a module wants, it asks by a public method of the data module: `protocol`, `extremes`, `class_weights`.
+What goes into a result of a data module, a module asks by its `protocol`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def inference_rows(model: nn.Module) -> dict[str, str]:
+def inference_stages(model: nn.Module) -> dict[str, str]:
     """The stages that a test has, and the row of the papers' tables that each stands for.
 
     An AuroRA whose inference is dynamic is tested twice.
@@ -129,18 +129,24 @@ def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> d
     return {**data, "selected_on_test": True}
 
 
-def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) -> None:
+def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any] | None:
     """Writes what a test measured into the run's folder and prints where; every process must call it.
 
     Args:
         module: what was tested, attached to its trainer; in a fast_dev_run nothing is written.
         metrics: values by name.
         facts: what else `collect` takes.
+
+    Returns:
+        What was written, on the process that did.
     """
     trainer = module.trainer
     folder = trainer.log_dir  # asked on every rank
-    if folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-        print(f"Results: {write(Path(folder), collect(module, metrics, **facts))}", flush=True)
+    if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
+        return None
+    result = collect(module, metrics, **facts)
+    print(f"Results: {write(Path(folder), result)}", flush=True)
+    return result
 
 
 def as_text(result: dict[str, Any]) -> str:

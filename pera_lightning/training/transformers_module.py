@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.pretrained import load_tokenizer
 from pera_lightning.training.normalised_loss import NormalisedLossModule
 from pera_lightning.training.precision import DTYPES, release_heads
-from pera_lightning.training.transformers_models import recompute_activations
+from pera_lightning.training.transformers_models import check_extremes, recompute_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,20 @@ class TransformersModule(NormalisedLossModule):
     ) -> None:
         super().__init__(**shared)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._data: Mapping[str, Any] = {}  # what the data say of themselves, their `description`
+
+    def agree(self) -> None:
+        self._data = self.data_description()
+
+    def check_extremes(self) -> None:
+        """Raises `ConfigurationError` for data with longer examples or other token ids than the network takes."""
+        if extremes := self._data.get("extremes"):
+            check_extremes(self.model, *extremes)  # type: ignore[arg-type]
+
+    def loading(self, weights: bool) -> dict[str, Any]:
+        """The arguments of `load_pretrained` that the hyperparameters hold."""
+        names = ("attn_implementation", "revision")
+        return {"dtype": DTYPES[self.hparams["base_dtype"]], "weights": weights, **{n: self.hparams[n] for n in names}}
 
     def finish_network(self) -> None:
         if self.hparams["activation_checkpointing"]:
@@ -58,6 +72,7 @@ class TransformersModule(NormalisedLossModule):
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
         from pera_lightning.export.transformers import write_transformers
 
+        # Heads were trained in float32; a folder of transformers has one precision.
         notes, dtype = [], self.hparams["base_dtype"]
         if heads := release_heads(self.model, DTYPES[dtype]):  # type: ignore[arg-type]
             notes.append(f"{listed(heads)} was trained in float32 and is {dtype}, as the base is")
@@ -65,8 +80,9 @@ class TransformersModule(NormalisedLossModule):
             config = self.model.config  # type: ignore[union-attr]
             config.id2label = dict(enumerate(class_names))
             config.label2id = {name: k for k, name in config.id2label.items()}
-        name = getattr(data, "tokenizer_name", None)
         try:
+            # Data that are given here need not be those of the trainer.
+            name = getattr(data, "description", self.data_description)().get("tokenizer_name")
             tokenizer = self.tokenizer if name is None else load_tokenizer(name)
         except ConfigurationError as error:
             tokenizer = None

@@ -13,8 +13,7 @@ import torch
 from pera_lightning.cli.commands.sweep import check_alone
 from pera_lightning.cli.sweeps import processes, running
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.image_classification.module import ImageClassificationModule
-from tests.run_helpers import QUICKSTART, ROOT
+from tests.run_helpers import QUICKSTART
 
 # Plays fit and test: writes what they write, and does what ACTS says for "fit 1" (command and seed).
 PLAYER = """
@@ -142,7 +141,7 @@ def test_runs_whose_scores_are_no_numbers_are_told_and_summed_up(play, odd):
     row = done.sweep["summary"][0]
     for of in (row["selection"], row["metrics"]["test/accuracy"]):
         assert (of["n"], of["not_finite"], of["mean"], of["sd"], of["max"]) == (0, 2, None, None, None)
-    assert "[1/4] lr=1.0_seed=1: val/accuracy is no number, test/accuracy is no number; " in done.out
+    assert "[1/4] lr=1.0_seed=1: val/accuracy is not a number, test/accuracy is not a number; " in done.out
     assert "statistics: val/accuracy of lr=1.0_seed=1, lr=1.0_seed=2; test/accuracy of lr=1.0_seed=1, " in done.out
     assert "Best by the mean of val/accuracy (max): lr=0.1, 0.7500; not chosen from" in done.out
     rows = list(csv.DictReader((done.folder / "sweep.csv").open()))
@@ -239,18 +238,18 @@ def test_one_sweep_at_a_time(play, tmp_path):
     with locked(tmp_path / "out"):
         done = play("--seeds", "1")
     assert (done.code, done.calls) == (2, [])
-    assert "is in use by another sweep, or by a run that one left behind (process " in done.err
+    assert "is in use by another sweep, or by a run that one left behind (" in done.err
     assert play("--seeds", "1").code == 0
 
 
 def test_folders_that_are_no_sweep_s_are_refused(play, tmp_path):
     out = tmp_path / "out"
     out.write_text("")
-    assert "out is a file: give a folder" in play().err
+    assert "out holds no sweep but a file: give another" in play().err
     out.unlink()
     out.mkdir()
     (out / "thesis.tex").write_text("")
-    assert "out holds no sweep but thesis.tex: give a new folder" in play().err
+    assert "out holds no sweep but thesis.tex: give another" in play().err
     (out / "sweep.json").write_text("{}")
     assert "sweep.json is damaged, or of something else" in play().err
 
@@ -266,8 +265,8 @@ REFUSED = {
     ),
     "a wrong value": (["--grid", "adapter.method.rank=4,0"], "with rank=0: rank=0: a positive integer is needed"),
     "an option that is none": (["--sedes", "1"], "unknown option --sedes; closest: --seeds"),
-    "a trial run": (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run writes no checkpoint"),
-    "no checkpoints": (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing is false"),
+    "a trial run": (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run, which writes no checkpoint"),
+    "no checkpoints": (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing=false, and"),
     "no seed": (["--config", '{"seed_everything": true}'], "the config has seed_everything: True: give --seeds"),
     "another logger": (
         ["--trainer.logger", '{"class_path": "lightning.pytorch.loggers.MLFlowLogger"}'],
@@ -275,7 +274,7 @@ REFUSED = {
     ),
     "one folder for all checkpoints": (
         ['--trainer.callbacks=[{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "x"}}]'],
-        "ModelCheckpoint has dirpath=x, where the runs would write over each other's checkpoints",
+        "ModelCheckpoint with dirpath=x, where the runs would write over each other's checkpoints",
     ),
     "an unknown strategy": (["--trainer.strategy", "fspd2"], "strategy='fspd2' does not exist"),
 }
@@ -287,43 +286,6 @@ def test_what_no_run_could_take_is_one_line_before_the_first(play, words, expect
     assert (done.code, done.calls, done.folder.exists()) == (2, [], False)
     assert expected in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
-
-
-@pytest.mark.parametrize("words", [[], ["--dry_run"], ["--grid", "model.lr=0.01,0.1"]], ids=" ".join)
-def test_a_module_checks_what_its_fit_will_read_before_the_first_run(play, monkeypatch, words):
-    def check(self):
-        raise ConfigurationError(f"mnli_checkpoint=nix does not exist, lr={self.hparams['lr']}")
-
-    monkeypatch.setattr(ImageClassificationModule, "check_start", check, raising=False)
-    done = play("--seeds", "1", *words)
-    assert (done.code, done.calls, done.folder.exists()) == (2, [], False)
-    told = "with lr=0.01: " if "--grid" in words else ""
-    assert f"error: {told}mnli_checkpoint=nix does not exist, lr=" in done.err.splitlines()[-1]
-
-
-def test_runs_that_have_begun_need_nothing_to_start_from(play, monkeypatch):
-    def check(self):
-        raise ConfigurationError("nix does not exist")
-
-    play("--seeds", "1,2", acts={"fit 2": "fail"})
-    monkeypatch.setattr(ImageClassificationModule, "check_start", check, raising=False)
-    assert play("--seeds", "1,2").calls == ["fit seed2 on", "test seed2"]
-    assert play("--seeds", "1,2,3").code == 2
-
-
-def test_a_path_with_the_seed_in_it_is_checked_for_the_seeds_that_run(play, monkeypatch):
-    checked = []
-    monkeypatch.setattr(
-        ImageClassificationModule, "check_start", lambda self: checked.append(self.hparams["head_lr"]), raising=False
-    )
-    assert play("--seeds", "1,2", "--model.head_lr", "0.{seed}", "--dry_run").code == 0
-    assert checked == [0.1, 0.2]
-
-
-def test_an_mnli_checkpoint_that_is_not_there_is_told_before_the_first_run(play):
-    done = play("--model.mnli_checkpoint", "nix", "--dry_run", config=ROOT / "configs" / "glue_minilm.yaml")
-    assert (done.code, done.calls) == (2, [])
-    assert "mnli_checkpoint=nix" in done.err.splitlines()[-1]
 
 
 def test_several_processes_are_refused(play, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 
 from pera_lightning.cli.sweeps import choice, plan, summary
 from pera_lightning.cli.sweeps import folder as sweep_folder
-from pera_lightning.cli.sweeps.running import placed
+from pera_lightning.cli.sweeps.running import run_words
 from pera_lightning.errors import PeraError
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -40,7 +40,8 @@ def test_a_sweep_s_words_are_told_from_those_of_its_runs():
         ("it's,x", ["it's", "x"]),
         ("[1,2", None),
         ('"a,b', None),
-        ("1,,2", ["1", "", "2"]),
+        ("1,,2", None),
+        ("re:^a.*b$,attn.qkv", ["re:^a.*b$", "attn.qkv"]),
     ],
 )
 def test_values_are_parted_at_the_outer_commas(text, parts):
@@ -48,27 +49,29 @@ def test_values_are_parted_at_the_outer_commas(text, parts):
 
 
 WRONG = {
-    "seeds that are no numbers": (["--seeds", "a,b"], "--seeds a,b: whole numbers from 0 to 4294967295 are needed"),
-    "half a seed": (["--seeds", "1.5"], "--seeds 1.5: whole numbers"),
-    "a negative seed": (["--seeds", "-1,2"], "--seeds -1,2: whole numbers"),
-    "a seed too large": (["--seeds", "4294967296"], "--seeds 4294967296: whole numbers"),
-    "no seed": (["--seeds="], "--seeds : whole numbers"),
-    "a comma too many": (["--seeds", "1,2,"], "--seeds 1,2,: whole numbers"),
-    "a seed twice": (["--seeds", "1,2,01"], "--seeds 1,2,01: 1 is given twice"),
-    "seeds twice": (["--seeds", "1", "--seeds", "2"], "--seeds is given twice"),
+    "seeds that are no numbers": (
+        ["--seeds", "a,b"],
+        "--seeds a,b: different whole numbers from 0 to 4294967295 are needed",
+    ),
+    "half a seed": (["--seeds", "1.5"], "--seeds 1.5: different whole numbers"),
+    "a negative seed": (["--seeds", "-1,2"], "--seeds -1,2: different whole numbers"),
+    "a seed too large": (["--seeds", "4294967296"], "--seeds 4294967296: different whole numbers"),
+    "no seed": (["--seeds="], "--seeds : different whole numbers"),
+    "a comma too many": (["--seeds", "1,2,"], "--seeds 1,2,: different whole numbers"),
+    "a seed twice": (["--seeds", "1,2,01"], "--seeds 1,2,01: different whole numbers"),
     "seeds without a value": (["--seeds", "--grid", "a=1"], "--seeds: expected one argument"),
     "grid without a value": (["--grid"], "--grid: expected one argument"),
     "grid without =": (["--grid", "model.lr"], "--grid model.lr: a key and its values are needed, such as model.lr=0"),
     "an empty grid": (["--grid", "model.lr="], "--grid model.lr=: a key and its values are needed"),
-    "an empty value": (["--grid", "model.lr=1,,2"], "--grid model.lr=1,,2: one of its values is empty"),
-    "a bracket left open": (["--grid", "a=[1,2"], "--grid a=[1,2: brackets or quotes that do not close"),
-    "a value twice": (["--grid", "model.lr=1e-3,0.001"], "--grid model.lr=1e-3,0.001: 0.001 is given twice"),
+    "an empty value": (["--grid", "model.lr=1,,2"], "--grid model.lr=1,,2: values of YAML are needed"),
+    "a bracket left open": (["--grid", "a=[1,2"], "--grid a=[1,2: values of YAML are needed"),
+    "a value twice": (["--grid", "model.lr=1e-3,0.001"], "--grid model.lr=1e-3,0.001: a value is given twice"),
     "a key twice": (["--grid", "model.lr=1", "model.init_args.lr=2"], "--grid model.lr is given twice"),
     "a key given and swept": (
         ["--model.init_args.lr=3", "--grid", "model.lr=1"],
         "--model.lr is given, and swept",
     ),
-    "a grid of seeds": (["--grid", "seed_everything=1,2"], "--grid seed_everything: set by sweep, give --seeds"),
+    "a grid of seeds": (["--grid", "seed_everything=1,2"], "--seed_everything is set by sweep: give --seeds"),
     "a seed for all": (["--seed_everything", "3"], "--seed_everything is set by sweep: give --seeds"),
     "a checkpoint": (["--ckpt_path=last"], "--ckpt_path is set by sweep: leave it out"),
     "a folder for all": (
@@ -111,20 +114,25 @@ def test_names_tell_keys_and_values_apart():
     assert one != other
     for name in (one, other, plan.run_name({f"key{k}": "x" * 300 for k in range(9)}, 12)):
         assert re.fullmatch(r"[\w.=+-]{1,200}", name), name
-    with pytest.raises(PeraError, match="runs a=x_seed=0 and a=X_seed=0 cannot have a folder each"):
+    with pytest.raises(PeraError, match="differ in capitals alone cannot have a folder each"):
         plan.runs({"a": ("x", "X")}, [0])
 
 
-def test_a_run_has_its_folder_from_each_kind_of_logger(tmp_path):
-    run = tmp_path / "out" / "seed1"
-    root = f"--trainer.default_root_dir={run}"
+def test_a_run_has_its_folder_by_its_first_logger(tmp_path):
+    folder = tmp_path / "out" / "seed1"
+    run = plan.Run("seed1", {"model.lr": "1"}, 1)
     names = {"save_dir": str(tmp_path), "name": "out", "version": "seed1"}
-    assert placed(False, run) == [root]
-    made = placed(True, run)[1].removeprefix("--trainer.logger=")
-    assert json.loads(made)["init_args"] == names
+
+    def words(loggers):
+        made = plan.Plan([run], (1,), ["--a", "{seed}"], {}, {}, {"lr=1": loggers})
+        return run_words(made, run, folder)
+
+    shared = ["--a", "1", "--seed_everything=1", "--model.lr=1", f"--trainer.default_root_dir={folder}"]
+    assert words([]) == shared
     one = {"class_path": "x.CSVLogger", "init_args": {"save_dir": "runs", "prefix": "p"}}
-    assert placed(one, run) == [root, *(f"--trainer.logger.init_args.{key}={value}" for key, value in names.items())]
-    first, second = json.loads(placed([one, {"class_path": "y.Z"}], run)[1].removeprefix("--trainer.logger="))
+    *others, logger = words([one, {"class_path": "y.Z"}])
+    assert others == shared
+    first, second = json.loads(logger.removeprefix("--trainer.logger="))
     assert first["init_args"] == {"prefix": "p", **names}
     assert second == {"class_path": "y.Z"}
 
@@ -172,7 +180,7 @@ def test_a_table_tells_how_many_runs_are_no_number():
     lines = summary.table(summary.summarise([*records, record("2", 0, None, None)])).splitlines()
     assert lines[1].split()[3:] == ["1", "of", "3", "0.5000", "±", "-", "0.5000", "0.5000", "0.5000"]
     assert lines[3].split()[3:] == ["0", "of", "1", "-", "±", "-", "-", "-", "-"]
-    assert summary.scores(records[1]) == "val/accuracy is no number, test/accuracy is no number"
+    assert summary.scores(records[1]) == "val/accuracy is not a number, test/accuracy is not a number"
     assert summary.without_number(records[:1]) == ""
     told = summary.without_number([*records, record("2", 0, None, None, status="failed")])
     assert "statistics: val/accuracy of 1_1, 1_2; test/accuracy of 1_1, 1_2." in told
@@ -200,7 +208,7 @@ def test_nothing_is_best_where_nothing_was_selected():
     odd = summary.summarise([record(lr, 0, None, 0.1) for lr in "12"])
     assert choice.best_settings(odd) == (
         [],
-        "No setting is named best: each has a run whose val/accuracy is no number.",
+        "No setting is named best: each has a run whose val/accuracy is not a number.",
     )
 
 
@@ -210,7 +218,7 @@ def test_a_setting_with_a_run_that_is_no_number_is_not_chosen(mode):
     best, text = choice.best_settings(summary.summarise([*records, record("2", 1, 0.5, 0.1, mode=mode)]))
     assert [one["values"] for one in best] == [{"model.lr": "2"}]
     assert text == (
-        f"Best by the mean of val/accuracy ({mode}): lr=2, 0.5000; not chosen from, as val/accuracy of a run is no "
+        f"Best by the mean of val/accuracy ({mode}): lr=2, 0.5000; not chosen from, as val/accuracy of a run is not a "
         "number: lr=1."
     )
 

@@ -57,8 +57,8 @@ def test_a_merged_aurora_is_one_row_by_the_name_of_its_merge():
     network = torch.nn.Sequential(torch.nn.Linear(6, 6))
     inject(network, AuroRA(rank=2), ["0"])
     network.eval()
-    assert list(results.inference_rows(network)) == ["test", "test_static"]
+    assert list(results.inference_stages(network)) == ["test", "test_static"]
     merge(network, mode="calibrated", batches=[torch.randn(40, 6)])
-    assert results.inference_rows(network) == {"test": "merged: calibrated"}
+    assert results.inference_stages(network) == {"test": "merged: calibrated"}
     with static_inference(network) as dynamic:
         assert dynamic == 0

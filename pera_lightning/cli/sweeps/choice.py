@@ -21,14 +21,9 @@ _LOADING = ("batch_size", "num_workers")  # options of a data module that leave 
 
 
 def data_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Facts that are equal for runs on the same data.
+    """Facts that are equal for runs on the same data, each with its distinct values in the runs of one setting.
 
-    Args:
-        records: runs of one setting.
-
-    Returns:
-        Facts of their protocols by key, each with its distinct values; where a data module gives none, the grid values
-        of its options.
+    They are those of the runs' protocols; where a data module gives none, the grid values of its options.
     """
     facts: dict[str, list[Any]] = {}
     for record in records:
@@ -37,12 +32,8 @@ def data_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
                 facts[key].append(value)
     if any("." in key for key in facts):
         return facts
-    grid = {
-        key: [value]
-        for key, value in records[0]["values"].items()
-        if _is_of_data(key) and key.rpartition(".")[2] not in _LOADING
-    }
-    return {**facts, **grid}
+    grid = {key: [value] for key, value in records[0]["values"].items() if _is_of_data(key)}
+    return {**facts, **{key: values for key, values in grid.items() if key.rpartition(".")[2] not in _LOADING}}
 
 
 def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -62,16 +53,15 @@ def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
         return [], ""
     # Scores of unlike data cannot be compared: a best setting for each data.
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in summary:
-        groups.setdefault(json.dumps(row["data"], sort_keys=True), []).append(row)
+    for setting in summary:
+        groups.setdefault(json.dumps(setting["data"], sort_keys=True), []).append(setting)
     chosen, lines = [], []
     for label, group in zip(_labels(list(groups.values())), groups.values(), strict=True):
         if len(group) > 1:
-            row, line = _best_of(group, label)
+            setting, line = _best_of(group, label)
             lines.append(line)
-            if row is not None:
-                mean = row["selection"]["mean"]
-                chosen.append({"of": label, "values": dict(row["values"]), "mean": mean})
+            if setting is not None:
+                chosen.append({"of": label, "values": dict(setting["values"]), "mean": setting["selection"]["mean"]})
     if not lines:
         return [], "No setting is named best: no two of them are of the same data."
     return chosen, "\n".join(lines)
@@ -80,24 +70,25 @@ def best_settings(summary: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
 def _best_of(group: Sequence[Mapping[str, Any]], label: str | None) -> tuple[Mapping[str, Any] | None, str]:
     """The best of several settings of the same data, or None, and a line that says so."""
     of = "" if label is None else f" of {label}"
-    by = [row["selection"] for row in group]
+    by = [setting["selection"] for setting in group]
     # One metric, in one direction, of all runs.
     kinds = {(one["name"], one["mode"]) for one in by if one is not None}
     if None in by or len(kinds) != 1:
         return None, f"No setting{of} is named best: the runs have no selection score that all of them share."
     ((name, mode),) = kinds
-    left = [row for row in group if not row["selection"]["not_finite"]]
+    left = [setting for setting in group if not setting["selection"]["not_finite"]]
     if not left:
-        return None, f"No setting{of} is named best: each has a run whose {name} is no number."
-    row = (max if mode == "max" else min)(left, key=lambda row: row["selection"]["mean"])
-    text = f"Best{of} by the mean of {name} ({mode}): {setting_name(row['values'])}, {row['selection']['mean']:.4f}"
+        return None, f"No setting{of} is named best: each has a run whose {name} is not a number."
+    setting = (max if mode == "max" else min)(left, key=lambda one: one["selection"]["mean"])
+    mean = setting["selection"]["mean"]
+    text = f"Best{of} by the mean of {name} ({mode}): {setting_name(setting['values'])}, {mean:.4f}"
     if len({one["n"] + one["not_finite"] for one in by}) > 1:
         text += "; the settings have unlike numbers of runs"
-    if out := [setting_name(row["values"]) for row in group if row["selection"]["not_finite"]]:
-        text += f"; not chosen from, as {name} of a run is no number: {listed(out)}"
-    if any(row["selected_on_test"] for row in group):
+    if out := [setting_name(setting["values"]) for setting in group if setting["selection"]["not_finite"]]:
+        text += f"; not chosen from, as {name} of a run is not a number: {listed(out)}"
+    if any(setting["selected_on_test"] for setting in group):
         text += f"; {name} is measured on the test set itself, so its test scores are those of a chosen setting"
-    return row, text + "."
+    return setting, text + "."
 
 
 def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
@@ -105,29 +96,21 @@ def _labels(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | None]:
     if len(groups) == 1:
         return [None]
     # Keys of the grid name the data where each group has one value of them, and not all the same.
-    keys = [
-        key
-        for key in groups[0][0]["values"]
-        if _is_of_data(key) and all(len({row["values"][key] for row in group}) == 1 for group in groups)
-    ]
-    keys = [key for key in keys if len({group[0]["values"][key] for group in groups}) > 1]
+    found = {key: [{setting["values"][key] for setting in group} for group in groups] for key in groups[0][0]["values"]}
+    keys = [key for key, of in found.items() if _is_of_data(key) and all(len(one) == 1 for one in of)]
+    keys = [key for key in keys if len(set().union(*found[key])) > 1]
     by_grid = [setting_name({key: group[0]["values"][key] for key in keys}) for group in groups]
     if keys and len(set(by_grid)) == len(groups):
         return list(by_grid)
-    # Else the facts that differ do.
+    # Else the facts that differ do, in a few letters: digests are long.
     facts = [group[0]["data"] for group in groups]
-    unlike = [key for key in dict.fromkeys(key for one in facts for key in one) if _differs(key, facts)]
-    return [", ".join(f"{key}={_value(one.get(key, []))}" for key in unlike) for one in facts]
-
-
-def _differs(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
-    return any(one.get(key) != facts[0].get(key) for one in facts)
-
-
-def _value(values: Sequence[Any]) -> str:
-    """Values in a few letters; digests are long."""
-    return "|".join(str(value)[:12] for value in values) or "none"
+    names = dict.fromkeys(key for one in facts for key in one)
+    unlike = [key for key in names if any(one.get(key) != facts[0].get(key) for one in facts)]
+    return [
+        ", ".join(f"{key}={'|'.join(str(value)[:12] for value in one.get(key, [])) or 'none'}" for key in unlike)
+        for one in facts
+    ]
 
 
 def _is_of_data(key: str) -> bool:
-    return key == "data" or key.startswith("data.")
+    return key.partition(".")[0] == "data"

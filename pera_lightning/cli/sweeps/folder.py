@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
@@ -22,50 +21,41 @@ FILE, TABLE, LOG, LOCK = "sweep.json", "sweep.csv", "sweep.log", ".sweep.lock"
 RESULTS = "results.json"
 
 
-def read_sweep(folder: Path) -> dict[str, Any] | None:
+def read_sweep(folder: Path, keys: Iterable[str]) -> dict[str, Any] | None:
     """Reads what an earlier sweep has written into a folder; None without one.
 
+    Args:
+        folder: folder of the sweep.
+        keys: keys of the grid; more values and seeds are fine, other keys are not.
+
     Raises:
-        ConfigurationError: for a path that is a file, or a folder that holds other things.
+        ConfigurationError: for a path that is a file, or a folder that holds other things or a sweep over other keys.
         DataError: where `sweep.json` is damaged.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"--output {folder} is a file: give a folder")
+    if not folder.exists():
+        return None
     file = folder / FILE
     if not file.is_file():
-        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".sweep.")) if folder.is_dir() else []
+        others = ["a file"] if folder.is_file() else [p.name for p in folder.iterdir() if p.name != LOCK]
         if others:
-            raise ConfigurationError(f"--output {folder} holds no sweep but {listed(others)}: give a new folder")
+            raise ConfigurationError(f"--output {folder} holds no sweep but {listed(sorted(others))}: give another")
         return None
     try:
         sweep = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN of old
-        if all(isinstance(sweep[key], dict) for key in ("reference", "config", "grid")):
-            for record in sweep["runs"]:
-                _ = record["name"], record["status"]
-            return sweep
-    except (ValueError, LookupError, TypeError, OSError):
-        pass
-    raise DataError(f"{file} is damaged, or of something else: give another --output, or remove it and begin anew")
-
-
-def check_keys(folder: Path, sweep: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raises `ConfigurationError` where a folder holds a sweep over other keys; more values and seeds are fine."""
-    keys = list(keys)
-    if set(keys) != set(sweep["grid"]):
-        before, now = (listed(names) or "seeds only" for names in (sweep["grid"], keys))
+        before, runs, _ = dict(sweep["grid"]), sweep["runs"], (dict(sweep["reference"]), dict(sweep["config"]))
+        _ = [(record["name"], record["status"]) for record in runs]
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise DataError(f"{file} is damaged, or of something else: give another --output, or remove it") from error
+    if before.keys() != {*keys}:
+        was, now = (listed(names) or "seeds only" for names in (before, keys))
         raise ConfigurationError(
-            f"--output {folder} holds a sweep over {before}, and this one is over {now}: give another --output"
+            f"--output {folder} holds a sweep over {was}, and this one is over {now}: give another --output"
         )
+    return sweep
 
 
 def check_same(folder: Path, sweep: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises `ConfigurationError` where a folder holds a sweep with other settings than these.
-
-    Args:
-        folder: folder of the sweep, for the message.
-        sweep: content of `sweep.json`.
-        config: config of the sweep's reference setting, parsed now; contents are compared, not paths or words.
-    """
+    """Raises `ConfigurationError` where a folder's sweep has other settings than `config`, whatever its paths."""
     if found := differences(sweep["config"], config):
         raise ConfigurationError(
             f"--output {folder} holds a sweep with other settings: {listed(found, 3)}; give another --output"
@@ -88,28 +78,15 @@ def locked(folder: Path) -> Iterator[int]:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): give another --output") from None
-    # The lock is the kernel's: it goes with the last process that holds it, however that ends.
-    try:
+    with os.fdopen(lock):
         try:
-            flock(lock, LOCK_EX | LOCK_NB)
+            flock(lock, LOCK_EX | LOCK_NB)  # the kernel's: it goes with the last process that holds it
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others: some network disks have no locks
-                owner = os.pread(lock, 100, 0).decode(errors="replace").strip()
-                raise ConfigurationError(
-                    f"{folder} is in use by another sweep, or by a run that one left behind (process {owner}): wait "
-                    "for its end, or end it"
-                ) from None
-        note_owner(lock, os.getpid())
+            raise ConfigurationError(
+                f"{folder} is in use by another sweep, or by a run that one left behind ({error.strerror}): wait for "
+                "its end, end it, or give another --output"
+            ) from None
         yield lock
-    finally:
-        os.close(lock)
-
-
-def note_owner(lock: int, *processes: int) -> None:
-    """Writes into the lock's file who holds it, for the message of the next sweep."""
-    with suppress(OSError):  # a full disk is told where it matters
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, " ".join(map(str, processes)).encode(), 0)
 
 
 def new_record(run: Run) -> dict[str, Any]:
@@ -135,7 +112,7 @@ def new_record(run: Run) -> dict[str, Any]:
 
 
 def write_sweep(folder: Path, sweep: dict[str, Any]) -> None:
-    """Writes `sweep.json`, with a summary that is new, and `sweep.csv`; each whole or not at all.
+    """Writes `sweep.json`, with a summary that is new, and `sweep.csv`; each completely or not at all.
 
     Raises:
         DataError: where the disk is full, or the folder gone.
@@ -159,9 +136,8 @@ def fit_finished(run: Path) -> bool:
     Each fit writes `config.yaml` when it begins, checkpoints while it trains, and the adapter folder at its end only,
     `adapter_config.json` last: where that is the newest of them, the fit is finished.
     """
-    end = _written(run / "adapter" / "adapter_config.json")
-    begun = _written(run / "config.yaml")
-    return None not in (end, begun) and all(end >= time for time in (begun, *_checkpoint_times(run)))  # type: ignore
+    end, begun = written(run / "adapter" / "adapter_config.json"), written(run / "config.yaml")
+    return 0 < begun <= end and end >= _last_checkpoint(run)
 
 
 def is_complete(run: Path, record: Mapping[str, Any] | None) -> bool:
@@ -169,18 +145,16 @@ def is_complete(run: Path, record: Mapping[str, Any] | None) -> bool:
     if record is None or record["status"] != COMPLETE or not record["results"]:
         return False
     file = run / record["results"]
-    time = _written(file)
     # A test by hand with other words would write other results into the same place.
-    if time is None or digest(file) != record["results_sha256"]:
-        return False
-    return all(time >= written for written in _checkpoint_times(run))
+    same = file.is_file() and digest(file) == record["results_sha256"]
+    return same and written(file) >= _last_checkpoint(run)
 
 
 def find_results(run: Path) -> Path | None:
     """The newest `results.json` of a run, in its folder, else in one that it keeps for a protocol."""
     if (run / RESULTS).is_file():
         return run / RESULTS
-    return max(run.glob(f"*/**/{RESULTS}"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    return max(run.glob(f"*/**/{RESULTS}"), key=written, default=None)
 
 
 def digest(file: Path) -> str:
@@ -188,17 +162,10 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def identity(file: Path | None) -> tuple[int, int] | None:
-    """Inode and time of a file, which change when it is written anew with the same content too."""
-    if file is None or not file.is_file():
-        return None
-    found = file.stat()
-    return found.st_ino, found.st_mtime_ns
+def written(file: Path | None) -> int:
+    """Nanoseconds at which a file was last written; 0 where it does not exist."""
+    return file.stat().st_mtime_ns if file is not None and file.is_file() else 0
 
 
-def _written(file: Path) -> int | None:
-    return file.stat().st_mtime_ns if file.is_file() else None
-
-
-def _checkpoint_times(run: Path) -> list[int]:
-    return [file.stat().st_mtime_ns for file in run.glob("checkpoints/*.ckpt")]
+def _last_checkpoint(run: Path) -> int:
+    return max(map(written, run.glob("checkpoints/*.ckpt")), default=0)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
+
+import yaml
 
 from pera_lightning.errors import ConfigurationError
 
@@ -25,7 +29,6 @@ _SET_HERE = {
     "trainer.logger.version": "leave it out; a run's folder says its values and seed",
     "print_config": "use it with fit, or give --dry_run",
 }
-_BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclass
@@ -48,8 +51,20 @@ class Run:
     seed: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is asked to run."""
+
+    runs: list[Run]
+    seeds: tuple[int, ...]  # of each setting
+    words: Sequence[str]  # of every run
+    reference: Mapping[str, str]  # setting by which two sweeps of a folder are compared
+    config: Mapping[str, Any]  # of the reference, flat, without what a run's folder sets
+    loggers: Mapping[str, list[dict[str, Any]]]  # of each setting, by its name, as primitives
+
+
 def read_request(words: Sequence[str]) -> Request:
-    """Sorts the words after `sweep`.
+    """Sorts the words after `sweep`; as everywhere on a command line, the last of several values of an option counts.
 
     Raises:
         ConfigurationError: for wrong values of sweep's own options, and for options that sweep sets itself.
@@ -57,113 +72,79 @@ def read_request(words: Sequence[str]) -> Request:
     # Sweep's own options are taken out; all other words go to every run, unread.
     request, rest = Request(), list(words)
     while rest:
-        word = rest.pop(0)
-        option, equals, value = word.partition("=")
-        if option == "--dry_run" and not equals:
+        option, equals, value = (word := rest.pop(0)).partition("=")
+        if word == "--dry_run":
             request.dry_run = True
         elif option in ("--seeds", "--output", "--grid"):
-            if not equals:
-                if not rest or rest[0].startswith("--"):
-                    raise ConfigurationError(f"{option}: expected one argument")
-                value = rest.pop(0)
+            values = [value] if equals else []
+            # One --grid may be followed by several keys.
+            stop = "-" if option == "--grid" else "--"  # a value may be negative
+            while rest and not rest[0].startswith(stop) and (option == "--grid" or not values):
+                values.append(rest.pop(0))
+            if not values:
+                raise ConfigurationError(f"{option}: expected one argument")
             if option == "--seeds":
-                _once(option, request.seeds)
-                request.seeds = read_seeds(value)
+                request.seeds = read_seeds(values[0])
             elif option == "--output":
-                _once(option, request.output)
-                request.output = value
-            else:
-                # One --grid may be followed by several keys.
-                entries = [value]
-                while rest and not rest[0].startswith("-"):
-                    entries.append(rest.pop(0))
-                for entry in entries:
-                    key, values = read_grid(entry)
-                    if key in request.grid:
-                        raise ConfigurationError(f"--grid {key} is given twice: give all its values at once")
-                    request.grid[key] = values
+                request.output = values[0]
+            for key, texts in map(read_grid, values if option == "--grid" else ()):
+                if key in request.grid:
+                    raise ConfigurationError(f"--grid {key} is given twice: give all its values at once")
+                request.grid[key] = texts
         else:
-            request.words.append(word)
+            request.words.append(word)  # of the runs
     _check_words(request)
     return request
 
 
-def _once(option: str, before: object) -> None:
-    if before is not None:
-        raise ConfigurationError(f"{option} is given twice")
-
-
 def _check_words(request: Request) -> None:
-    for word in request.words:
-        key = plain_key(word.partition("=")[0][2:]) if word.startswith("--") else ""
+    given = [plain_key(word.partition("=")[0][2:]) for word in request.words if word.startswith("--")]
+    for key in [*given, *request.grid]:
         if key in _SET_HERE:
             raise ConfigurationError(f"--{key} is set by sweep: {_SET_HERE[key]}")
-        if key in request.grid:
-            raise ConfigurationError(f"--{key} is given, and swept over by --grid: leave one of them out")
     for key in request.grid:
-        if key in _SET_HERE:
-            raise ConfigurationError(f"--grid {key}: set by sweep, {_SET_HERE[key]}")
+        if key in given:
+            raise ConfigurationError(f"--{key} is given, and swept over by --grid: leave one of them out")
         if key in ("config", "trainer.logger"):
             raise ConfigurationError(f"--grid {key}: not one value of the config; give each an --output of its own")
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """The seeds in ``"42,43,44"``.
-
-    Raises:
-        ConfigurationError: for anything but whole numbers from 0 to `LARGEST_SEED`, each once.
-    """
+    """The seeds in ``"42,43,44"``."""
     words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch("[0-9]+", word) and int(word) <= LARGEST_SEED for word in words):
-        raise ConfigurationError(f"--seeds {text}: whole numbers from 0 to {LARGEST_SEED} are needed, such as 42,43,44")
-    seeds = tuple(int(word) for word in words)
-    for seed in seeds:
-        if seeds.count(seed) > 1:
-            raise ConfigurationError(f"--seeds {text}: {seed} is given twice")
+    seeds = tuple(int(word) for word in words if re.fullmatch("[0-9]+", word) and int(word) <= LARGEST_SEED)
+    if len(set(seeds)) < len(words):
+        raise ConfigurationError(
+            f"--seeds {text}: different whole numbers from 0 to {LARGEST_SEED} are needed, such as 42,43,44"
+        )
     return seeds
 
 
 def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
-    """The key and the values in ``"model.lr=0.001,0.01"``; commas within brackets and quotes do not divide.
-
-    Raises:
-        ConfigurationError: without a key, or for a value that is empty or given twice.
-    """
+    """The key and the values in ``"model.lr=0.001,0.01"``; commas within brackets and quotes do not divide."""
     key, _, values = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", key) or not values.strip():
         raise ConfigurationError(f"--grid {text}: a key and its values are needed, such as model.lr=0.001,0.01")
-    parts = split_values(values)
+    parts = split_values(values)  # as they are written
     if parts is None or not all(parts):
-        problem = "brackets or quotes that do not close" if parts is None else "one of its values is empty"
-        raise ConfigurationError(f"--grid {text}: {problem}")
+        raise ConfigurationError(f"--grid {text}: values of YAML are needed, with commas between; quote odd ones")
     # 1e-3 and 0.001 are one value.
-    written = [canonical(part) for part in parts]
-    for part in written:
-        if written.count(part) > 1:
-            raise ConfigurationError(f"--grid {text}: {part} is given twice")
+    if len({*map(canonical, parts)}) < len(parts):
+        raise ConfigurationError(f"--grid {text}: a value is given twice")
     return plain_key(key), tuple(parts)
 
 
 def split_values(text: str) -> list[str] | None:
-    """Divides a text at the commas outside brackets and quotes; None where these do not close."""
-    parts, open_, quote = [""], [], ""
-    for letter in text:
-        # A quote opens at the start of a value or inside of brackets: "it's" has none.
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'" and (open_ or not parts[-1].strip()):
-            quote = letter
-        elif letter in _BRACKETS:
-            open_.append(_BRACKETS[letter])
-        elif open_ and letter == open_[-1]:
-            open_.pop()
-        elif letter == "," and not open_:
-            parts.append("")
-            continue
-        parts[-1] += letter
-    if open_ or quote:
+    """Divides a text at the commas outside brackets and quotes; None where it is not a list of YAML values."""
+    try:
+        nodes = yaml.compose(f"[{text}]").value
+    except yaml.YAMLError:
         return None
-    return [re.sub(r"""^(["'])(.*)\1$""", r"\2", part.strip()) for part in parts]
+    # Each value as it is written, for the command line of its runs; a quoted one without its quotes.
+    return [
+        one.value if isinstance(one, yaml.ScalarNode) else text[one.start_mark.index - 1 : one.end_mark.index - 1]
+        for one in nodes
+    ]
 
 
 def plain_key(key: str) -> str:
@@ -173,10 +154,9 @@ def plain_key(key: str) -> str:
 
 def canonical(text: str) -> str:
     """One form of the ways to write a number (1e-3, 0.001), so that a run is found again; else the text."""
-    if re.fullmatch(r"[+-]?[0-9]+", text):
-        return str(int(text))
-    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
-        return repr(float(text))
+    for kind in (int, float):
+        with suppress(ValueError):
+            return str(kind(text))
     return text
 
 
@@ -185,20 +165,12 @@ def settings(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def runs(grid: Mapping[str, Sequence[str]], seeds: Iterable[int]) -> list[Run]:
-    """A run for each setting and seed, the seeds of a setting one after the other.
-
-    Raises:
-        ConfigurationError: for two names that are one on a file system that ignores case.
-    """
-    seeds = list(seeds)
+def runs(grid: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[Run]:
+    """A run for each setting and seed, the seeds of a setting one after the other."""
     planned = [Run(run_name(values, seed), values, seed) for values in settings(grid) for seed in seeds]
     # On some file systems a.txt and A.txt are one file.
-    folded: dict[str, str] = {}
-    for run in planned:
-        other = folded.setdefault(run.name.casefold(), run.name)
-        if other != run.name:
-            raise ConfigurationError(f"runs {other} and {run.name} cannot have a folder each: sweep them apart")
+    if len({run.name.casefold() for run in planned}) < len(planned):
+        raise ConfigurationError("values that differ in capitals alone cannot have a folder each: sweep them apart")
     return planned
 
 
@@ -206,8 +178,7 @@ def run_name(values: Mapping[str, str], seed: int) -> str:
     """A folder's name that says values and seed: ``lr=0.001_seed=42``; ``seed42`` where nothing else is swept."""
     if not values:
         return f"seed{seed}"
-    short = short_keys(values)
-    end = f"_seed={seed}"
+    short, end = short_keys(values), f"_seed={seed}"
     name = "_".join(f"{short[key]}={_safe(canonical(text))}" for key, text in values.items())
     # A name that is too long ends with a digest of all of it.
     if len(name) + len(end) > _NAME_LENGTH:
@@ -223,15 +194,12 @@ def setting_name(values: Mapping[str, str]) -> str:
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
     """The last parts of each key, as many as tell it from the others."""
-    keys = list(keys)
-    short = {}
+    keys, short = list(keys), {}
     for key in keys:
         parts = key.split(".")
         # From the last part on, until no other key ends in the same parts.
-        for k in range(1, len(parts) + 1):
-            short[key] = ".".join(parts[-k:])
-            if not any(other != key and f".{other}".endswith(f".{short[key]}") for other in keys):
-                break
+        ends = (".".join(parts[-k:]) for k in range(1, len(parts)))
+        short[key] = next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
     return short
 
 

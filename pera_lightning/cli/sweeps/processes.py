@@ -13,10 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pera_lightning.cli.sweeps.folder import note_owner
 from pera_lightning.errors import DataError
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def program() -> list[str]:
@@ -33,23 +32,18 @@ class Processes:
     The process gets SIGTERM, whatever the signal was: at that a fit saves a checkpoint, at Ctrl-C it would not. It has
     a session of its own, so that Ctrl-C in a terminal reaches the sweep alone. At a second signal it is killed.
 
-    Args:
-        lock: lock of the sweep's folder, which the processes inherit.
-
-    Attributes:
-        signal: signal that was sent, else None.
+    `lock` is that of the sweep's folder, which the processes inherit.
     """
 
     def __init__(self, lock: int) -> None:
         self.lock = lock
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the first that was sent
         self._child: subprocess.Popen | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Processes:
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self._before[number] = signal.signal(number, self._received)
         return self
 
@@ -60,36 +54,26 @@ class Processes:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        first, self.signal = self.signal is None, signal.Signals(number)
+        first, self.signal = self.signal is None, signal.Signals(number)  # the second one kills
         if self._child is not None and self._child.poll() is None:
             self._child.terminate() if first else self._kill()
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
+            # The group: with several devices the fit has started processes of its own.
             os.killpg(self._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
 
     def run(self, words: Sequence[str], log: Path) -> int:
-        """Runs a command to its end, and gives its exit code, negative for a signal.
-
-        Args:
-            words: words of the command.
-            log: file that what it prints is appended to.
-
-        Raises:
-            DataError: where the log cannot be written.
-        """
+        """Runs a command to its end, and gives its exit code, negative for a signal; what it prints goes to `log`."""
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 file.write(f"$ {shlex.join(words)}\n".encode())
                 file.flush()
-                self._child = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                    pass_fds=(self.lock,),
-                )  # fmt: skip
+                options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "pass_fds": (self.lock,)}
+                self._child = subprocess.Popen(words, start_new_session=True, **options)  # type: ignore[call-overload]
         except OSError as error:
             raise DataError(f"{log} cannot be written, or {words[0]} not started ({error.strerror})") from None
-        note_owner(self.lock, os.getpid(), self._child.pid)
         if self.signal is not None:  # it came before there was a process to hand it to
             self._child.terminate()
         return self._child.wait()

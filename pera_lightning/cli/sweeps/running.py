@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +15,27 @@ from pera_lightning.cli.sweeps.folder import (
     digest,
     find_results,
     fit_finished,
-    identity,
     is_complete,
     new_record,
     write_sweep,
+    written,
 )
 from pera_lightning.cli.sweeps.outcome import read_results, tested_checkpoint
-from pera_lightning.cli.sweeps.plan import Run, setting_name, value_words, with_seed
+from pera_lightning.cli.sweeps.plan import Plan, Run, setting_name, value_words, with_seed
 from pera_lightning.cli.sweeps.processes import Processes, ended_by, program
 from pera_lightning.cli.sweeps.summary import COMPLETE, scores, table, without_number
 from pera_lightning.errors import CheckpointError
 
 
-def placed(placement: Any, folder: Path) -> list[str]:
-    """The words that give a run its folder.
-
-    Args:
-        placement: False without a logger, True for the trainer's own; else the config's as primitives, one or a list
-            whose first names the folder.
-        folder: folder of the run.
-    """
-    names = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
-    words = [f"--trainer.default_root_dir={folder}"]
-    if placement is True:
-        logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": names}
-        words.append(f"--trainer.logger={json.dumps(logger)}")
-    elif isinstance(placement, list):
-        first = {**placement[0], "init_args": {**placement[0].get("init_args", {}), **names}}
-        words.append(f"--trainer.logger={json.dumps([first, *placement[1:]])}")
-    elif placement:
-        words += [f"--trainer.logger.init_args.{key}={value}" for key, value in names.items()]
+def run_words(plan: Plan, run: Run, folder: Path) -> list[str]:
+    """The words of a run that its fit and its test share; its first logger writes into its folder."""
+    words = [*with_seed(plan.words, run.seed), f"--seed_everything={run.seed}", *value_words(run.values)]
+    words.append(f"--trainer.default_root_dir={folder}")
+    if loggers := plan.loggers[setting_name(run.values)]:
+        names = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
+        first = {**loggers[0], "init_args": {**(loggers[0].get("init_args") or {}), **names}}
+        words.append(f"--trainer.logger={json.dumps([first, *loggers[1:]])}")
     return words
-
-
-def run_words(run: Run, folder: Path, words: Iterable[str], placement: Any) -> list[str]:
-    """The words of a run that its fit and its test share."""
-    given = [*with_seed(words, run.seed), f"--seed_everything={run.seed}", *value_words(run.values)]
-    return [*given, *placed(placement, folder)]
 
 
 def going_on(run: Path) -> list[str]:
@@ -65,42 +49,31 @@ class Sweep:
     Args:
         folder: folder of the sweep.
         sweep: content of `sweep.json`; the runs that are wanted are added.
-        wanted: runs that are asked for now.
-        words: words of every run.
-        placements: placement of each setting, by its name, for `placed`.
+        plan: what is asked for now.
         processes: runs the commands, in its context.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        sweep: dict[str, Any],
-        wanted: Sequence[Run],
-        words: Sequence[str],
-        placements: Mapping[str, Any],
-        processes: Processes,
-    ) -> None:
-        self.folder, self.sweep, self.wanted, self.words = folder, sweep, wanted, words
-        self.placements, self.processes = placements, processes
+    def __init__(self, folder: Path, sweep: dict[str, Any], plan: Plan, processes: Processes) -> None:
+        self.folder, self.sweep, self.plan, self.processes = folder, sweep, plan, processes
+        # Runs of earlier sweeps stay in the file, whether they are wanted now or not.
         there = {record["name"]: record for record in sweep["runs"]}
-        self.records = {run.name: there.get(run.name) or new_record(run) for run in wanted}
+        self.records = {run.name: there.get(run.name) or new_record(run) for run in plan.runs}
         sweep["runs"] = list({**there, **self.records}.values())
 
     def run(self) -> int:
         """Runs, prints, writes; returns the exit code."""
-        self._write()
-        print(f"Runs in {self.folder}: {len(self.wanted)}; the output of each is in its {LOG}", flush=True)
-        for k, run in enumerate(self.wanted, 1):
+        write_sweep(self.folder, self.sweep)
+        print(f"Runs in {self.folder}: {len(self.plan.runs)}; the output of each is in its {LOG}", flush=True)
+        for k, run in enumerate(self.plan.runs, 1):
             record, place = self.records[run.name], self.folder / run.name
             # What is complete is kept, whichever sweep ran it.
             kept = is_complete(place, record)
             if not kept:
-                record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})
+                record.update({**new_record(run), "fit_seconds": record["fit_seconds"]})  # of every attempt
                 self._run(run, record, place)
-                self._write()
-            if self.processes.signal is not None and record["status"] != COMPLETE:
-                return self._stopped()
-            print(f"[{k}/{len(self.wanted)}] {run.name}: {self._line(record, kept)}", flush=True)
+                write_sweep(self.folder, self.sweep)
+            if self.processes.signal is None or record["status"] == COMPLETE:
+                print(f"[{k}/{len(self.plan.runs)}] {run.name}: {self._line(record, kept)}", flush=True)
             if self.processes.signal is not None:
                 return self._stopped()
         self._print_summary()
@@ -110,29 +83,30 @@ class Sweep:
         return 1 if bad else 0
 
     def _run(self, run: Run, record: dict[str, Any], place: Path) -> None:
-        words = run_words(run, place, self.words, self.placements[setting_name(run.values)])
-        # A run that was stopped goes on from its own last checkpoint.
+        words = run_words(self.plan, run, place)
+        # 1. Fit; a run that was stopped goes on from its own last checkpoint.
         if not fit_finished(place):
             code, seconds = self._process("fit", [*words, *going_on(place)], place)
-            record["fit_seconds"] += seconds
+            record["fit_seconds"] += seconds  # a fit that was stopped is paid for too
             if code != 0 or not fit_finished(place):
                 self._not_done(record, "fit", code, place)
                 return
         # Written before the test, so that a sweep that is killed now does not train again.
         record["status"] = "fitted"
-        self._write()
+        write_sweep(self.folder, self.sweep)
         if self.processes.signal is not None:
             return
+        # 2. Test the checkpoint that the fit selected.
         try:
             checkpoint, record["selection"] = tested_checkpoint(place)
         except CheckpointError as error:
             record.update(status="failed", error=str(error))
             return
-        # Results must be new: an earlier test may have left some.
-        before = identity(find_results(place))
+        before = written(find_results(place))  # results must be new: an earlier test may have left some
         code, record["test_seconds"] = self._process("test", [*words, "--ckpt_path", checkpoint], place)
         results = find_results(place)
-        if code != 0 or results is None or identity(results) == before:
+        # 3. Note what came of it.
+        if code != 0 or results is None or written(results) == before:
             self._not_done(record, "test", code, place)
             return
         record.update(read_results(results), results=str(results.relative_to(place)), results_sha256=digest(results))
@@ -172,7 +146,7 @@ class Sweep:
             "The same sweep command goes on from here.",
             flush=True,
         )
-        return 128 + number
+        return 128 + number  # as a shell says of a program that a signal ended
 
     def _print_summary(self) -> None:
         if self.sweep["summary"]:
@@ -180,6 +154,3 @@ class Sweep:
             for line in filter(None, (without_number(self.sweep["runs"]), self.sweep["best_text"])):
                 print(line)
         print(f"Sweep: {self.folder / FILE}, {self.folder / TABLE}", flush=True)
-
-    def _write(self) -> None:
-        write_sweep(self.folder, self.sweep)

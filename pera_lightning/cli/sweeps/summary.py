@@ -40,10 +40,7 @@ def statistics_of(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Statistics of the complete runs, setting by setting.
-
-    Args:
-        records: runs as `sweep.json` holds them.
+    """Statistics of the complete runs of `sweep.json`, setting by setting.
 
     Returns:
         For each setting with a complete run: ``values``, ``seeds``, ``selection`` (statistics with ``name`` and
@@ -57,17 +54,17 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for group in groups.values():
         # A metric is summed up over the runs that have it.
-        names = dict.fromkeys(name for record in group for name in record["metrics"])
-        parameters = {record["trainable_parameters"] for record in group}
+        measured: dict[str, list[float | None]] = {}
+        for name, value in (item for record in group for item in record["metrics"].items()):
+            measured.setdefault(name, []).append(value)
+        parameters = {record["trainable_parameters"] for record in group}  # one number, as a rule
         rows.append(
             {
                 "values": dict(group[0]["values"]),
                 "seeds": [record["seed"] for record in group],
                 "selection": _selection(group),
                 "selected_on_test": any(record["selected_on_test"] for record in group),
-                "metrics": {
-                    name: statistics_of([r["metrics"][name] for r in group if name in r["metrics"]]) for name in names
-                },
+                "metrics": {name: statistics_of(values) for name, values in measured.items()},
                 "trainable_parameters": parameters.pop() if len(parameters) == 1 else None,
                 "data": data_of(group),
             }
@@ -79,8 +76,7 @@ def _selection(group: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     chosen = [record["selection"] for record in group]
     if None in chosen or len({(one["name"], one["mode"]) for one in chosen}) > 1:
         return None
-    of = {name: chosen[0][name] for name in ("name", "mode")}
-    return {**of, **statistics_of([one["score"] for one in chosen])}
+    return {"name": chosen[0]["name"], "mode": chosen[0]["mode"], **statistics_of([one["score"] for one in chosen])}
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -95,26 +91,24 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
             )
             n = f"{of['n']} of {of['n'] + of['not_finite']}" if of["not_finite"] else str(of["n"])
             rows.append([setting, metric, n, f"{mean} ± {spread}", *rest])
-            setting = ""
+            setting = ""  # said in its first line only
     return format_table(["setting", "metric", "n", "mean ± sd", "median", "min", "max"], rows, text_columns=2)
 
 
 def scores(record: Mapping[str, Any]) -> str:
     """A complete run's selection score and test metrics in a line."""
-    return ", ".join(
-        f"{name} {'is no number' if value is None else f'{value:.4f}'}" for name, value in _measured(record)
-    )
+    return ", ".join(f"{k} {'is not a number' if value is None else f'{value:.4f}'}" for k, value in _measured(record))
 
 
 def without_number(records: Sequence[Mapping[str, Any]]) -> str:
-    """A line that says which complete runs have a score that is no number, and of what; empty where none has."""
+    """A line that says which complete runs have a score that is not a number, and of what; empty where none has."""
     runs: dict[str, list[str]] = {}
     for record in records:
         for name, value in _measured(record) if record["status"] == COMPLETE else ():
             if value is None:
                 runs.setdefault(name, []).append(record["name"])
     told = "; ".join(f"{name} of {listed(names, 20)}" for name, names in runs.items())
-    return f"No number (NaN or infinite), and not in the statistics: {told}." if told else ""
+    return f"Not numbers (NaN or infinite), and left out of the statistics: {told}." if told else ""
 
 
 def _measured(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
@@ -130,11 +124,13 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
     short = short_keys(keys)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    about = ["name", "seed", *(short[key] for key in keys), "status", "selection", "selection_score"]
-    writer.writerow([*about, *metrics, "trainable_parameters", "fit_seconds", "test_seconds"])
+    last = ["trainable_parameters", "fit_seconds", "test_seconds"]
+    writer.writerow(
+        ["name", "seed", *(short[key] for key in keys), "status", "selection", "selection_score", *metrics, *last]
+    )
     for record in records:
         selection = record["selection"] or {"name": None, "score": None}
-        row = [record["name"], record["seed"], *(record["values"].get(key) for key in keys), record["status"]]
-        row += [selection["name"], selection["score"], *(record["metrics"].get(name) for name in metrics)]
-        writer.writerow([*row, *(record[key] for key in ("trainable_parameters", "fit_seconds", "test_seconds"))])
+        row = [record["name"], record["seed"], *map(record["values"].get, keys), record["status"]]
+        row += [selection["name"], selection["score"], *map(record["metrics"].get, metrics)]
+        writer.writerow([*row, *map(record.get, last)])
     return out.getvalue()

@@ -12,6 +12,7 @@ from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.causal_lm.decoding import generate, score_options
 from pera_lightning.tasks.causal_lm.protocols import Protocol
 from pera_lightning.tasks.causal_lm.questions import Question
+from pera_lightning.training.transformers_models import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,11 +41,11 @@ def _scored(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
     """The likeliest option of each question; its tokens are those of the prompt and of all options."""
-    fitting = [_fit_candidates(model, q) for q in questions]
+    fitting = [_fit_candidates(model, q) for q in questions]  # (candidates, tokens left out) of each
     scores = score_options(model, [candidates for candidates, _ in fitting], pad_id=pad_token_id(tokenizer))
     answers = []
     for q, own, (candidates, left_out) in zip(questions, scores, fitting, strict=True):
-        prediction = q.options[max(range(len(own)), key=own.__getitem__)]
+        prediction = q.options[max(range(len(own)), key=own.__getitem__)]  # of equal ones the first
         answers.append(
             {
                 "scores": dict(zip(q.options, own, strict=True)),
@@ -62,6 +63,7 @@ def _generated(
 ) -> list[dict[str, Any]]:
     """What is generated after each prompt; its tokens are the new ones."""
     new = protocol.decoding.max_new_tokens  # type: ignore[union-attr]
+    # Prompt and new tokens together fit the context; a prompt that is too long loses tokens after its first.
     left_out = [_excess(model, len(q.prompt) + new, len(q.prompt)) for q in questions]
     prompts = [_without(q.prompt, left) for q, left in zip(questions, left_out, strict=True)]
     texts = generate(model, tokenizer, prompts, protocol.decoding, synced=is_sharded(model))  # type: ignore[arg-type]
@@ -79,7 +81,7 @@ def _generated(
 
 def _excess(model: PreTrainedModel, needed: int, prompt: int) -> int:
     """How many tokens of a prompt must go so that `needed` positions fit the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     excess = 0 if context is None else max(needed - context, 0)
     if excess > prompt - 2:  # the first token stays, and one more
         raise ConfigurationError(

@@ -9,29 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from pera_lightning.data import downloads
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.examples import Example, read_examples
-from pera_lightning.tasks.causal_lm.protocols.commonsense import TASK, options
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, TASK
 from pera_lightning.validation import check_choice
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
 # download are recorded, and the numbers of examples are held to those of the papers.
 REPOSITORY = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
-TRAINING_EXAMPLES: dict[str, int | None] = {"commonsense_170k": 170_420, "commonsense_15k": None}
-TEST_EXAMPLES = {  # in the order of the papers' tables
-    "boolq": 3270,
-    "piqa": 1838,
-    "social_i_qa": 1954,
-    "hellaswag": 10042,
-    "winogrande": 1267,
-    "ARC-Easy": 2376,
-    "ARC-Challenge": 1172,
-    "openbookqa": 500,
-}
+TRAINING_SETS: dict[str, int | None] = {"commonsense_170k": 170_420, "commonsense_15k": None}
 
 
 class CommonsenseDataModule(TextDataModule):
@@ -66,35 +54,35 @@ class CommonsenseDataModule(TextDataModule):
         self.folder = None if folder is None else Path(folder).expanduser()
         self.download_from = (download_from or REPOSITORY).rstrip("/")
         self.train = [train] if isinstance(train, str) else list(train)
-        self.test = list(TEST_EXAMPLES) if test is None else list(test)
-        _check_names("train", self.train, [*TRAINING_EXAMPLES, *TEST_EXAMPLES])
-        _check_names("test", self.test, [*TEST_EXAMPLES])
+        self.test = list(SETS) if test is None else list(test)
+        _check_names("train", self.train, [*TRAINING_SETS, *SETS])
+        _check_names("test", self.test, [*SETS])
 
     def prepare_data(self) -> None:
         """Downloads what this run needs and lacks, in one process of each machine, and tokenises."""
         training, testing = self.needed()
-        places = [_training_place(name) for name in self.train if training]
-        places += [_test_place(name) for name in self.test if testing]
+        places = [_place(name, "train") for name in self.train if training]
+        places += [_place(name, "test") for name in self.test if testing]
         for place in places if self.folder is None else ():
             downloads.fetch(f"{self.download_from}/{place}", self._downloaded(place))
         super().prepare_data()
 
     def training_examples(self) -> list[Example]:
-        examples: list[Example] = []
-        for name in self.train:
-            path = self._find(_training_place(name))
-            own = read_examples(path, set_name=name, split="train")
-            examples += self._counted(path, own, TRAINING_EXAMPLES.get(name))
-        _warn_of_answers(examples)
-        return examples
+        return [one for name in self.train for one in self._read(name, "train", TRAINING_SETS.get(name))]
 
     def test_examples(self) -> dict[str, list[Example]]:
-        tests = {}
-        for name in self.test:
-            path = self._find(_test_place(name))
-            examples = read_examples(path, set_name=name, split="test", needed=("instruction", "answer"))
-            tests[name] = self._counted(path, examples, TEST_EXAMPLES[name])
-        return tests
+        return {name: self._read(name, "test", SETS[name].count) for name in self.test}
+
+    def _read(self, name: str, split: str, expected: int | None) -> list[Example]:
+        path, needed = self._find(_place(name, split)), ("instruction", "output" if split == "train" else "answer")
+        examples = read_examples(path, set_name=name, split=split, needed=needed)
+        if self.folder is None and expected not in (None, len(examples)):
+            record = downloads.record_path(path).name
+            raise DataError(
+                f"{path}, downloaded, has {len(examples)} examples and the papers' file has {expected}; delete it and "
+                f"{record} to download it again, or give folder"
+            )
+        return examples
 
     def _downloaded(self, place: str) -> Path:
         return self.cache_folder / "llm_adapters" / place
@@ -113,45 +101,14 @@ class CommonsenseDataModule(TextDataModule):
         what = f"has neither {short} nor {place}" if self.folder.is_dir() else "is not a folder"
         raise DataError(f"{self.folder} {what}; give the folder of LLM-Adapters' files, or none to download them")
 
-    def _counted(self, path: Path, examples: list[Example], expected: int | None) -> list[Example]:
-        if self.folder is None and expected not in (None, len(examples)):
-            record = downloads.record_path(path).name
-            raise DataError(
-                f"{path}, downloaded, has {len(examples)} examples and the papers' file has {expected}; delete it and "
-                f"{record} to download it again, or give folder"
-            )
-        return examples
 
-
-def _warn_of_answers(examples: list[Example]) -> None:
-    """Warns of training examples whose answer is none of their options; they are trained on as they are written."""
-    wrong = []
-    for one in examples:
-        try:
-            words = options(one)
-        except DataError:  # a training example need not say them
-            continue
-        if one.answer and one.answer not in words:
-            wrong.append(f"{one.id} has {one.answer!r}, of {'/'.join(words)}")
-    if wrong:
-        rank_zero_warn(
-            f"{len(wrong)} of {len(examples)} training examples have an answer that is none of their options, and are "
-            f"trained on as they are: {wrong[0]}"
-        )
-
-
-def _training_place(name: str) -> str:
-    return f"dataset/{name}/train.json" if name in TEST_EXAMPLES else f"ft-training_set/{name}.json"
-
-
-def _test_place(name: str) -> str:
-    return f"dataset/{name}/test.json"
+def _place(name: str, split: str) -> str:
+    """Where a file lies in the repository."""
+    return f"dataset/{name}/{split}.json" if name in SETS else f"ft-training_set/{name}.json"
 
 
 def _check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
-    if not names:
-        raise ConfigurationError(f"{argument} names no set; give one or more of {', '.join(known)}")
     for name in names:
         check_choice(name, argument, known)
-        if names.count(name) > 1:
-            raise ConfigurationError(f"{argument} names {name} twice; leave one out")
+    if not names or len({*names}) < len(names):
+        raise ConfigurationError(f"{argument}={list(names)}: one set or more is needed, each once")

@@ -5,17 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from pera_lightning.data import batching, length_grouping, splits
-from pera_lightning.data.base import TaskDataModule
-from pera_lightning.data.cached_tables import cache_folder
+from pera_lightning.data import batching, splits
 from pera_lightning.data.distributed_sampler import padded_shard
+from pera_lightning.data.token_data import TokenDataModule
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.examples import Example, digest
@@ -23,16 +21,13 @@ from pera_lightning.tasks.causal_lm.protocols import Protocol
 from pera_lightning.tasks.causal_lm.protocols import protocol as find_protocol  # `protocol` is an argument here
 from pera_lightning.tasks.causal_lm.questions import Question, Questions, make_questions
 from pera_lightning.tasks.causal_lm.token_cache import PackedDataset, TokenDataset, tokenised
-from pera_lightning.validation import check_choice, check_in_range
+from pera_lightning.validation import check_in_range
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
-
-BATCHING = ("grouped", "packed", "random")
 
 
-class TextDataModule(TaskDataModule):
+class TextDataModule(TokenDataModule):
     """Base of the data modules for causal language models; a subclass reads the examples.
 
     Training and validation batches are dicts of int64 tensors: ``input_ids``, ``labels`` (-100: no label),
@@ -41,61 +36,42 @@ class TextDataModule(TaskDataModule):
 
     Args:
         protocol: name of the protocol: prompts, loss mask, decoding and the reading of answers.
-        tokenizer: hub id or folder; by default the tokenizer that the trainer's module requires.
         max_length: most tokens of a training example; by default the protocol's. What is longer is cut at the end and
             counted; an example whose labels are all cut is left out.
         batch_size: examples in a training batch, per process; of packed batches on average.
-        eval_batch_size: examples in every other batch; by default `batch_size`.
-        batching: "grouped": examples of similar length together; "packed": examples one after the other in one
-            sequence; "random".
         validation_size: number of training examples held out for validation, drawn by `split_seed`.
         train_fraction: share of the remaining training examples to use, for studies with few data.
         split_seed: seed of the two draws, and of nothing else.
         test_limit: examples of every test set, the first ones of its file; by default all.
-        num_workers: processes that make batches; 0 makes them in the main one.
-        cache_dir: folder of tokenised examples and downloads; by default in the cache of the library datasets.
+        shared: arguments of `TokenDataModule`; here `batching` can be "packed" too: examples one after the other in one
+            sequence.
     """
 
     task: str
+    asks_module = "CausalLMModule"
+    orders = ("grouped", "packed", "random")
+    shortest = 2  # a token, and one that it predicts
 
     def __init__(
         self,
         *,
         protocol: str,
-        tokenizer: str | None = None,
         max_length: int | None = None,
         batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        batching: str = "grouped",
         validation_size: int = 120,
         train_fraction: float = 1.0,
         split_seed: int = 0,
         test_limit: int | None = None,
-        num_workers: int = 0,
-        cache_dir: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__()
         self.evaluation: Protocol = find_protocol(self.task, protocol)
-        self.tokenizer_name = tokenizer
-        self.max_length = self.evaluation.max_length if max_length is None else max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.batching = batching
-        self.validation_size = validation_size
-        self.train_fraction = train_fraction
-        self.split_seed = split_seed
-        self.test_limit = test_limit
-        self.num_workers = num_workers
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        least = {"max_length": 2, "batch_size": 1, "eval_batch_size": 1, "validation_size": 1, "num_workers": 0}
-        for name, lowest in {**least, "split_seed": 0}.items():
-            check_in_range(getattr(self, name), name, ge=lowest, integer=True)
+        length = self.evaluation.max_length if max_length is None else max_length
+        super().__init__(max_length=length, split_seed=split_seed, batch_size=batch_size, **shared)
+        self.validation_size, self.train_fraction, self.test_limit = validation_size, train_fraction, test_limit
+        check_in_range(validation_size, "validation_size", ge=1, integer=True)
+        check_in_range(train_fraction, "train_fraction", gt=0, le=1)
         if test_limit is not None:
             check_in_range(test_limit, "test_limit", ge=1, integer=True)
-        check_in_range(train_fraction, "train_fraction", gt=0, le=1)
-        check_choice(batching, "batching", BATCHING)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._splits: dict[str, TokenDataset] = {}
         self._questions: dict[str, list[Question]] = {}
         self._record: dict[str, Any] = {}
         self._digests: dict[str, str] = {}
@@ -113,38 +89,23 @@ class TextDataModule(TaskDataModule):
 
     # ---- the handshake with the module: see `pera_lightning.data.base` ----------------------------------------------
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer given, else the one that the trainer's module requires; loaded once."""
-        if self._tokenizer is None:
-            self._tokenizer = self.find_tokenizer("CausalLMModule")
-            if self._tokenizer.pad_token_id is None:
-                rank_zero_info(
-                    f"the tokenizer has no padding token: {pad_token_id(self._tokenizer)} fills up, masked throughout"
-                )
-        return self._tokenizer
-
     def description(self) -> dict[str, Any]:
         """What a module must know of these data, after `setup`.
 
         Returns:
-            ``protocol`` (a `Protocol`), ``tokenizer``, ``facts`` (what is trained and tested on, and how, as
-            primitives), ``packed`` (whether training batches are), ``test_ids`` (set after set, in the order of their
-            files) and, of training data, ``extremes``: tokens of the longest example, and the highest token id,
-            padding included.
+            ``evaluation_protocol`` (a `Protocol`), ``tokenizer``, ``tokenizer_name`` (None for the module's own),
+            ``protocol`` (what is trained and tested on, and how, as primitives), ``packed`` (whether training batches
+            are), ``test_ids`` (set after set, in the order of their files) and `extremes`.
         """
-        said = {
-            "protocol": self.evaluation,
+        return {
+            "evaluation_protocol": self.evaluation,
             "tokenizer": self.tokenizer,
-            "facts": self.protocol(),
+            "tokenizer_name": self.tokenizer_name,
+            "protocol": self.protocol(),
             "packed": self.batching == "packed",
             "test_ids": list(self._test_ids),
+            "extremes": self.extremes(),
         }
-        if self._splits:
-            longest = max(int(split.lengths.max()) for split in self._splits.values())
-            highest = max(split.highest for split in self._splits.values())
-            said["extremes"] = longest, max(highest, pad_token_id(self.tokenizer))
-        return said
 
     def protocol(self) -> dict[str, Any]:
         """What was trained on and tested on, and how, as primitives."""
@@ -155,9 +116,9 @@ class TextDataModule(TaskDataModule):
             "train_fraction": self.train_fraction,
             "split_seed": self.split_seed,
             "test_limit": self.test_limit,
-            "sizes": {name: len(split) for name, split in self._splits.items()},
-            "cut": {name: split.cut for name, split in self._splits.items()},
-            "left_out": {name: split.dropped for name, split in self._splits.items()},
+            "sizes": {name: len(split) for name, split in self._datasets.items()},
+            "cut": {name: split.cut for name, split in self._datasets.items()},
+            "left_out": {name: split.dropped for name, split in self._datasets.items()},
             "sha256": dict(self._digests),
         }
 
@@ -166,8 +127,7 @@ class TextDataModule(TaskDataModule):
     def prepare_data(self) -> None:
         """Tokenises the training examples once on each machine, if several processes would; keeps nothing."""
         if self.needed()[0] and getattr(self.trainer, "world_size", 1) > 1:
-            examples = self.training_examples()
-            self._tokenised(examples, digest(examples))
+            self._tokenised(self.training_examples())
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises, once.
@@ -175,7 +135,7 @@ class TextDataModule(TaskDataModule):
         Args:
             stage: "fit" and "validate" read the training examples, "test" and "predict" those of the tests, None all.
         """
-        if stage in ("fit", "validate", None) and not self._splits:
+        if stage in ("fit", "validate", None) and not self._datasets:
             self._build_training()
         if stage in ("test", "predict", None) and not self._questions:
             self._build_questions()
@@ -184,21 +144,18 @@ class TextDataModule(TaskDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
-        examples = self._split("train")
-        if self.batching == "packed":
-            # An item is a whole sequence already, so that a batch is one of them.
-            capacity = batching.capacity_for(examples.lengths, self.batch_size)
-            packed = PackedDataset(examples, batching.pack(examples.lengths, capacity, seed=self.split_seed))
-            return self.make_loader(packed, batch_size=1, shuffle=True, collate_fn=_collate_sequence)
-        options: dict[str, Any] = {"shuffle": True}
-        if self.batching == "grouped":
-            options = {"sampler": length_grouping.grouped_sampler(examples.lengths, self.batch_size, self.trainer)}
-        return self.make_loader(examples, batch_size=self.batch_size, collate_fn=self._collate(), **options)
+        if self.batching != "packed":
+            return super().train_dataloader()
+        # An item is a packed sequence already, so that a batch is one of them.
+        examples = self.dataset("train")
+        capacity = batching.capacity_for(examples.lengths, self.batch_size)
+        packed = PackedDataset(examples, batching.pack(examples.lengths, capacity, seed=self.split_seed))
+        return self.make_loader(packed, batch_size=1, shuffle=True, collate_fn=_collate_sequence)
 
     def val_dataloader(self) -> DataLoader:
         """The validation examples, in a fixed order; over several processes each counts once."""
-        shard = padded_shard(self._split("validation"), self.trainer, _without_label)
-        return self.make_loader(**shard, batch_size=self.eval_batch_size, collate_fn=self._collate())
+        shard = padded_shard(self.dataset("validation"), self.trainer, _without_label)
+        return self.make_loader(**shard, batch_size=self.eval_batch_size, collate_fn=self.collate_function())
 
     def test_dataloader(self) -> list[DataLoader]:
         """The questions of each test set, a loader each, longest first; over several processes each counts once."""
@@ -225,17 +182,16 @@ class TextDataModule(TaskDataModule):
         examples = self.training_examples()
         if len(examples) <= self.validation_size:
             raise DataError(
-                f"{len(examples)} training examples cannot give {self.validation_size} to validation; lower "
-                "validation_size"
+                f"validation_size={self.validation_size} leaves nothing to train on, of {len(examples)} training "
+                "examples; lower it"
             )
         # The validation examples are drawn first: they are the same at every fraction, and a smaller fraction of the
-        # others is part of a larger one.
+        # others is contained in a larger one.
         order = splits.random_order(np.random.Generator(np.random.PCG64(self.split_seed)), len(examples))
         held, rest = order[: self.validation_size], order[self.validation_size :]
         rest = rest[: splits.held_out_size(len(rest), self.train_fraction)]
-        chosen = {"train": np.sort(rest), "validation": np.sort(held)}
-        self._digests["train"] = digest(examples)
-        table = self._tokenised(examples, self._digests["train"])
+        chosen = {"train": np.sort(rest), "validation": np.sort(held)}  # numbers in the order of the file
+        table = self._tokenised(examples)
         for name, indices in chosen.items():
             split = TokenDataset(table, indices, self.max_length)
             if not len(split):
@@ -248,7 +204,8 @@ class TextDataModule(TaskDataModule):
                     f"{split.cut} of {len(indices)} {name} examples are longer than {self.max_length} tokens and were "
                     f"cut; {split.dropped} of them lost their answer and are left out"
                 )
-            self._splits[name] = split
+            self._datasets[name] = split
+        # What is written to splits/: ids, but for the usual case that nothing is left out.
         everything = len(rest) + len(held) == len(examples)
         self._record = {
             "seed": self.split_seed,
@@ -257,11 +214,11 @@ class TextDataModule(TaskDataModule):
             "train": "all others" if everything else [examples[k].id for k in chosen["train"]],
         }
 
-    def _tokenised(self, examples: list[Example], sha256: str) -> datasets.Dataset:
-        return tokenised(examples, self.evaluation, self.tokenizer, self.cache_folder, sha256=sha256)
+    def _tokenised(self, examples: list[Example]) -> datasets.Dataset:
+        self._digests["train"] = digest(examples)
+        return tokenised(examples, self.evaluation, self.tokenizer, self.cache_folder, sha256=self._digests["train"])
 
     def _build_questions(self) -> None:
-        self._test_ids = []
         for name, examples in self.test_examples().items():
             examples = examples[: self.test_limit]
             self._digests[f"test {name}"] = digest(examples)
@@ -270,22 +227,12 @@ class TextDataModule(TaskDataModule):
             # Longest first: similar lengths share a batch, and running out of memory shows in the first one.
             self._questions[name] = sorted(questions, key=lambda q: -len(q.prompt))
 
-    @property
-    def cache_folder(self) -> Path:
-        """The folder of tokenised examples and downloads."""
-        return self.cache_dir or cache_folder()
-
     def needed(self) -> tuple[bool, bool]:
         """Whether this run needs training examples, and whether it needs test examples; both without a trainer."""
         command = None if self.trainer is None else self.trainer.state.fn
         return command not in ("test", "predict"), command not in ("fit", "validate")
 
-    def _split(self, name: str) -> TokenDataset:
-        if name not in self._splits:
-            raise ConfigurationError(f"the {name} examples are there after setup(); call it first")
-        return self._splits[name]
-
-    def _collate(self) -> partial:
+    def collate_function(self) -> partial:
         return partial(batching.collate_padded, pad_id=pad_token_id(self.tokenizer))
 
 

@@ -37,17 +37,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote after one prompt.
+    """What a model wrote after one prompt."""
 
-    Args:
-        ids: the new tokens, without the EOS that ended them.
-        text: the same as text, special tokens left out.
-        score: with beams, the summed log-probability divided by the number of new tokens (EOS included); else None.
-    """
-
-    ids: list[int]
-    text: str
-    score: float | None
+    ids: list[int]  # the new tokens, without the EOS that ended them
+    text: str  # the same as text, special tokens left out
+    score: float | None  # with beams, the summed log-probability by the number of new tokens, EOS included; else None
 
 
 @torch.no_grad()
@@ -63,20 +57,18 @@ def generate(
 
     Args:
         model: a transformers causal language model.
-        tokenizer: the model's tokenizer.
-        prompts: B lists of token ids.
+        tokenizer: its own.
+        prompts: B lists of token ids, one or more each.
         decoding: new tokens and beams; with beams transformers keeps (B beams, V) float32 of every step, for the score.
         synced: whether to go on until every rank is done, for models sharded over ranks.
-
-    Raises:
-        DataError: a prompt has no tokens.
     """
     from transformers import GenerationConfig
 
     if not prompts:
         return []
     if not all(prompts):
-        raise DataError(f"prompt {[*map(len, prompts)].index(0)} of the batch has no tokens; nothing to continue")
+        raise DataError("a prompt of the batch has no tokens to continue")
+    # The protocol's decoding, drawing nothing, and the model's and tokenizer's ends of a text.
     pad_id, ends, beams = pad_token_id(tokenizer), end_ids(model, tokenizer), decoding.num_beams > 1
     config = GenerationConfig(**asdict(decoding), do_sample=False)
     config.pad_token_id, config.eos_token_id = pad_id, ends or None
@@ -106,8 +98,7 @@ def _generated(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[in
 @contextlib.contextmanager
 def _own_generation_config(model: PreTrainedModel, config: object) -> Iterator[None]:
     """Puts an empty config in the place of the model's: transformers fills what a given one leaves open from it."""
-    kept = model.generation_config
-    model.generation_config = config
+    kept, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
@@ -139,8 +130,7 @@ def score_options(
     for question, options in enumerate(candidates):
         for option, (ids, start) in enumerate(options):
             if not 1 <= start < len(ids):
-                where = f"option {option} of question {question} of the batch"
-                raise DataError(f"{where}: start {start} of {len(ids)} tokens; needs one before it and one to score")
+                raise DataError(f"option {option} of question {question}: start {start} of {len(ids)} tokens")
             users[tuple(ids[:-1])].append((question, option))
     if not users:
         return [[] for _ in candidates]

@@ -82,26 +82,17 @@ class DialogueDataModule(TextDataModule):
         for path in places:
             if path.is_file():
                 return path
-        if given is not None:
-            raise DataError(f"{argument}: there is no file {given}. {_ORIGIN}")
-        if self.folder is None:
-            raise DataError(f"{argument} is needed here and not given; nor is folder. {_ORIGIN}")
-        raise DataError(f"{self.folder} has none of {', '.join(usual)}; or give {argument}. {_ORIGIN}")
+        tried = ", ".join(map(str, places)) or "folder is not given either"
+        raise DataError(f"{argument}: no such file ({tried}). {_ORIGIN}")
 
 
 @dataclass
 class Dialogue:
-    """One dialogue.
+    """One dialogue."""
 
-    Attributes:
-        where: names it in messages.
-        persona: sentences about the one who answers.
-        turns: what the partner said and what was answered, in order.
-    """
-
-    where: str
-    persona: list[str] = field(default_factory=list)
-    turns: list[tuple[str, str]] = field(default_factory=list)
+    where: str  # names it in messages
+    persona: list[str] = field(default_factory=list)  # sentences about the one who answers
+    turns: list[tuple[str, str]] = field(default_factory=list)  # what the partner said and what was answered, in order
 
 
 def read_replies(path: Path) -> list[Example]:
@@ -109,11 +100,11 @@ def read_replies(path: Path) -> list[Example]:
 
     Args:
         path: JSON or JSON lines by its ending, else ParlAI's text; ids are ``<stem>/<dialogue>/<turn>``, from 0.
-
-    Raises:
-        DataError: for a file or dialogue that cannot be used, naming it.
     """
-    dialogues = _of_json(path) if path.suffix in (".json", ".jsonl") else _of_text(path)
+    if path.suffix in (".json", ".jsonl"):
+        dialogues = [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(read_json(path))]
+    else:
+        dialogues = _of_text(path)
     examples = []
     for number, dialogue in enumerate(dialogues):
         for turn, (partner, reply) in enumerate(dialogue.turns):
@@ -123,62 +114,47 @@ def read_replies(path: Path) -> list[Example]:
                 raise DataError(f"{dialogue.where}, turn {turn}: {error}") from None
             if not reply.strip():
                 raise DataError(f"{dialogue.where}, turn {turn}: the reply is empty; leave the turn out")
-            name = f"{path.stem}/{number}/{turn}"
-            examples.append(
-                Example(id=name, set="convai2", instruction=instruction, input="", output=reply, answer=reply)
-            )
+            one = Example(f"{path.stem}/{number}/{turn}", "convai2", instruction, input="", output=reply, answer=reply)
+            examples.append(one)
     if not examples:
         raise DataError(f"{path} has no dialogue with a reply. {_ORIGIN}")
     return examples
 
 
-def _of_json(path: Path) -> list[Dialogue]:
-    return [_of_entry(entry, f"dialogue {k} of {path}") for k, entry in enumerate(read_json(path))]
-
-
 def _of_entry(entry: Any, where: str) -> Dialogue:
-    persona, turns = (entry.get(name) if isinstance(entry, Mapping) else None for name in ("persona", "turns"))
-    if not isinstance(persona, list) or not all(isinstance(sentence, str) for sentence in persona):
-        raise DataError(f"{where}: 'persona' has to be a list of sentences")
-    if not isinstance(turns, list):
-        raise DataError(f"{where}: 'turns' has to be a list of objects with 'partner' and 'self'")
-    pairs = []
-    for number, turn in enumerate(turns):
-        pair = [turn.get(name) if isinstance(turn, Mapping) else None for name in ("partner", "self")]
-        if not all(isinstance(text, str) for text in pair):
-            raise DataError(f"{where}, turn {number}: 'partner' and 'self' have to be there, both text")
-        pairs.append((pair[0], pair[1]))
+    entry = entry if isinstance(entry, Mapping) else {}
+    persona, turns = (value if isinstance(value := entry.get(name), list) else [None] for name in ("persona", "turns"))
+    pairs = [(turn.get("partner"), turn.get("self")) for turn in turns if isinstance(turn, Mapping)]
+    texts = [*persona, *(text for pair in pairs for text in pair)]
+    if len(pairs) < len(turns) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{where}: 'persona', a list of sentences, and 'turns', a list of objects with the texts 'partner' and "
+            "'self', are needed"
+        )
     return Dialogue(where, persona, pairs)
 
 
 def _of_text(path: Path) -> list[Dialogue]:
     dialogues: list[Dialogue] = []
-    last = 0
+    last = 0  # number of the line before
     for number, line in enumerate(read_text(path).split("\n"), start=1):
-        line = line.rstrip("\r")
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        found = _LINE.fullmatch(line)
-        if found is None:
-            raise DataError(f"{where} is not in ParlAI's form, a number, a space and text. {_ORIGIN}")
-        own, text = int(found[1]), found[2]
-        if own == 1:
+        found = _LINE.fullmatch(line.rstrip("\r"))
+        # Each dialogue counts its lines from 1.
+        if found is None or int(found[1]) not in (1, last + 1) or not (dialogues or found[1] == "1"):
+            raise DataError(f"{where} is not in ParlAI's form, the next number or 1, a space and text. {_ORIGIN}")
+        last, text = int(found[1]), found[2]
+        if last == 1:
             dialogues.append(Dialogue(f"the dialogue from line {number} of {path}"))
-        elif not dialogues or own != last + 1:
-            raise DataError(f"{where} has number {own} after {last}; a dialogue counts its lines from 1")
-        last = own
-        _add(dialogues[-1], text, where)
+        if text.startswith(_PERSONA):
+            dialogues[-1].persona.append(text.removeprefix(_PERSONA).strip())
+        elif text.startswith(_OTHER):
+            raise DataError(f"{where} has the partner's persona; give a file of the self persona, {TEST_FILES[0]}")
+        elif "\t" in text:
+            partner, reply = text.split("\t")[:2]  # candidates follow
+            dialogues[-1].turns.append((partner.strip(), reply.strip()))
+        else:
+            raise DataError(f"{where} has no reply after a tab; complete the line or leave the dialogue out")
     return dialogues
-
-
-def _add(dialogue: Dialogue, text: str, where: str) -> None:
-    if text.startswith(_PERSONA):
-        dialogue.persona.append(text.removeprefix(_PERSONA).strip())
-    elif text.startswith(_OTHER):
-        raise DataError(f"{where} has the partner's persona; give a file of the self persona, such as {TEST_FILES[0]}")
-    elif "\t" in text:
-        partner, reply = text.split("\t")[:2]
-        dialogue.turns.append((partner.strip(), reply.strip()))
-    else:
-        raise DataError(f"{where} has no reply after a tab; complete the line or leave the dialogue out")

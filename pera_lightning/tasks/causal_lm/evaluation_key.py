@@ -30,10 +30,10 @@ def evaluation_key(model: nn.Module, data: Mapping[str, Any], stages: Sequence[s
         stages: names of the inferences that are tested.
         network: what was loaded, and how it computes.
     """
-    protocol = {name: value for name, value in data["facts"].items() if name not in _OF_TRAINING}
+    protocol = {name: value for name, value in data["protocol"].items() if name not in _OF_TRAINING}
     if "sha256" in protocol:
         protocol["sha256"] = {name: value for name, value in protocol["sha256"].items() if name != "train"}
-    ends = None if data["protocol"].decoding is None else end_ids(model, data["tokenizer"])  # type: ignore[arg-type]
+    ends = None if data["evaluation_protocol"].decoding is None else end_ids(model, data["tokenizer"])  # type: ignore[arg-type]
     installed = [results.versions()[name] for name in ("transformers", "torch")]
     facts = [list(stages), network, tokenizer_key(data["tokenizer"]), ends, protocol, *installed]
     return hashed(_deciding_tensors(model), facts)

@@ -27,7 +27,7 @@ from pera_lightning.tasks.causal_lm.predictions import (
     write_predictions,
 )
 from pera_lightning.tasks.causal_lm.questions import Question, Questions
-from pera_lightning.tasks.causal_lm.statistics import average_row, evaluation_seconds, table
+from pera_lightning.tasks.causal_lm.statistics import average_of, evaluation_seconds, table
 from pera_lightning.training import results
 from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.module import AdapterModule
@@ -40,19 +40,16 @@ class Evaluator:
         module: the language model, attached to its trainer.
         data: `TextDataModule.description`.
         kind: "test" or "predict".
-
-    Raises:
-        ConfigurationError: if the data have no protocol.
     """
 
     def __init__(self, module: AdapterModule, data: Mapping[str, Any], kind: str) -> None:
-        if "protocol" not in data:
+        if "evaluation_protocol" not in data:
             raise ConfigurationError(
                 "testing a language model needs a data module with a protocol, e.g. CommonsenseDataModule"
             )
         self.module, self.trainer, self.data, self.kind = module, module.trainer, data, kind
-        self.protocol, self.tokenizer = data["protocol"], data["tokenizer"]
-        self.inference = results.inference_rows(module)  # the stages, and what each stands for
+        self.protocol, self.tokenizer = data["evaluation_protocol"], data["tokenizer"]
+        self.inference = results.inference_stages(module)  # the stages, and what each stands for
         self.name = self.protocol.name if kind == "test" else f"{self.protocol.name}_predict"
         self.folder: Path | None = None
         self.partial: PartialPredictions | None = None
@@ -112,11 +109,11 @@ class Evaluator:
             return []
         if self.partial is not None:
             self.partial.append(predictions)
-        self.predictions += predictions
+        self.predictions += predictions  # for a test that keeps no files
         return predictions
 
     def _answer(self, questions: Sequence[Question], stage: str) -> list[dict[str, Any]]:
-        begin = time.perf_counter()
+        begin = time.perf_counter()  # generation ends with ids on the host, so that nothing is left running
         answers = answer(self.module.model, self.tokenizer, self.protocol, questions)  # type: ignore[arg-type]
         seconds = (time.perf_counter() - begin) / len(questions)
         return [
@@ -137,6 +134,7 @@ class Evaluator:
 
     def finish(self) -> None:
         """Scores the predictions of all processes; the first prints the table and writes predictions and results."""
+        # 1. Gather; all that follows is the same on every process.
         own = self.predictions if self.partial is None else self.partial.read()
         everything = [one for rank in all_gather_object(own) for one in rank]
         # A question is answered twice where shards were filled up, or where several processes read the same files.
@@ -144,74 +142,67 @@ class Evaluator:
             stage: unique([one for one in everything if one["stage"] == stage], self.data["test_ids"])
             for stage in self.inference
         }
-        tables = {
-            stage: [self._row(name, own) for name, own in by_set(found).items()]
-            for stage, found in stages.items()
-            if found
-        }
+        # 2. Score: by stage the results of each set, and their average.
+        sets = {s: [self._of_set(name, own) for name, own in by_set(found).items()] for s, found in stages.items()}
+        sets = {stage: results_of_sets for stage, results_of_sets in sets.items() if results_of_sets}
         metric = self.protocol.main_metric
-        averages = {stage: average_row(rows, metric) for stage, rows in tables.items()}
-        scores = {f"{stage}/{metric}": row[metric] for stage, row in averages.items()}
-        for stage, rows in tables.items():
-            scores |= {f"{stage}_{metric}/{row['set']}": row[metric] for row in rows}
-        if self.kind == "test":
-            self.module.log_dict(scores, sync_dist=True)  # every rank has them; without it Lightning warns
-            # Its table would have a column a data loader, all of them alike; the next test sets this anew.
-            self.trainer.test_loop.verbose = False
-        if not self.trainer.is_global_zero:
-            return
-        for stage, rows in tables.items():
-            print(f"\n{stage}, protocol {self.protocol.name}\n{table(rows, metric)}", flush=True)
+        averages = {stage: average_of(own, metric) for stage, own in sets.items()}
         facts = {
-            "n": {stage: sum(row["n"] for row in rows) for stage, rows in tables.items()},
-            "inference": {stage: self.inference[stage] for stage in tables},
+            "n": {stage: sum(one["n"] for one in own) for stage, own in sets.items()},
+            "inference": {stage: self.inference[stage] for stage in sets},
             "seconds": evaluation_seconds(one for found in stages.values() for one in found),
-            "sets": tables,
+            "sets": sets,
             "average": averages,
             "shortened": sum(one["left_out"] > 0 for one in stages["test"]),
             "complete": all(len(found) == len(self.data["test_ids"]) for found in stages.values()),
         }
-        if facts["shortened"]:
-            print(
-                f"{facts['shortened']} prompts were longer than the model's context; their ends were kept", flush=True
-            )
-        if self.folder is not None:
-            self._write(self.folder, stages, scores, facts)
+        # 3. Tell.
+        if self.trainer.is_global_zero:
+            for stage, own in sets.items():
+                print(f"\n{stage}, protocol {self.protocol.name}\n{table(own, metric)}", flush=True)
+            if shortened := facts["shortened"]:
+                print(f"{shortened} prompts were longer than the model's context; their ends were kept", flush=True)
+        # 4. Write.
+        result = None
+        if self.kind == "test":
+            scores = {f"{stage}/{metric}": one[metric] for stage, one in averages.items()}
+            scores |= {f"{stage}_{metric}/{one['set']}": one[metric] for stage, own in sets.items() for one in own}
+            self.module.log_dict(scores, sync_dist=True)  # every rank has them; without it Lightning warns
+            # Its table would have a column a data loader, all of them alike; the next test sets this anew.
+            self.trainer.test_loop.verbose = False
+            result = results.record(self.module, scores, protocol=self._about(), **facts)
+        if self.folder is not None and self.trainer.is_global_zero:
+            self._write(self.folder, stages, result)
+            if self.partial is not None and facts["complete"]:
+                self.partial.remove()  # only now that all is written
+                if left := ", ".join(map(str, self.partial.others())):
+                    print(f"Interrupted with other weights or settings, to go on with or to delete: {left}", flush=True)
 
-    def _row(self, name: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    def _of_set(self, name: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """The results of a set."""
         seconds = evaluation_seconds(predictions)
         speed = sum(one["tokens"] for one in predictions) / max(seconds, 1e-9)
         measured = {**self.protocol.summarise(predictions), "n": len(predictions)}
         return {"set": name, **measured, "seconds": seconds, "tokens_per_second": speed}
 
-    def _write(
-        self, folder: Path, stages: dict[str, list[Prediction]], scores: dict[str, float], facts: dict[str, Any]
-    ) -> None:
-        """Writes predictions and, of a test, results; only then do the partial predictions go."""
+    def _about(self) -> dict[str, Any]:
+        """What was tested, with what, and what it was trained with."""
+        return {
+            **results.about(self.module, "causal_lm"),
+            **self._network(),
+            "tokenizer": {"name_or_path": self.tokenizer.name_or_path, "key": tokenizer_key(self.tokenizer)},
+            "evaluation": self.data["protocol"],
+            "training": self.module.trained_with,  # type: ignore[attr-defined]
+        }
+
+    def _write(self, folder: Path, stages: dict[str, list[Prediction]], result: dict[str, Any] | None) -> None:
+        """Writes predictions, beside those of a test its results too: each protocol keeps its own."""
         static = folder / f"{self.name}_static"
         if "test_static" in stages:
             write_predictions(static, stages["test_static"])
         else:
             shutil.rmtree(static, ignore_errors=True)  # of another evaluation
-        if self.kind == "test":
-            about = {
-                **results.about(self.module, "causal_lm"),
-                **self._network(),
-                "tokenizer": {"name_or_path": self.tokenizer.name_or_path, "key": tokenizer_key(self.tokenizer)},
-                "evaluation": self.data["facts"],
-                "training": self.module.trained_with,  # type: ignore[attr-defined]
-            }
-            result = results.collect(self.module, scores, protocol=about, **facts)
-            # Beside the predictions too: each protocol keeps its own.
-            write_predictions(folder / self.name, stages["test"], {results.FILE: results.as_text(result)})
-            print(f"Results: {results.write(folder.parent, result)}", flush=True)
-        else:
-            write_predictions(folder / self.name, stages["test"])
+        others = {} if result is None else {results.FILE: results.as_text(result)}
+        write_predictions(folder / self.name, stages["test"], others)
+        if result is None:
             print(f"Predictions: {folder / self.name}", flush=True)
-        if self.partial is None or not facts["complete"]:
-            return
-        self.partial.remove()
-        if left := self.partial.others():
-            names = ", ".join(map(str, left))
-            print(f"Interrupted with other weights or settings, to go on with or to delete: {names}", flush=True)

@@ -15,23 +15,14 @@ from pera_lightning.errors import DataError, shorten
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with its answer.
+    """A question with its answer."""
 
-    Args:
-        id: unique in its set; names the example in predictions and messages.
-        set: the set it belongs to, such as ``"ARC-Easy"``; the extraction of an answer follows it.
-        instruction: the question as the model sees it.
-        input: further context; empty in the commonsense files.
-        output: the text trained on, such as ``"the correct answer is answer3"``.
-        answer: what a prediction is compared with, such as ``"answer3"``.
-    """
-
-    id: str
-    set: str
-    instruction: str
-    input: str
-    output: str
-    answer: str
+    id: str  # unique in its set; names the example in predictions and messages
+    set: str  # the set it belongs to, such as "ARC-Easy"; the extraction of an answer follows it
+    instruction: str  # the question as the model sees it
+    input: str  # further context; empty in the commonsense files
+    output: str  # the text trained on, such as "the correct answer is answer3"
+    answer: str  # what a prediction is compared with, such as "answer3"
 
 
 def to_example(entry: Any, *, number: int, set_name: str, split: str, source: str, needed: Sequence[str]) -> Example:
@@ -54,14 +45,11 @@ def to_example(entry: Any, *, number: int, set_name: str, split: str, source: st
     values = {}
     for name in ("instruction", "input", "output", "answer"):
         value = entry.get(name)
-        if value is None and name in needed:
-            raise DataError(f"{where} has no {name!r}; it has {', '.join(map(str, entry)) or 'nothing'}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):  # LLM-Adapters' maths answers
             value = str(value)
-        if not isinstance(value or "", str):
-            raise DataError(f"{where}: {name!r} is {shorten(repr(value))[:60]}; text is needed")
-        if name in needed and not value.strip():
-            raise DataError(f"{where}: {name!r} is empty; correct the example or leave it out")
+        if not isinstance(value or "", str) or (name in needed and not (value or "").strip()):
+            shown = shorten(repr(value))[:60] if name in entry else f"missing; there are {', '.join(map(str, entry))}"
+            raise DataError(f"{where}: text is needed as {name!r}, which is {shown}; correct it or leave it out")
         values[name] = value or ""
     return Example(id=f"{set_name}/{split}/{number}", set=set_name, **values)
 
@@ -74,10 +62,8 @@ def read_examples(
     Raises:
         DataError: for a file or example that cannot be used, naming it.
     """
-    return [
-        to_example(entry, number=k, set_name=set_name, split=split, source=str(path), needed=needed)
-        for k, entry in enumerate(read_json(path))
-    ]
+    about = {"set_name": set_name, "split": split, "source": str(path), "needed": needed}
+    return [to_example(entry, number=k, **about) for k, entry in enumerate(read_json(path))]
 
 
 def digest(examples: Iterable[Example]) -> str:

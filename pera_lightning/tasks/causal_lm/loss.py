@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, with logits only where there is a label.
+"""Cross-entropy of tokens, with logits only at labels.
 
 The logits are the memory peak of training with a large vocabulary: 2,048 tokens of 128,256 are 1 GiB in float32, and
 the loss keeps as much again. So the model is asked for the positions that some example of the batch has a label for,
@@ -25,14 +25,14 @@ def summed_loss(logits: Tensor, targets: Tensor, *, ignore: int = -100, chunk: i
         chunk: tokens taken at a time.
     """
     total = logits.new_zeros((), dtype=torch.float32)
-    for part, target in zip(logits.split(chunk), targets.split(chunk), strict=True):
+    for some, target in zip(logits.split(chunk), targets.split(chunk), strict=True):  # (chunk, V), (chunk,)
         if torch.is_grad_enabled() and logits.requires_grad:
             # Only the chunk's logits are saved; its float32 copy and softmax are computed again in the backward.
-            total = total + checkpoint(_part, part, target, ignore, use_reentrant=False, preserve_rng_state=False)
+            total = total + checkpoint(_summed, some, target, ignore, use_reentrant=False, preserve_rng_state=False)
         else:
-            total = total + _part(part, target, ignore)
+            total = total + _summed(some, target, ignore)
     return total
 
 
-def _part(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
+def _summed(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore, reduction="sum")

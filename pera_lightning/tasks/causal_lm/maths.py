@@ -14,11 +14,11 @@ from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.examples import Example, to_example
-from pera_lightning.tasks.causal_lm.protocols.maths import gold_number
 
 _ENDINGS = (".json", ".jsonl")
 # Columns that tell a form, the first that fits: LLM-Adapters', MetaMathQA's, GSM8K's.
 _FORMS = (("instruction",), ("query", "response"), ("question", "answer"))
+_COLUMNS = {"instruction", "input", "output", "answer", "query", "response", "question"}
 _IN_WORDS = (
     "instruction and output or answer (LLM-Adapters), query and response (MetaMathQA), question and answer (GSM8K)"
 )
@@ -28,8 +28,8 @@ class MathsDataModule(TextDataModule):
     """MetaMathQA and GSM8K, or word problems of your own in one of three forms.
 
     The columns tell the form. LLM-Adapters': "instruction", "input", "output", "answer". MetaMathQA's: "query" and
-    "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the whole solution and
-    ends in "#### 72"; it is trained on as it is. The answer of a test example has to be a number.
+    "response", whose answer follows "The answer is:". GSM8K's: "question" and "answer", which is the entire solution
+    and ends in "#### 72"; it is trained on as it is. The answer of a test example has to be a number.
 
     Args:
         train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given
@@ -82,29 +82,21 @@ def read_problems(source: str, split: str) -> list[Example]:
         DataError: if there are none, or an example cannot be used.
     """
     if _is_file(source):
-        where = source
-        entries = read_json(Path(source).expanduser())
-        form = _form(list(entries[0]) if isinstance(entries[0], Mapping) else [], where)
+        where, entries = source, read_json(Path(source).expanduser())
     else:
-        where = f"data set {source}, split {split!r}"
-        table = _load(source, split)
-        form = _form(table.column_names, where)
-        wanted = (*form, "input", "output", "answer")
-        entries = table.select_columns([name for name in table.column_names if name in wanted]).to_list()
-        if not entries:
-            raise DataError(f"{where} has no examples")
+        where, table = f"data set {source}, split {split!r}", _load(source, split)
+        # Other columns, such as MetaMathQA's of originals, would be long lists for nothing.
+        entries = table.select_columns([name for name in table.column_names if name in _COLUMNS]).to_list()
+    names = list(entries[0]) if entries and isinstance(entries[0], Mapping) else []
+    form = next((form for form in _FORMS if set(form) <= set(names)), None)
+    if form is None:
+        raise DataError(f"{where} has the columns {listed(names) or 'of no object'}; known are {_IN_WORDS}")
     needed = ("instruction", "output" if split == "train" else "answer")
-    set_name, examples = _name(source), []
-    for k, entry in enumerate(entries):
-        fields = _unified(entry, form, f"example {k} of {where}")
-        one = to_example(fields, number=k, set_name=set_name, split=split, source=where, needed=needed)
-        if split == "test":
-            try:
-                gold_number(one.answer)
-            except DataError as error:
-                raise DataError(f"example {k} of {where}: {error}") from None
-        examples.append(one)
-    return examples
+    about = {"set_name": _name(source), "split": split, "source": where, "needed": needed}
+    return [
+        to_example(_unified(entry, form, f"example {k} of {where}"), number=k, **about)
+        for k, entry in enumerate(entries)
+    ]
 
 
 def _is_file(source: str) -> bool:
@@ -123,26 +115,16 @@ def _load(source: str, split: str) -> Any:
     repository, _, config = source.partition(":")
     try:
         return hub.load_table(repository, config or None, split, instead="a file of JSON or JSON lines")
-    except DataError as error:
-        if config or "Config name is missing" not in str(error):
-            raise
-        raise DataError(f"{error}. Here it is given after a colon: {source}:NAME") from error
-
-
-def _form(names: list[str], where: str) -> tuple[str, ...]:
-    for form in _FORMS:
-        if set(form) <= set(names):
-            return form
-    raise DataError(f"{where} has the columns {listed(names) or 'of no object'}; known are {_IN_WORDS}")
+    except DataError as error:  # that of datasets names the configurations, and not how to give one
+        raise DataError(f"{error} (its configuration, if it has several, as ORG/NAME:CONFIGURATION)") from error
 
 
 def _unified(entry: Any, form: tuple[str, ...], where: str) -> Any:
     """An entry in LLM-Adapters' form."""
     if form == ("instruction",) or not isinstance(entry, Mapping):
         return entry
-    for name in form:
-        if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise DataError(f"{where}: {name!r} is missing or not text; correct the example or leave it out")
-    question, solution = (entry[name] for name in form)
-    mark = "The answer is:" if form[0] == "query" else "####"
+    question, solution = (entry.get(name) for name in form)
+    if not isinstance(question, str) or not isinstance(solution, str):
+        raise DataError(f"{where}: text is needed as {form[0]!r} and as {form[1]!r}; correct it or leave it out")
+    mark = "The answer is:" if form[0] == "query" else "####"  # MetaMathQA's, or GSM8K's
     return {"instruction": question, "output": solution, "answer": solution.rpartition(mark)[2].strip()}

@@ -5,7 +5,6 @@ Papers: HiRA (ICLR 2025), PERA (arXiv 2604.11841) and AuroRA (arXiv 2505.18738) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +19,7 @@ from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.evaluator import Evaluator
 from pera_lightning.tasks.causal_lm.loss import summed_loss
 from pera_lightning.tasks.causal_lm.networks import check_causal, check_packing, load_network
-from pera_lightning.training.precision import DTYPES
-from pera_lightning.training.transformers_models import check_extremes, forward_arguments
+from pera_lightning.training.transformers_models import context_length, forward_arguments
 from pera_lightning.training.transformers_module import TransformersModule
 
 if TYPE_CHECKING:
@@ -51,20 +49,12 @@ class CausalLMModule(TransformersModule):
         **shared: Any,
     ) -> None:
         super().__init__(model_name, lr=lr, base_dtype=base_dtype, **shared)
-        self._data: Mapping[str, Any] = {}  # what the data say of themselves, see `TextDataModule.description`
         self._evaluator: Evaluator | None = None
 
     # --- the network ---
 
     def build_network(self, weights: bool = True) -> nn.Module:
-        h = self.hparams
-        return load_network(
-            h["model_name"],
-            dtype=DTYPES[h["base_dtype"]],
-            attn_implementation=h["attn_implementation"],
-            revision=h["revision"],
-            weights=weights,
-        )
+        return load_network(self.hparams["model_name"], **self.loading(weights))
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -73,11 +63,7 @@ class CausalLMModule(TransformersModule):
         self.metrics = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
 
     def finish_network(self) -> None:
-        self._check_tied_head()
-        super().finish_network()
-
-    def _check_tied_head(self) -> None:
-        """A head that is trained in float32 cannot share its weight with embeddings in low precision."""
+        # A head that is trained in float32 cannot share its weight with embeddings in low precision.
         mark, head = injection_of(self.model), self.model.get_output_embeddings()
         trained = mark is not None and any(self.model.get_submodule(p) is head for p in mark.trained_modules)
         tied = head is not None and head.weight is self.model.get_input_embeddings().weight
@@ -86,32 +72,24 @@ class CausalLMModule(TransformersModule):
                 "the head shares its weight with the embeddings, and trained it is float32: set base_dtype=float32, or "
                 "leave the head out of trainable"
             )
+        super().finish_network()
 
     def forward(self, batch: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
-        """Logits (B, K, V) at `positions` (K,) of the sequences, or at all of them.
-
-        Args:
-            batch: without cache, so that packed sequences stay apart.
-            positions: where logits are wanted.
-        """
+        """Logits (B, K, V) at `positions` (K,) of the sequences, or at all of them."""
         known = forward_arguments(self.model)  # type: ignore[arg-type]
         names = ("input_ids", "attention_mask", "position_ids")
         inputs = {name: batch[name] for name in names if name in batch and name in known}
+        options = {"use_cache": False}  # so that packed sequences stay apart
         if positions is not None and "logits_to_keep" in known:
-            return self.model(**inputs, logits_to_keep=positions, use_cache=False).logits  # type: ignore[misc]
-        logits = self.model(**inputs, use_cache=False).logits  # type: ignore[misc]
+            return self.model(**inputs, **options, logits_to_keep=positions).logits  # type: ignore[misc]
+        logits = self.model(**inputs, **options).logits  # type: ignore[misc]
         return logits if positions is None else logits[:, positions]
-
-    # --- the handshake with the data: see `pera_lightning.data.base` ---
-
-    def agree(self) -> None:
-        self._data = self.data_description()
 
     # --- training and validation ---
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.trained_with = self._data.get("facts")
+        self.trained_with = self._data.get("protocol")
         self._check_network()
         if self._data.get("packed"):
             check_packing(self.model)  # type: ignore[arg-type]
@@ -122,8 +100,8 @@ class CausalLMModule(TransformersModule):
 
     def _check_network(self) -> None:
         check_causal(self.model)  # type: ignore[arg-type]
-        if "extremes" in self._data and self.trainer.state.fn in ("fit", "validate"):
-            check_extremes(self.model, *self._data["extremes"])  # type: ignore[arg-type]
+        if self.trainer.state.fn in ("fit", "validate"):  # a test leaves the ends of longer prompts
+            self.check_extremes()
 
     def _shared_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss, logits (N, V) and targets (N,) of the positions that need logits."""
@@ -140,10 +118,10 @@ class CausalLMModule(TransformersModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         summed, logits, targets = self._shared_step(batch)
-        labelled = targets != IGNORE
+        labelled = targets != IGNORE  # (N,)
         count = int(labelled.sum())
         if count:
-            right = (logits.argmax(-1) == targets)[labelled].float().mean()
+            right = (logits.argmax(-1) == targets)[labelled].float().mean()  # share of the labelled tokens
             self.metrics["loss"].update(summed / count, weight=count)
             self.metrics["token_accuracy"].update(right, weight=count)
 
@@ -207,8 +185,7 @@ class CausalLMModule(TransformersModule):
         if not isinstance(data, TextDataModule):
             return super().example_batch(data)
         protocol, size = data.evaluation, data.batch_size
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore
-        length = min(data.max_length, context or data.max_length)
+        length = min(data.max_length, context_length(self.model) or data.max_length)  # type: ignore[arg-type]
         start = 0
         if protocol.loss_on == "answer":
             generated = length if protocol.decoding is None else protocol.decoding.max_new_tokens
@@ -217,6 +194,7 @@ class CausalLMModule(TransformersModule):
             raise ConfigurationError(
                 f"answer_length={answer_length}: protocol {protocol.name} has labels on all tokens"
             )
+        # The ids are never read; lengths and labels decide what is computed.
         full, packed = {"input_ids": [0] * length, "start": start}, data.batching == "packed"
         if packed:
             batch = batching.collate_packed([full] * size)

@@ -1,16 +1,14 @@
-"""Causal language models of transformers, by hub id or folder; every way to fail put into words."""
+"""Causal language models of transformers, by hub id or folder, and what is tried out on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.pretrained import explained
+from pera_lightning.errors import ConfigurationError
+from pera_lightning.training.transformers_models import check_complete, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,52 +17,17 @@ _PROBE = 8  # tokens
 _LEAK = 1e-4  # of the change where one is due; what is masked adds exact zeros, in bfloat16 too
 
 
-def load_network(
-    name: str, *, dtype: torch.dtype, attn_implementation: str | None, revision: str | None, weights: bool = True
-) -> PreTrainedModel:
-    """A causal language model in `dtype`.
-
-    Weights are read straight into that type, never cast by `Module.to`: that would cast the rotary frequencies too,
-    which transformers keeps in float32.
-
-    Args:
-        name: hub id, or folder.
-        dtype: type of the weights.
-        attn_implementation: "sdpa", "eager", "flash_attention_2" …, by default transformers' choice.
-        revision: branch, tag or commit of the hub's repository.
-        weights: False builds from the configuration alone, with random weights.
+def load_network(name: str, **loading: Any) -> PreTrainedModel:
+    """A causal language model, by hub id or folder; `load_pretrained` says what else it takes.
 
     Raises:
-        ConfigurationError: if the model cannot be had.
+        ConfigurationError: if the model cannot be had, or files lack some of its weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    try:
-        if not weights:
-            config = AutoConfig.from_pretrained(name, revision=revision or "main")
-            return AutoModelForCausalLM.from_config(config, **options)
-        network, found = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision or "main", output_loading_info=True, **options
-        )
-    except SafetensorError as error:
-        raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise explained(error, name, "model") from error
-    _check_complete(name, found)
+    network, found = load_pretrained(AutoModelForCausalLM, name, **loading)
+    check_complete(name, found.get("missing_keys", ()))
     return network
-
-
-def _check_complete(name: str, found: Mapping[str, Any]) -> None:
-    """Refuses a base with tensors that no file gave: transformers warns, and they would be random and stay so."""
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ConfigurationError(
-            f"model {name} has no weights for {len(missing)} of its tensors, which would be random: "
-            f"{listed(missing, 2)}; give one that was saved whole, as a language model"
-        )
 
 
 def check_causal(model: PreTrainedModel) -> None:
@@ -113,6 +76,7 @@ def _probe(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def _change(model: PreTrainedModel, ids: Tensor, other: Tensor, **options: Tensor) -> Tensor:
     """How much each token's logits differ between two sequences, (T,); draws nothing at random."""
+    # Dropout would differ between the two forwards, and move the random state of the fit.
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:

@@ -26,11 +26,7 @@ Prediction = Mapping[str, Any]  # of one question: its id, set, stage, output, p
 class PartialPredictions:
     """The predictions of a test that is not done: those of this process are appended, those of all are read.
 
-    Args:
-        folder: folder of all predictions of a run.
-        name: name of the evaluation, see above.
-        key: hash of all that decides the answers.
-        rank: number of this process.
+    `folder` is that of all predictions of a run, `name` and `key` are those above.
     """
 
     def __init__(self, folder: Path, name: str, key: str, rank: int) -> None:
@@ -41,9 +37,10 @@ class PartialPredictions:
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Adds predictions, a line each, written through to the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            if file.tell() and not _ends_line(self.path):
-                file.write(b"\n")  # what the last process had no time to finish stays a line of its own, left out
+        with self.path.open("a+b") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            if file.read(1) not in (b"", b"\n"):  # what the last process had no time to finish stays a line of its own
+                file.write(b"\n")
             for one in predictions:
                 file.write(json.dumps(one, ensure_ascii=False).encode() + b"\n")
             file.flush()
@@ -82,15 +79,13 @@ def by_set(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
 
 def unique(predictions: Iterable[Prediction], order: Sequence[str]) -> list[Prediction]:
     """Each question's first prediction, in the order of the ids given; other ids are left out."""
-    first: dict[str, Prediction] = {}
+    first: dict[str, Prediction] = {}  # by id
     for one in predictions:
         first.setdefault(one["id"], one)
     return [first[name] for name in order if name in first]
 
 
-def write_predictions(
-    folder: Path, predictions: Sequence[Prediction], others: Mapping[str, str] | None = None
-) -> list[Path]:
+def write_predictions(folder: Path, predictions: Iterable[Prediction], others: Mapping[str, str] | None = None) -> None:
     """Writes a file a set, in the order given, in place of the folder: all in it is of one evaluation.
 
     A reader sees the old files or the new ones, or for a moment none, see `atomic_directory`.
@@ -100,17 +95,9 @@ def write_predictions(
         predictions: each with "set".
         others: name to text of further files.
     """
-    sets = by_set(predictions)
-    texts = {**(others or {})}
-    for name, own in sets.items():
-        texts[f"{name}.jsonl"] = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in own)
     with atomic_directory(folder) as new:
-        for name, text in texts.items():
+        for name, own in by_set(predictions).items():
+            lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in own)
+            (new / f"{name}.jsonl").write_bytes("".join(lines).encode())
+        for name, text in (others or {}).items():
             (new / name).write_bytes(text.encode())
-    return [folder / f"{name}.jsonl" for name in sets]
-
-
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -16,19 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A test example, tokenised.
-
-    Attributes:
-        example: as read.
-        prompt: token ids; those to be continued if the protocol generates.
-        options: answer words, empty if the protocol generates.
-        candidates: for each option (ids, start): ids[start:] is scored.
-    """
+    """A test example, tokenised."""
 
     example: Example
-    prompt: list[int]
-    options: tuple[str, ...] = ()
-    candidates: tuple[tuple[list[int], int], ...] = ()
+    prompt: list[int]  # token ids; those to be continued if the protocol generates
+    options: tuple[str, ...] = ()  # answer words, empty if the protocol generates
+    candidates: tuple[tuple[list[int], int], ...] = ()  # for each option (ids, start): ids[start:] is scored
 
 
 class Questions:
@@ -47,11 +40,7 @@ class Questions:
 def make_questions(
     protocol: Protocol, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[Question]:
-    """Tokenises test examples by a protocol, in their order.
-
-    Raises:
-        DataError: for an example without a usable answer or options.
-    """
+    """Tokenises test examples by a protocol, in their order; one without a usable answer or options is refused."""
     for one in examples:
         protocol.check(one)
     prompts = [protocol.evaluation_prompt(one) for one in examples]
@@ -67,7 +56,7 @@ def make_questions(
         bos=protocol.bos,
         eos=False,
     )
-    rest = iter(pairs)
+    rest = iter(pairs)  # handed out again, as many to each question as it has options
     return [
         Question(one, ids, words, tuple(next(rest) for _ in words))
         for one, ids, words in zip(examples, encoded, options, strict=True)

@@ -7,25 +7,12 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any
 
-from pera_lightning.errors import ConfigurationError, DataError
-from pera_lightning.validation import check_in_range
+from pera_lightning.errors import DataError
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, without continuity correction: its ends, within 0 and 1.
-
-    Args:
-        successes: number of right answers among the `n`.
-        n: number of answers.
-        confidence: between 0 and 1, both excluded.
-
-    Raises:
-        ConfigurationError: for numbers that are not a proportion or a confidence.
-    """
-    if not 0 <= successes <= n or n < 1:
-        raise ConfigurationError(f"{successes} of {n}: 0 <= successes <= n and n of at least 1 are needed")
-    check_in_range(confidence, "confidence", gt=0, lt=1)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    """Wilson's score interval of a proportion, without continuity correction: its ends, within 0 and 1."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)  # 1.96 for 95 %
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
@@ -56,57 +43,44 @@ def accuracy_summary(predictions: Sequence[Mapping[str, Any]]) -> dict[str, floa
     }
 
 
-def average_row(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> dict[str, float]:
-    """Averages over sets as the papers do: plain means, a large set counting no more than a small one.
-
-    Args:
-        rows: results of one set each.
-        main_metric: the metric that the protocol reports.
+def average_of(sets: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> dict[str, float]:
+    """Averages over one set or more as the papers do: plain means, a large set counting no more than a small one.
 
     Returns:
-        The main metric, ``not_found``, ``seconds`` and ``tokens_per_second``; less those that a row lacks.
-
-    Raises:
-        DataError: without rows.
+        The main metric, ``not_found``, ``seconds`` and ``tokens_per_second``; less those that a set lacks.
     """
-    if not rows:
-        raise DataError("there are no sets to average; evaluate at least one")
     keys = (main_metric, "not_found", "seconds", "tokens_per_second")
-    return {key: sum(float(row[key]) for row in rows) / len(rows) for key in keys if all(key in row for row in rows)}
+    return {key: sum(float(one[key]) for one in sets) / len(sets) for key in keys if all(key in one for one in sets)}
 
 
 def evaluation_seconds(predictions: Iterable[Mapping[str, Any]]) -> float:
-    """How long the questions took: the sum of each process's seconds, and of several processes the longest.
-
-    Args:
-        predictions: each with ``seconds`` and the ``rank`` of the process that answered.
-    """
+    """How long the questions took: the sum of each process's seconds, and of several processes the longest."""
     of_rank: dict[int, float] = {}
     for one in predictions:
         of_rank[one["rank"]] = of_rank.get(one["rank"], 0.0) + one["seconds"]
     return max(of_rank.values(), default=0.0)
 
 
-def table(rows: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> str:
+def table(sets: Sequence[Mapping[str, Any]], main_metric: str = "accuracy") -> str:
     """Lines up the results of each set, and their average below.
 
     Args:
-        rows: results of one set each: ``set``, ``n``, the metrics, ``seconds``, ``tokens_per_second``. A key that a
-            row lacks is left empty.
-        main_metric: of the last line, which is the `average_row`.
+        sets: each ``set``, ``n``, metrics, ``seconds``, ``tokens_per_second``; a key that one lacks is left empty.
+        main_metric: of the last line, which is `average_of` the sets.
 
     Returns:
-        Lines without a newline at the end; metrics in the units of the rows, with four decimals.
+        Lines without a newline at the end; metrics in the units of the sets, with four decimals.
     """
     from pera_lightning.training.tables import format_table  # protocols import this file, and load no library
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    # The main metric first, the times last, all other metrics as they come.
+    columns = list(dict.fromkeys(key for one in sets for key in one))
     first = [key for key in ("set", "n", main_metric) if key in columns]
     last = [key for key in ("seconds", "tokens_per_second") if key in columns]
     columns = [*first, *(key for key in columns if key not in first + last), *last]
-    averaged = [*rows, {"set": "average", **average_row(rows, main_metric)}]
+    lines = [*sets, {"set": "average", **average_of(sets, main_metric)}]
     titles = [key.replace("_", " ") for key in columns]
-    return format_table(titles, [[_cell(key, one.get(key)) for key in columns] for one in averaged])
+    return format_table(titles, [[_cell(key, one.get(key)) for key in columns] for one in lines])
 
 
 def _cell(key: str, value: Any) -> str:

@@ -36,7 +36,7 @@ def tokenised(
         examples: training examples.
         protocol: gives prompt, response, BOS and what the loss is on.
         tokenizer: the model's.
-        folder: the cache.
+        folder: folder of the cache.
         sha256: `digest` of the examples.
 
     Raises:
@@ -55,13 +55,9 @@ def _write(examples: Sequence[Example], protocol: Protocol, tokenizer: PreTraine
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for begin in range(0, len(examples), _CHUNK):
             chunk = examples[begin : begin + _CHUNK]
-            pairs = encode_pairs(
-                tokenizer,
-                [protocol.training_prompt(one) for one in chunk],
-                [protocol.response(one) for one in chunk],
-                bos=protocol.bos,
-                eos=True,
-            )
+            texts = [protocol.training_prompt(one) for one in chunk], [protocol.response(one) for one in chunk]
+            pairs = encode_pairs(tokenizer, *texts, bos=protocol.bos, eos=True)
+            # The loss begins at the response, or covers the prompt too.
             ids = pa.array([ids for ids, _ in pairs], type=pa.list_(pa.int32()))
             starts = pa.array([start if protocol.loss_on == "answer" else 0 for _, start in pairs], type=pa.int32())
             writer.write_batch(pa.record_batch([ids, starts], schema=schema))
@@ -74,27 +70,21 @@ class TokenDataset:
         table: as `tokenised` gives it.
         indices: examples of it, in order.
         max_length: most tokens of an example; cut at the end.
-
-    Attributes:
-        lengths: tokens of each example kept, after cutting.
-        cut: number of examples that were cut.
-        dropped: number of examples left out, since the cut took all their labels.
-        highest: the highest token id of the whole table.
     """
 
     def __init__(self, table: datasets.Dataset, indices: np.ndarray, max_length: int) -> None:
         import pyarrow.compute as pc
 
         self._table, self._max_length = table, max_length
-        columns = table.with_format("arrow")[:]
+        columns = table.with_format("arrow")[:]  # mapped, not read; only lengths are kept
         ids = columns.column("input_ids")
-        self.highest = int(pc.max(pc.list_flatten(ids)).as_py())
+        self.highest = int(pc.max(pc.list_flatten(ids)).as_py())  # token id of the entire table
         full = np.asarray(pc.list_value_length(ids))[indices]
         starts = columns.column("start").to_numpy()[indices]
         lengths = np.minimum(full, max_length)
         kept = lengths > np.maximum(starts, 1)  # a first token has none before it that predicts it
-        self.cut, self.dropped = int((full > max_length).sum()), int((~kept).sum())
-        self.indices, self.lengths = indices[kept], lengths[kept]
+        self.cut, self.dropped = int((full > max_length).sum()), int((~kept).sum())  # how many; all labels were cut
+        self.indices, self.lengths = indices[kept], lengths[kept]  # tokens after cutting
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -107,12 +97,7 @@ class TokenDataset:
 
 
 class PackedDataset:
-    """Several examples as one item, for packed batches.
-
-    Args:
-        examples: the dataset of single ones.
-        sequences: numbers of the examples of each item.
-    """
+    """Several examples as one item, for packed batches: `sequences` are the numbers of the examples of each."""
 
     def __init__(self, examples: TokenDataset, sequences: Sequence[Sequence[int]]) -> None:
         self.examples, self.sequences = examples, sequences

@@ -152,7 +152,7 @@ class ImageStagesModule(NormalisedLossModule):
             return
         metrics: dict[str, float] = {}  # means, by stage and metric
         each: dict[str, dict[str, dict[str, float]]] = {}  # by stage and file, of all processes
-        inference = results.inference_rows(self)
+        inference = results.inference_stages(self)
         variants = dict(zip(inference, (DYNAMIC, STATIC), strict=False))  # one or both
         for stage, variant in variants.items():
             # Each process measures its own images; means are over those of all.

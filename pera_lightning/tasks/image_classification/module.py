@@ -180,7 +180,7 @@ class ImageClassificationModule(AdapterModule):
                 self._update("test_static", batch)
 
     def on_test_epoch_end(self) -> None:
-        inference = results.inference_rows(self)  # the same on all ranks, also on one that had padding only
+        inference = results.inference_stages(self)  # the same on all ranks, also on one that had padding only
         names = self.class_names or [str(k) for k in range(self.hparams["num_classes"])]
         per_class: dict[str, dict[str, float]] = {}  # by stage and class
         # The confusion matrix counts each image once, so its sum is n.

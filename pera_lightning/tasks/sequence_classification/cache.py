@@ -38,7 +38,7 @@ def encode(
     Args:
         tokenizer: any transformers tokenizer.
         texts: one or two lists, n texts each.
-        max_length: most tokens of an example, special ones included.
+        max_length: most tokens of an example, special ones included; the longer text of a pair loses tokens first.
 
     Returns:
         ``input_ids`` and, if the tokenizer makes them, ``token_type_ids``, n lists each; and which examples were cut.
@@ -46,15 +46,14 @@ def encode(
     Raises:
         ConfigurationError: for a `max_length` that leaves no room beside the special tokens.
     """
-    # The longer text of a pair loses tokens, each keeps at least one.
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
-    if max_length < special + len(texts):
+    if max_length < special + len(texts):  # each text keeps at least one token
         raise ConfigurationError(
             f"max_length={max_length} leaves no room for text beside {special} special tokens; raise it"
         )
     options = {"padding": False, "return_attention_mask": False, "verbose": False}
-    whole = tokenizer(*(list(column) for column in texts), truncation=False, **options)
-    columns = {name: [list(ids) for ids in whole[name]] for name in ("input_ids", "token_type_ids") if name in whole}
+    full = tokenizer(*map(list, texts), truncation=False, **options)
+    columns = {name: [list(ids) for ids in full[name]] for name in ("input_ids", "token_type_ids") if name in full}
     cut = [len(ids) > max_length for ids in columns["input_ids"]]
     # Only the long ones are tokenised again, with truncation: so it is known how many those are.
     if long := [number for number, over in enumerate(cut) if over]:
@@ -67,7 +66,7 @@ def encode(
 
 
 def tokenised(
-    texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path, *, name: str
+    texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path
 ) -> datasets.Dataset:
     """The table of what `encode` gives, from the cache if it is there; ``cut`` is one of its columns.
 
@@ -75,12 +74,7 @@ def tokenised(
         texts: one or two lists, n texts each.
         tokenizer: tokenizer of the model.
         max_length: most tokens of an example.
-        folder: folder of the cache.
-        name: beginning of the file's name.
-
-    Raises:
-        ConfigurationError: as `encode`.
-        DataError: where the folder cannot be written, or its file is damaged.
+        path: folder of the cache, and the beginning of the file's name.
     """
     # The name is a hash of all that decides the content, so a file that is there is the right one.
     total = hashlib.sha256()
@@ -88,25 +82,20 @@ def tokenised(
         total.update(json.dumps(example).encode())
     facts = [_FORMAT, tokenizer_key(tokenizer), tokenizer.truncation_side, max_length, len(texts), total.hexdigest()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    return kept(folder / f"{name}-{key}.arrow", lambda path: _write(texts, tokenizer, max_length, path))
+    return kept(path.with_name(f"{path.name}-{key}.arrow"), lambda new: _write(texts, tokenizer, max_length, new))
 
 
 def _write(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:
     import pyarrow as pa
 
-    lists, writer, schema = pa.list_(pa.int32()), None, None
-    with pa.OSFile(str(path), "wb") as sink:
-        try:
-            for begin in range(0, len(texts[0]), _CHUNK):
-                encoded, cut = encode(tokenizer, [column[begin : begin + _CHUNK] for column in texts], max_length)
-                if writer is None:  # only the first examples tell whether there are token types
-                    schema = pa.schema([*((name, lists) for name in encoded), ("cut", pa.bool_())])
-                    writer = pa.ipc.new_stream(sink, schema)
-                columns = [*(pa.array(column, type=lists) for column in encoded.values()), pa.array(cut)]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        finally:
-            if writer is not None:
-                writer.close()
+    lists = pa.list_(pa.int32())
+    first, _ = encode(tokenizer, [column[:1] for column in texts], max_length)  # tells whether there are token types
+    schema = pa.schema([*((name, lists) for name in first), ("cut", pa.bool_())])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for begin in range(0, len(texts[0]), _CHUNK):
+            encoded, cut = encode(tokenizer, [column[begin : begin + _CHUNK] for column in texts], max_length)
+            columns = [*(pa.array(column, type=lists) for column in encoded.values()), pa.array(cut)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 class TokenDataset:
@@ -117,12 +106,6 @@ class TokenDataset:
         examples: what it was made of.
         indices: numbers of the examples that are wanted, in order.
         with_ids: items say their ``id``.
-
-    Attributes:
-        lengths: number of tokens of each example.
-        labels: label of each example.
-        cut: how many examples were cut.
-        highest: the highest token id of the whole table.
     """
 
     def __init__(
@@ -133,9 +116,9 @@ class TokenDataset:
         self._table, self._ids = table, examples.ids if with_ids else None
         columns = table.with_format("arrow")[:]  # mapped, not read; only lengths are kept
         self.indices, self.labels = indices, examples.labels[indices]
-        self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]
-        self.cut = int(columns.column("cut").to_numpy()[indices].sum())
-        self.highest = int(pc.max(pc.list_flatten(columns.column("input_ids"))).as_py())
+        self.lengths = np.asarray(pc.list_value_length(columns.column("input_ids")))[indices]  # tokens of each
+        self.cut = int(columns.column("cut").to_numpy()[indices].sum())  # how many examples were cut
+        self.highest = int(pc.max(pc.list_flatten(columns.column("input_ids"))).as_py())  # token id of the entire table
 
     def __len__(self) -> int:
         return len(self.indices)

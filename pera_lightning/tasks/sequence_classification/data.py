@@ -7,38 +7,33 @@ What a task is stands in `tasks.py`, reading and checking examples in `sources.p
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, length_grouping, splits
-from pera_lightning.data.base import TaskDataModule
-from pera_lightning.data.cached_tables import cache_folder
 from pera_lightning.data.distributed_sampler import padded_shard
+from pera_lightning.data.token_data import TokenDataModule
 from pera_lightning.data.tokenization import pad_token_id
-from pera_lightning.errors import ConfigurationError, DataError, listed
+from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.sequence_classification.cache import TokenDataset, tokenised, without_label
 from pera_lightning.tasks.sequence_classification.examples import Examples, digest
 from pera_lightning.tasks.sequence_classification.sources import GLUESource
 from pera_lightning.tasks.sequence_classification.splits import LOADED, Plan, Subset
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, REPOSITORY, GLUETask
-from pera_lightning.validation import check_choice, check_in_range
+from pera_lightning.validation import check_in_range
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
-
-BATCHING = ("grouped", "random")
 
 
-class GLUEDataModule(TaskDataModule):
+class GLUEDataModule(TokenDataModule):
     """Batches of texts or pairs with a label: a task of GLUE, or files of one's own.
 
     Batches are dicts: ``input_ids``, ``attention_mask`` and, if the tokenizer makes them, ``token_type_ids``, each
@@ -68,21 +63,18 @@ class GLUEDataModule(TaskDataModule):
             labels is scored on; `setup` for fit reads it too, so that what it lacks shows before the training.
         split_seed: seed of the draws of "red" and `train_limit`, and of nothing else, so that runs of different seeds
             compare on the same examples.
-        tokenizer: hub id or folder; by default the tokenizer that the trainer's module requires.
         max_length: most tokens of an example, special ones included. The longer text of a pair is cut first.
-        batch_size: examples in a training batch, per process.
-        eval_batch_size: examples in every other batch; by default `batch_size`.
-        batching: order of the training examples: "grouped": examples of similar length together; "random".
         train_limit: most training examples to use, drawn by `split_seed`; those of a smaller number are among those of
             a larger one.
-        num_workers: processes that make batches; 0 makes them in the main one.
-        cache_dir: folder of tokenised examples; by default in the cache of the library datasets.
         protocol: former name of `split_protocol`.
+        shared: arguments of `TokenDataModule`.
 
     Raises:
         ConfigurationError, UnknownNameError: for values out of range, unknown or without effect on this task.
         DataError: from `prepare_data` and `setup`, for examples that are missing or cannot be used, naming the first.
     """
+
+    asks_module = "SequenceClassificationModule"
 
     def __init__(
         self,
@@ -97,17 +89,15 @@ class GLUEDataModule(TaskDataModule):
         regression: bool = False,
         split_protocol: str | None = None,
         split_seed: int = 42,
-        tokenizer: str | None = None,
         max_length: int = 512,
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        batching: str = "grouped",
         train_limit: int | None = None,
-        num_workers: int = 0,
-        cache_dir: str | None = None,
         protocol: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(max_length=max_length, split_seed=split_seed, batch_size=batch_size, **shared)
+        if train_limit is not None:
+            check_in_range(train_limit, "train_limit", ge=1, integer=True)
         if protocol is not None:
             # Which of two was meant cannot be told: one may be a config's, and either the newer.
             if split_protocol not in (None, protocol):
@@ -116,7 +106,9 @@ class GLUEDataModule(TaskDataModule):
                     "alone, with protocol=null over a config that has it"
                 )
             rank_zero_warn(f"protocol={protocol} acts as split_protocol, as it is called now: give that in its place")
-        split_protocol = split_protocol or protocol or "full_validation"
+        self.split_protocol = split_protocol or protocol or "full_validation"
+        self.train_limit = train_limit
+        self._plan = Plan(splits.split_protocol(self.split_protocol), split_seed, train_limit)
         files = {"train": train_file, "validation": validation_file, "test": test_file}
         self.source = GLUESource(
             name=CUSTOM if task is None else task,
@@ -126,39 +118,17 @@ class GLUEDataModule(TaskDataModule):
             label_column=label_column,
             regression=regression,
         )
-        self.split_protocol, self.split_seed = split_protocol, split_seed
-        self.tokenizer_name = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.batching = batching
-        self.train_limit = train_limit
-        self._plan = Plan(splits.split_protocol(split_protocol), split_seed, train_limit)
-        self.num_workers = num_workers
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        self._check()
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        unlabelled = self.source.on_hub or (self.source.name == CUSTOM and test_file is None)
+        if self.split_protocol == "own_test" and unlabelled:  # before hours of training, not after
+            raise ConfigurationError(
+                "split_protocol=own_test scores on a test set with labels, and GLUE's are hidden: give one of your own "
+                "as test_file, or split_protocol=red"
+            )
         # By the source's splits: the tokenised table, its examples without their texts, and their digest.
         self._tables: dict[str, tuple[datasets.Dataset, Examples]] = {}
         self._digests: dict[str, str] = {}
-        # By the run's splits: what they are made of, and for the stages that were set up the datasets.
-        self._subsets: dict[str, Subset] = {}
-        self._datasets: dict[str, TokenDataset] = {}
+        self._subsets: dict[str, Subset] = {}  # by the run's splits: what they are made of
         self._recorded = False
-
-    def _check(self) -> None:
-        least = {"max_length": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "split_seed": 0}
-        for name, lowest in least.items():
-            check_in_range(getattr(self, name), name, ge=lowest, integer=True)
-        if self.train_limit is not None:
-            check_in_range(self.train_limit, "train_limit", ge=1, integer=True)
-        check_choice(self.batching, "batching", BATCHING)
-        if self.split_protocol == "own_test":  # before hours of training, not after
-            needed = "split_protocol=own_test scores on a test set with labels"
-            if self.source.on_hub:
-                raise ConfigurationError(f"{needed}, and GLUE's are hidden; use red")
-            if self.source.name == CUSTOM and "test" not in self.source.files:
-                raise ConfigurationError(f"{needed}; give it as test_file")
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
@@ -168,55 +138,38 @@ class GLUEDataModule(TaskDataModule):
         return self.source.task
 
     @property
-    def num_labels(self) -> int:
-        """Outputs of the head: one a class, or the one of a regression."""
-        return self.task.num_labels
-
-    @property
     def class_names(self) -> list[str]:
         """Names of the classes by label; none for regression."""
         return list(self.task.class_names)
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the task's metrics, in the order of the leaderboard."""
-        return self.task.metrics
-
-    @property
-    def selection(self) -> str:
-        """Name of the metric that chooses the best epoch."""
-        return self.task.selection
-
-    @property
-    def test_sets(self) -> list[str]:
-        """Names of the sets by dataloader, the same at validation, test and predict: [""], or MNLI's two."""
-        return list(self.task.sets)
+    def expected_classes(self) -> int:
+        """Outputs of the head, for counting parameters; GLUE's need no data."""
+        return self.task.num_labels
 
     def description(self) -> dict[str, Any]:
-        """What a module must know of these data; of GLUE's tasks without reading any."""
-        names = ("task", "num_labels", "class_names", "metrics", "selection", "test_sets")
-        return {name: getattr(self, name) for name in names}
+        """What a module must know of these data; of a custom task only after `setup`, since its files tell.
 
-    def expected_classes(self) -> int:
-        """`num_labels`, for counting parameters; GLUE's need no data."""
-        return self.num_labels
-
-    def class_weights(self) -> Tensor:
-        """Weights (C,) that give every class an equal part in the training loss; their mean over examples is 1.
-
-        Raises:
-            ConfigurationError: for a regression.
-            DataError: where a class has no training example.
+        Returns:
+            ``tokenizer_name``, ``task``, ``num_labels``, ``class_names``, ``metrics``, ``selection``, ``test_sets``
+            (names of the sets by dataloader, [""] or MNLI's two), ``class_counts`` (training examples of each class)
+            and ``extremes``; the last two None where nothing was set up that tells.
         """
-        if self.task.regression:
-            raise ConfigurationError(f"{self.source.name} is a regression: there are no classes to weigh")
-        labels = self._examples("train").labels
-        # Of the examples that are trained on, which are fewer with a train_limit.
-        counts = np.bincount(labels[self._plan.limited(len(labels))], minlength=self.num_labels)
-        if not counts.all():
-            none = listed(name for name, count in zip(self.class_names, counts, strict=True) if not count)
-            raise DataError(f"no training example of {none}, so the classes cannot be weighed; raise train_limit")
-        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
+        said: dict[str, Any] = {"tokenizer_name": self.tokenizer_name}
+        if self.source.name == CUSTOM and not self._datasets:
+            return said
+        task, train = self.task, self._datasets.get("train")
+        counts = None if train is None or task.regression else np.bincount(train.labels, minlength=task.num_labels)
+        return {
+            **said,
+            "task": task,
+            "num_labels": task.num_labels,
+            "class_names": self.class_names,
+            "metrics": task.metrics,
+            "selection": task.selection,
+            "test_sets": list(task.sets),
+            "class_counts": None if counts is None else counts.tolist(),
+            "extremes": self.extremes(),
+        }
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -241,7 +194,7 @@ class GLUEDataModule(TaskDataModule):
         """
         stage = getattr(stage, "value", stage)  # Lightning's enum has another name in an f-string, by Python's version
         for one in ("fit", "test") if stage is None else (stage,):
-            subsets = self._plan.subsets(self.task, one, self._examples)
+            subsets = self._plan.subsets(self.task, one, self._examples)  # by the run's splits
             self._subsets.update(subsets)
             for name in subsets:
                 if name not in self._datasets and name.partition("_")[0] in LOADED[one]:
@@ -250,15 +203,7 @@ class GLUEDataModule(TaskDataModule):
             # The file of a fit says more, so none of the others is written over it.
             name = self.source.name if stage == "fit" else f"{self.source.name}-{stage}"
             splits.record_run(self.trainer, name, self.split_record)
-            self._recorded = stage == "fit"
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches."""
-        examples = self._dataset("train")
-        options: dict[str, Any] = {"shuffle": True}
-        if self.batching == "grouped":
-            options = {"sampler": length_grouping.grouped_sampler(examples.lengths, self.batch_size, self.trainer)}
-        return self._loader(dataset=examples, batch_size=self.batch_size, **options)
+            self._recorded = stage == "fit"  # a test after this fit writes nothing
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The examples that select, longest first; a loader for each set of a task with several."""
@@ -272,34 +217,23 @@ class GLUEDataModule(TaskDataModule):
         """The test sets with ``ids``, in the order of their files; a loader for each set of a task with several."""
         return self._evaluated("predict")
 
-    def _dataset(self, name: str) -> TokenDataset:
-        if name not in self._datasets:
-            raise ConfigurationError(f"the {name} examples are there after setup(); call it first")
-        return self._datasets[name]
-
     def _evaluated(self, kind: str) -> DataLoader | list[DataLoader]:
-        loaders = []
+        loaders = []  # MNLI has two
         for set_name in self.task.sets:
-            examples = self._dataset(self.task.named(kind, set_name))
+            examples = self.dataset(self.task.named(kind, set_name))
             if kind != "predict":  # whose order is that of the file
                 examples = examples.longest_first()
             shard = padded_shard(examples, self.trainer, without_label)
-            loaders.append(self._loader(**shard, batch_size=self.eval_batch_size))
+            loaders.append(
+                self.make_loader(**shard, batch_size=self.eval_batch_size, collate_fn=self.collate_function())
+            )
         return loaders[0] if len(loaders) == 1 else loaders
 
-    def _loader(self, **options: Any) -> DataLoader:
-        pad_type_id = getattr(self.tokenizer, "pad_token_type_id", 0)
-        collate = partial(batching.collate_classified, pad_id=pad_token_id(self.tokenizer), pad_type_id=pad_type_id)
-        return self.make_loader(collate_fn=collate, **options)
+    def collate_function(self) -> Callable[..., Any]:
+        ids = {"pad_id": pad_token_id(self.tokenizer), "pad_type_id": getattr(self.tokenizer, "pad_token_type_id", 0)}
+        return partial(batching.collate_classified, **ids)
 
     # ---- building ---------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer given, else the one that the trainer's module requires; loaded once."""
-        if self._tokenizer is None:
-            self._tokenizer = self.find_tokenizer("SequenceClassificationModule")
-        return self._tokenizer
 
     def _build(self, name: str) -> TokenDataset:
         subset = self._subsets[name]
@@ -321,25 +255,13 @@ class GLUEDataModule(TaskDataModule):
                 rank_zero_warn(
                     f"{examples.empty} of {len(examples)} {split} examples of {name} lack a text of the pair"
                 )
-            folder = self.cache_dir or cache_folder()
-            table = tokenised(examples.texts, self.tokenizer, self.max_length, folder, name=f"{name}-{split}")
+            path = self.cache_folder / f"{name}-{split}"
+            table = tokenised(examples.texts, self.tokenizer, self.max_length, path)
             self._digests[split] = digest(examples)
             self._tables[split] = table, replace(examples, texts=())  # which the table holds as tokens
         return self._tables[split]
 
     # ---- what is said of it -----------------------------------------------------------------------------------------
-
-    def extremes(self) -> tuple[int, int]:
-        """Tokens of the longest example there is, and the highest token id, padding included."""
-        longest = max(int(dataset.lengths.max()) for dataset in self._datasets.values())
-        highest = max(dataset.highest for dataset in self._datasets.values())
-        return longest, max(highest, pad_token_id(self.tokenizer))
-
-    def padding(self) -> dict[str, float]:
-        """The share of padding in the first epoch's training batches of one process, in random order and grouped."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        shares = length_grouping.padding_shares(self._dataset("train").lengths, self.batch_size, seed=seed)
-        return {name: round(share, 4) for name, share in shares.items()}
 
     def protocol(self) -> dict[str, Any]:
         """What was trained on and scored on, and how, as primitives."""
@@ -349,7 +271,7 @@ class GLUEDataModule(TaskDataModule):
             "split_protocol": self.split_protocol,
             "selected_on_test": splits.selected_on_test(self._plan.cut),
             "split_seed": self.split_seed,
-            "selection": self.selection,
+            "selection": self.task.selection,
             "max_length": self.max_length,
             "batching": self.batching,
             "train_limit": self.train_limit,
@@ -357,14 +279,18 @@ class GLUEDataModule(TaskDataModule):
             "cut": {name: dataset.cut for name, dataset in self._datasets.items()},
             "sha256": dict(self._digests),
         }
-        return {**facts, "padding": self.padding()} if "train" in self._datasets else facts
+        if "train" in self._datasets:
+            # The share of padding in the first epoch's batches of one process, in random order and grouped.
+            lengths, seed = self.dataset("train").lengths, int(os.environ.get("PL_GLOBAL_SEED", 0))
+            shares = length_grouping.padding_shares(lengths, self.batch_size, seed=seed)
+            facts["padding"] = {name: round(share, 4) for name, share in shares.items()}
+        return facts
 
     def split_record(self) -> dict[str, Any]:
         """What ``splits/<task>.json`` says: protocol, seed, sizes, and the examples of every split.
 
         Returns:
-            Primitives. Under "parts", for each split of the run: the source's split that it is "of", its "rows" there,
-            numbers or "all", and if it is not all of them their "ids".
+            Primitives. Under "parts", for each split of the run, `Subset.record`.
         """
         return {
             "task": self.source.name,

@@ -6,38 +6,28 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.errors import ConfigurationError, DataError, listed, shorten
+from pera_lightning.errors import DataError, shorten
 from pera_lightning.tasks.sequence_classification.files import Columns
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, GLUETask
 
-_INDEX = "idx"  # what GLUE calls its row numbers
-_NUMBER = re.compile(r"[-+]?\d{1,300}(\.\d*)?")  # Python refuses to read many more digits
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, UTF-8 and tokenizers cannot
+_INDEX = "idx"  # what GLUE calls the numbers of its examples
+_NUMBER = re.compile(r"[-+]?\d{1,18}(\.\d*)?")  # longer ones are names: Python refuses to read very many digits
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked examples of a split.
+    """Checked examples of a split."""
 
-    Attributes:
-        texts: one or two lists, n texts each.
-        labels: (n,) int64, or float32 for regression; `IGNORE` for unknown ones.
-        ids: n different names; row numbers, if the source has no ``idx``.
-        empty: number of pairs of which one text is empty.
-    """
-
-    texts: tuple[list[str], ...]
-    labels: np.ndarray
-    ids: list[str]
-    empty: int = 0
+    texts: tuple[list[str], ...]  # one or two lists, n texts each
+    labels: np.ndarray  # (n,) int64, or float32 for regression; `IGNORE` for unknown ones
+    ids: list[str]  # n different names; numbers from 0, if the source has no ``idx``
+    empty: int = 0  # number of pairs of which one text is empty
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,7 +39,7 @@ class Examples:
 
 
 def to_examples(columns: Columns, task: GLUETask, *, label_column: str, unlabelled: bool) -> Examples:
-    """Makes the examples of a table, whose texts and labels are those that a task needs.
+    """Makes the examples of a table, one of each row, whose texts and labels are those that a task needs.
 
     Args:
         columns: the table.
@@ -60,18 +50,26 @@ def to_examples(columns: Columns, task: GLUETask, *, label_column: str, unlabell
     Raises:
         DataError: naming the first row that cannot be used, what it has and what is allowed.
     """
-    if not len(columns):
-        raise DataError(f"{columns.source} has no rows; give at least one")
     texts, empty = _texts(columns, task)
-    if unlabelled and label_column not in columns.values:
-        labels = np.full(len(columns), IGNORE)
-    else:
-        values = columns.column(label_column, "label_column")
-        known = {name: k for k, name in enumerate(task.class_names)}
-        own = task.name == CUSTOM  # names are looked up; GLUE's labels are numbers
-        label = partial(_label, source=columns.source, task=task, known=known if own else None, unlabelled=unlabelled)
-        labels = np.array([label(value, number) for number, value in enumerate(values)])
-    labels = labels.astype(np.float32 if task.regression else np.int64)
+    values = columns.values.get(label_column)
+    if values is None and not unlabelled:
+        columns.column(label_column, "label_column")  # which raises
+    own = task.name == CUSTOM  # names are looked up; GLUE's labels are numbers
+    known = {name if own else k: k for k, name in enumerate(task.class_names)}
+    labels = np.full(len(columns), IGNORE, np.float32 if task.regression else np.int64)
+    for number, value in enumerate(values or ()):
+        label = _canonical(value)
+        # -1 says "unlabelled" in GLUE's files, but is a value of a regression whose range holds it.
+        if unlabelled and (label is None or (label == -1 and not (task.regression and task.label_range[0] <= -1))):
+            continue
+        found = None if label is None else known.get(str(label) if own else label)
+        if task.regression:
+            found = _score(label, task.label_range)
+        if found is None:
+            raise DataError(
+                f"row {number} of {columns.source}: label {_quoted(value)}; allowed: {task.labels_in_words}"
+            )
+        labels[number] = found
     return Examples(texts, labels, _ids(columns), empty)
 
 
@@ -84,30 +82,20 @@ def class_names_of(columns: Columns, label_column: str) -> list[str]:
     labels = []
     for number, value in enumerate(columns.column(label_column, "label_column")):
         label = _canonical(value)
-        if isinstance(label, float):
+        if label is None or label == -1 or isinstance(label, float):
             raise DataError(
-                f"row {number} of {columns.source}: label {value!r} is a fraction and no class; regression=True "
-                "predicts numbers"
+                f"row {number} of {columns.source}: label {_quoted(value)} is not a class; number classes from 0 or "
+                "give them names, leave unlabelled rows out, or set regression=True to predict numbers"
             )
-        if label is None or label == -1:
-            own = "if it is a class, number classes from 0 or give them names; else " if label == -1 else ""
-            raise DataError(f"{_unlabelled(number, columns.source, value)}; {own}correct the row or leave it out")
-        if _broken(label):
-            raise DataError(f"row {number} of {columns.source}: label {_quoted(value)} {_BROKEN}; correct it")
         labels.append(label)
     # Numbers stay in their order, so that the classes of somebody's 0, 1, 2 are 0, 1, 2; one name makes all names.
-    found = {*labels}
-    numbers = all(isinstance(label, int) for label in found)
-    names = [str(label) for label in (sorted(found) if numbers else sorted(found, key=str))]
-    if len(names) < 2:
-        raise DataError(
-            f"{columns.source}: all rows have the label {names[0]!r}; classifying needs two classes or more"
-        )
+    numbers = all(isinstance(label, int) for label in labels)
+    names = [str(label) for label in sorted(set(labels), key=None if numbers else str)]
     # A column of texts, taken for classes: most labels would differ.
-    if not numbers and len(names) > 100 and len(names) > len(labels) // 2:
+    if len(names) < 2 or (not numbers and len(names) > max(100, len(labels) // 2)):
         raise DataError(
             f"{columns.source}: {len(names)} different labels in {len(labels)} rows of column {label_column!r}, such "
-            f"as {shorten(names[0])[:40]!r}; name the column of classes by label_column"
+            f"as {_quoted(names[0])}; name a column of two classes or more by label_column"
         )
     return names
 
@@ -115,27 +103,25 @@ def class_names_of(columns: Columns, label_column: str) -> list[str]:
 def _texts(columns: Columns, task: GLUETask) -> tuple[tuple[list[str], ...], int]:
     """The texts by column, and how many pairs lack one of theirs.
 
-    Such pairs of GLUE are counted and kept: published rows are taken as they are, or results would not compare.
+    Such pairs of GLUE are counted and kept: published examples are taken as they are, or results would not compare.
     """
     texts = [columns.column(name, "text_columns") for name in task.text_columns]
     lenient = task.name != CUSTOM  # one text of a pair may be empty, both may not
     empty = 0
-    for number, row in enumerate(zip(*texts, strict=True)):
-        blank = [isinstance(text, str) and not text.strip() for text in row]
-        empty += any(blank)
-        for name, text, nothing in zip(task.text_columns, row, blank, strict=True):
-            if isinstance(text, str) and not (nothing and (not lenient or all(blank))) and not _broken(text):
-                continue
-            if _broken(text):
-                what = f"{_quoted(text)}, which {_BROKEN}"
-            else:
-                what = "empty" if text is None or nothing else f"{_quoted(text)} and no text"
-            raise DataError(f"row {number} of {columns.source}: {name!r} is {what}; correct the row or leave it out")
+    for number, example in enumerate(zip(*texts, strict=True)):
+        filled = [isinstance(text, str) and bool(text.strip()) for text in example]
+        for name, text, full in zip(task.text_columns, example, filled, strict=True):
+            if not full and not (lenient and any(filled) and isinstance(text, str)):
+                what = "empty" if not text or isinstance(text, str) else f"{_quoted(text)} and not text"
+                raise DataError(
+                    f"row {number} of {columns.source}: {name!r} is {what}; correct the row or leave it out"
+                )
+        empty += not all(filled)
     return tuple([*column] for column in texts), empty
 
 
 def _canonical(value: Any) -> int | float | str | None:
-    """A label of a file: a whole number however it is written, a fraction, a name, or None where there is none."""
+    """A label of a file: a whole number however it is written, a fraction, a name, or None for nothing."""
     if isinstance(value, str):
         value = value.strip()
         if value.lower() in ("true", "false"):  # as JSON's booleans are called here: other tools write True
@@ -147,61 +133,20 @@ def _canonical(value: Any) -> int | float | str | None:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return int(value) if value.is_integer() else value
-    return value if isinstance(value, int) or value is None else str(value)
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return value if value is None or isinstance(value, int) else str(value)
 
 
-def _label(
-    value: Any, number: int, source: str, task: GLUETask, known: Mapping[str, int] | None, unlabelled: bool
-) -> int | float:
-    """One label as a number, or `IGNORE` for a row that has none and needs none."""
-    label = _canonical(value)
-    # -1 says "unlabelled" in GLUE's files, but is a value of a regression whose range holds it.
-    missing = label is None or (label == -1 and not (task.regression and task.label_range[0] <= -1))
-    if missing and unlabelled:
-        return IGNORE
-    if missing:
-        raise DataError(f"{_unlabelled(number, source, value)}; allowed: {task.labels_in_words}")
-    where = f"row {number} of {source}: label {_quoted(value)}"
-    if task.regression:
-        score = _single(label)
-        if math.isnan(score):
-            raise DataError(f"{where} is no number; allowed: {task.labels_in_words}")
-        low, high = task.label_range
-        if not math.isfinite(score) or not low <= score <= high:
-            raise DataError(f"{where} is out of range; allowed: {task.labels_in_words}")
-        if score == IGNORE:
-            raise DataError(f"{where} is what stands for a row without label; shift the labels")
-        return score
-    if isinstance(label, float):
-        raise DataError(f"{where} is a number of a regression, and {task.name} has classes: {task.labels_in_words}")
-    if known is None:  # GLUE's own: numbers of the classes
-        if not isinstance(label, int) or not 0 <= label < task.num_labels:
-            raise DataError(f"{where} is none of the classes; allowed: {task.labels_in_words}")
-        return label
-    if str(label) not in known:
-        raise DataError(f"{where} is no class of the training examples; allowed: {listed(known, 12)}")
-    return known[str(label)]
-
-
-def _single(label: float | str) -> float:
-    """A label as the float32 that it will be, infinite where that has no room for it; NaN for no number."""
+def _score(label: int | float | str | None, label_range: tuple[float, float]) -> float | None:
+    """The label of a regression as the float32 that it will be; None if it is not a number in the range."""
     try:
         with np.errstate(over="ignore"):
-            return float(np.float32(float(label)))
-    except OverflowError:  # a whole number beyond float64
-        return math.inf
-    except ValueError:
-        return math.nan
-
-
-_BROKEN = "holds half a character (a lone surrogate)"
-
-
-def _broken(value: Any) -> bool:
-    return isinstance(value, str) and not value.isascii() and _SURROGATE.search(value) is not None
+            score = float(np.float32(label))
+    except (TypeError, ValueError, OverflowError):  # not a number, or one beyond float64
+        return None
+    # `IGNORE` would stand for an example without label.
+    inside = math.isfinite(score) and label_range[0] <= score <= label_range[1] and score != IGNORE
+    return score if inside else None
 
 
 def _quoted(value: Any) -> str:
@@ -210,23 +155,15 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _unlabelled(number: int, source: str, value: Any) -> str:
-    return f"row {number} of {source} has no label" + (f" ({value}: unlabelled)" if value not in (None, "") else "")
-
-
 def _ids(columns: Columns) -> list[str]:
-    if _INDEX not in columns.values:
-        return [str(number) for number in range(len(columns))]
-    seen: dict[str, int] = {}
-    for number, value in enumerate(columns.values[_INDEX]):
-        first = seen.setdefault(str(value), number)  # the row that had this id before, or this one
-        if _broken(value):
-            where = f"row {number} of {columns.source}"
-            raise DataError(f"{where}: {_INDEX!r} is {_quoted(value)}, which {_BROKEN}; correct it")
-        if first != number or value in (None, ""):
-            what = "has none" if value in (None, "") else f"has {value}, as row {first} has"
-            raise DataError(f"row {number} of {columns.source} {what} in {_INDEX!r}; give each row one of its own")
-    return list(seen)
+    values = columns.values.get(_INDEX, range(len(columns)))
+    ids = ["" if value is None else str(value) for value in values]
+    first: dict[str, int] = {}  # the row that an id stands in first
+    for number, name in enumerate(ids):
+        if first.setdefault(name, number) != number or not name:
+            what = f"{_INDEX}={name}, as row {first[name]} has" if name else f"nothing in {_INDEX!r}"
+            raise DataError(f"row {number} of {columns.source} has {what}; give each row one of its own")
+    return ids
 
 
 def digest(examples: Examples) -> str:
@@ -235,17 +172,3 @@ def digest(examples: Examples) -> str:
     for entry in zip(*examples.texts, examples.labels.tolist(), examples.ids, strict=True):
         total.update(json.dumps(entry).encode())
     return total.hexdigest()
-
-
-def check_text_columns(text_columns: Sequence[str] | None, columns: Columns) -> list[str]:
-    """The text columns that were given.
-
-    Raises:
-        ConfigurationError: where none were, listing what there is.
-    """
-    if not text_columns:
-        there = ", ".join(columns.values)
-        raise ConfigurationError(
-            f"text_columns is not given; name one or two of the columns of {columns.source}: {there}"
-        )
-    return list(text_columns)

@@ -1,8 +1,8 @@
-"""The metrics of GLUE over a whole set: accuracy, F1, Matthews, Pearson and Spearman, and the mean loss.
+"""The metrics of GLUE over an entire set: accuracy, F1, Matthews, Pearson and Spearman, and the mean loss.
 
 Matthews is 0 where all predictions, or all labels, are alike, as in scikit-learn, by which GLUE is scored; torchmetrics
 1.9 gives another number there (0.03 for a CoLA model that accepts every sentence). Correlations keep all values and are
-computed in float64; they are no number where one side is constant, and ties have the mean of their ranks.
+computed in float64; they are NaN where one side is constant, and ties have the mean of their ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassConfusionMatrix
 from torchmetrics.utilities import dim_zero_cat
 
-from pera_lightning.errors import ConfigurationError, UnknownNameError, closest, listed
+from pera_lightning.errors import ConfigurationError, closest, listed
 
 CLASSIFICATION = ("accuracy", "f1", "matthews")
 REGRESSION = ("pearson", "spearman")
@@ -26,7 +26,7 @@ def matthews(confusion: Tensor) -> Tensor:
 
     (c s - Σ tₖ pₖ) / √((s² - Σ pₖ²) (s² - Σ tₖ²)), with s examples, c of them right, tₖ of class k, pₖ predicted as k.
     """
-    counts = confusion.double()
+    counts = confusion.double()  # (C, C); of integers the products below would overflow
     labelled, predicted, s = counts.sum(1), counts.sum(0), counts.sum()
     spread = (s**2 - predicted @ predicted) * (s**2 - labelled @ labelled)
     return torch.where(spread > 0, (counts.trace() * s - labelled @ predicted) / spread.sqrt(), 0.0)
@@ -40,7 +40,8 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 def average_ranks(x: Tensor) -> Tensor:
     """Ranks (N,) from 1 on in float64; ties have the mean of their ranks."""
-    _, place, counts = x.unique(return_inverse=True, return_counts=True)
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)  # sorted
+    # Of equal values the ranks end at their cumulated count; half of what lies before the last is their mean.
     return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
 
 
@@ -77,34 +78,28 @@ def default_metrics(num_labels: int) -> tuple[str, ...]:
 
 
 def check_metrics(names: Sequence[str], selection: str, num_labels: int) -> None:
-    """Raises `UnknownNameError` or `ConfigurationError` for metrics that do not exist, or not for so many labels."""
-    known = (*CLASSIFICATION, *REGRESSION)
+    """Raises `ConfigurationError` for metrics that do not exist, or not for so many labels."""
     # F1 is that of label 1, as in GLUE, so there is none of three classes.
     fitting = REGRESSION if num_labels == 1 else [n for n in CLASSIFICATION if n != "f1" or num_labels == 2]
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(f"metric {name!r} does not exist; there are {listed(known)}{closest(name, known)}")
-        if name not in fitting:
+    for name in (*names, selection):
+        if name not in fitting or name not in names:
             what = "one output, a regression" if num_labels == 1 else f"{num_labels} classes"
-            raise ConfigurationError(f"metric {name!r} does not fit {what}, which has {listed(fitting)}")
-    if selection not in names:
-        raise ConfigurationError(f"the metric that selects, {selection!r}, is none of those measured: {listed(names)}")
+            raise ConfigurationError(
+                f"metric {name!r} does not fit {what} with the metrics {listed(names)}; there are {listed(fitting)}"
+                f"{closest(name, fitting)}"
+            )
 
 
 def metric(name: str, num_labels: int) -> Metric:
-    """A metric of predictions (class numbers, or values of a regression) and labels, both (N,).
-
-    Args:
-        name: name of a metric that fits, see `check_metrics`.
-        num_labels: number of classes, 1 for a regression.
-    """
-    if name in REGRESSION:
-        return Correlation(ranked=name == "spearman")
-    if name == "matthews":
-        return Matthews(num_labels)
-    if name == "f1":
-        return BinaryF1Score()
-    return MulticlassAccuracy(num_labels, average="micro")
+    """A metric of predictions (class numbers, or values of a regression) and labels, both (N,), by its name."""
+    makers = {
+        "accuracy": lambda: MulticlassAccuracy(num_labels, average="micro"),
+        "f1": BinaryF1Score,
+        "matthews": lambda: Matthews(num_labels),
+        "pearson": Correlation,
+        "spearman": lambda: Correlation(ranked=True),
+    }
+    return makers[name]()
 
 
 class Scores(nn.Module):

@@ -19,21 +19,18 @@ from pera_lightning.data import batching
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, listed
 from pera_lightning.tasks.sequence_classification.data import GLUEDataModule
-from pera_lightning.tasks.sequence_classification.loss import check_weights, example_losses
-from pera_lightning.tasks.sequence_classification.metrics import Scores, check_metrics, decided, default_metrics
+from pera_lightning.tasks.sequence_classification.loss import balanced_weights, check_weights, example_losses
+from pera_lightning.tasks.sequence_classification.metrics import Scores, decided, default_metrics
 from pera_lightning.tasks.sequence_classification.networks import (
-    check_lengths,
     check_trained,
     load_network,
-    positions,
     start_from,
     trained_labels,
 )
 from pera_lightning.tasks.sequence_classification.submission import submission
 from pera_lightning.training import results
-from pera_lightning.training.precision import DTYPES
 from pera_lightning.training.predictions import write_predictions
-from pera_lightning.training.transformers_models import forward_arguments
+from pera_lightning.training.transformers_models import context_length, forward_arguments
 from pera_lightning.training.transformers_module import TransformersModule
 from pera_lightning.validation import check_in_range, check_positive_int
 
@@ -58,14 +55,14 @@ class SequenceClassificationModule(TransformersModule):
         model_name: hub id or folder of an encoder; its head is made anew.
         num_labels: number of classes, 1 for a regression; by default the data module's.
         head_dropout: probability of the dropout before the classifier, by default the model's.
-        class_weights: weight of each class in the training loss. "balanced" asks the data module (n / (C nₖ), whose
-            mean over the training examples is 1).
+        class_weights: weight of each class in the training loss. "balanced" counts the data's training examples
+            (n / (C nₖ), whose mean over them is 1).
         mnli_checkpoint: checkpoint or adapter folder of a run with the same method and base, whose adapters training
             starts from, with a new head; for MRPC, RTE and STS-B, as in LoRA's scripts.
     """
 
     counted = "step_examples"
-    asks = ("num_labels", "metrics", "selection", "test_sets", "task")
+    asks = ("num_labels", "class_names", "metrics", "selection", "test_sets", "task", "class_counts", "extremes")
     selection_metric = ("val/metric", "max")
     classes_argument = "num_labels"
 
@@ -88,7 +85,6 @@ class SequenceClassificationModule(TransformersModule):
         self.scores = nn.ModuleDict()
         self.started_from: dict[str, Any] | None = None  # path and task
         self._random: frozenset[str] = frozenset()
-        self._data: Mapping[str, Any] = {}  # what the data say of themselves
         self._started = 0.0
         self._predicted: dict[int, list[tuple[str, float]]] = {}
 
@@ -100,20 +96,13 @@ class SequenceClassificationModule(TransformersModule):
             raise ConfigurationError(
                 "num_labels is not given, and no data module with num_labels is attached: give it, 1 for a regression"
             )
-        network, self._random = load_network(
-            h["model_name"],
-            num_labels=h["num_labels"],
-            dtype=DTYPES[h["base_dtype"]],
-            head_dropout=h["head_dropout"],
-            attn_implementation=h["attn_implementation"],
-            revision=h["revision"],
-            weights=weights,
-        )
+        options = {"num_labels": h["num_labels"], "head_dropout": h["head_dropout"], **self.loading(weights)}
+        network, self._random = load_network(h["model_name"], **options)
         return network
 
     def agree(self) -> None:
         """Takes the number of labels from the data, and what they are measured and written by."""
-        self._data = self.data_description()
+        super().agree()
         self.agree_on("num_labels", self._data.get("num_labels"))
         check_weights(self.hparams["class_weights"], self.hparams["num_labels"])
 
@@ -136,39 +125,27 @@ class SequenceClassificationModule(TransformersModule):
 
     # --- training ---
 
-    def check_start(self) -> None:
-        """Raises `CheckpointError` where `mnli_checkpoint` does not exist."""
-        path = self.hparams["mnli_checkpoint"]
-        if path is not None and not Path(path).exists():
-            raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
-
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.trainer.ckpt_path is None:  # which comes instead
-            self.check_start()
-        self.trained_with = self.data_protocol()
-        self._check_lengths()
-        weights = self.hparams["class_weights"]
+        path, weights = self.hparams["mnli_checkpoint"], self.hparams["class_weights"]
+        if path is not None and self.trainer.ckpt_path is None and not Path(path).exists():  # which comes instead
+            raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
+        self.trained_with = self.data_protocol()  # kept in checkpoints
+        self.check_extremes()
         if weights == "balanced":
-            weigh = getattr(getattr(self.trainer, "datamodule", None), "class_weights", None)
-            if weigh is None:
-                raise ConfigurationError("class_weights='balanced' asks a data module, and there is none; give a list")
-            weights = weigh()
+            weights = balanced_weights(self._data.get("class_counts"), self._data.get("class_names", ()))
         self.class_weights = None if weights is None else torch.as_tensor(weights).float().to(self.device)
 
     def on_train_start(self) -> None:
         # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which wins.
         path = self.hparams["mnli_checkpoint"]
-        if path is not None and self.started_from is None and self.trainer.ckpt_path is None:
+        if (
+            path is not None and self.started_from is None and self.trainer.ckpt_path is None
+        ):  # a checkpoint comes first
             task = start_from(self.model, path)  # type: ignore[arg-type]
             if task not in (None, "mnli"):
                 rank_zero_warn(f"mnli_checkpoint={path} was trained on {task}, and not on mnli")
             self.started_from = {"path": path, "task": task}
-
-    def _check_lengths(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "extremes"):
-            check_lengths(self.model, *data.extremes())  # type: ignore[arg-type]
 
     def _shared_step(self, batch: Mapping[str, Any], weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (B,), 0 without a label, outputs (B, num_labels) in float32, labels (B,)."""
@@ -183,7 +160,7 @@ class SequenceClassificationModule(TransformersModule):
 
     def _names_of_sets(self, count: int) -> list[str]:
         """What is put behind a stage's name, for so many sets: nothing for the first."""
-        names = list(self._data.get("test_sets", ()))
+        names = list(self._data.get("test_sets", ()))  # [""], or MNLI's two
         names += [str(k) for k in range(len(names), count)]
         return ["", *(f"_{name}" for name in names[1:count])]
 
@@ -192,7 +169,6 @@ class SequenceClassificationModule(TransformersModule):
         labels = self.hparams["num_labels"]
         names = self._data.get("metrics") or default_metrics(labels)
         selection = self._data.get("selection") or names[0]
-        check_metrics(names, selection, labels)
         # Anew for each run: which metrics there are is known from the data, and nothing of an earlier run is left.
         sets = [f"{stage}{name}" for stage in stages for name in self._names_of_sets(count)]
         self.scores = nn.ModuleDict({name: Scores(names, selection, labels) for name in sets}).to(self.device)
@@ -210,7 +186,7 @@ class SequenceClassificationModule(TransformersModule):
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":  # not within a fit
-            self._check_lengths()
+            self.check_extremes()
         self._begin(["val"], len(self.trainer.num_val_batches))
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -220,8 +196,8 @@ class SequenceClassificationModule(TransformersModule):
         self._computed()
 
     def on_test_start(self) -> None:
-        self._check_lengths()
-        self._begin(list(results.inference_rows(self)), len(self.trainer.num_test_batches))
+        self.check_extremes()
+        self._begin(list(results.inference_stages(self)), len(self.trainer.num_test_batches))
         self._started = time.perf_counter()
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -232,7 +208,7 @@ class SequenceClassificationModule(TransformersModule):
                 self._update("test_static", batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        n = {name: scores.n() for name, scores in self.scores.items()}
+        n = {name: scores.n() for name, scores in self.scores.items()}  # labelled examples, of all processes
         if not all(n.values()):
             none = listed(name for name, count in n.items() if not count)
             raise DataError(f"no example of {none} has a label to test by; predict them")
@@ -246,20 +222,20 @@ class SequenceClassificationModule(TransformersModule):
             "data": results.scored(self.data_protocol(), self.trained_with),
             "training": self.trained_with,
         }
-        facts = {"n": n, "seconds": seconds, "inference": results.inference_rows(self)}
-        metrics = {name: value.item() for name, value in values.items()}
-        results.record(self, metrics, protocol=protocol, **facts)
+        facts = {"protocol": protocol, "n": n, "seconds": seconds, "inference": results.inference_stages(self)}
+        results.record(self, {name: value.item() for name, value in values.items()}, **facts)
 
     # --- prediction ---
 
     def on_predict_start(self) -> None:
-        self._check_lengths()
+        self.check_extremes()
         self._predicted = {k: [] for k in range(len(self.trainer.num_predict_batches))}
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Outputs and what they decide: ``{"ids", "outputs" (B, num_labels), "predictions" (B,)}``."""
         outputs = self(batch).float()
         predictions = decided(outputs)
+        # Loaders of somebody else give no ids: then the batch, and the place in it.
         prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
         ids = batch.get("ids") or [f"{prefix}{batch_idx}_{k}" for k in range(len(outputs))]
         self._predicted[dataloader_idx] += zip(ids, predictions.tolist(), strict=True)
@@ -269,12 +245,10 @@ class SequenceClassificationModule(TransformersModule):
         """Writes a file for each set as GLUE's leaderboard takes it."""
         task = self._data.get("task")
         written = getattr(task, "written", str)  # as a label, or as the name of a class
-        names = [*getattr(task, "submission_files", ())]
+        names = [*getattr(task, "submission_files", ())]  # of the leaderboard; further sets get names of ours
         names += [f"predictions{name}" for name in self._names_of_sets(len(self._predicted))[len(names) :]]
         files = {f"{name}.tsv": own for name, own in zip(names, self._predicted.values(), strict=False)}
-        write_predictions(
-            self.trainer, files, lambda of_set: submission((name, written(value)) for name, value in of_set)
-        )
+        write_predictions(self.trainer, files, lambda own: submission((name, written(value)) for name, value in own))
 
     # --- merging and export ---
 
@@ -283,7 +257,7 @@ class SequenceClassificationModule(TransformersModule):
         if self.hparams["num_labels"] is None:
             count = trained_labels(self.hparams["model_name"], self.hparams["revision"], state)
             if count is None:
-                raise ConfigurationError("there is no trained head to tell how many labels there are: give num_labels")
+                raise ConfigurationError("no trained head tells how many labels there are: give num_labels")
             self.hparams["num_labels"] = count
 
     def outputs_and_loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -311,7 +285,8 @@ class SequenceClassificationModule(TransformersModule):
         """Examples as long as the data's limit and the model's positions allow, all but the first with padding."""
         if not isinstance(data, GLUEDataModule):
             return super().example_batch(data)
-        length = min(data.max_length, positions(self.model) or data.max_length)  # type: ignore[arg-type]
+        length = min(data.max_length, context_length(self.model) or data.max_length)  # type: ignore[arg-type]
+        # One example of full length; the others have a padding token, which makes the mask needed.
         example = {"input_ids": [0] * length, "label": 0.0 if data.task.regression else 0}
         short = {**example, "input_ids": [0] * (length - 1)}
         batch = batching.collate_classified([example, *[short] * (data.batch_size - 1)], pad_id=0)

@@ -9,22 +9,21 @@ of its base is kept, as ModernBERT's `head`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.adapter_folder import read_adapter
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import check_injection, check_state
-from pera_lightning.pretrained import explained
 from pera_lightning.training.checkpoint_io import checkpoint_adapters, read_checkpoint
 from pera_lightning.training.normalised_loss import NormalisedLossModule
 from pera_lightning.training.sharding import sharded_like
-from pera_lightning.training.transformers_models import check_extremes
+from pera_lightning.training.transformers_models import check_complete, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,63 +37,41 @@ _PROBE = 4099  # classes: a size that no other tensor has
 
 
 def load_network(
-    name: str,
-    *,
-    num_labels: int,
-    dtype: torch.dtype,
-    head_dropout: float | None = None,
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    weights: bool = True,
+    name: str, *, num_labels: int, head_dropout: float | None = None, weights: bool = True, **loading: Any
 ) -> tuple[PreTrainedModel, frozenset[str]]:
-    """A sequence classifier in `dtype`, and the names of its parameters that are random.
+    """A sequence classifier, and the names of its parameters that are random.
 
     Args:
         name: hub id, or folder.
         num_labels: number of outputs of the head.
-        dtype: type of the weights.
         head_dropout: probability of the dropout before the classifier; by default the configuration's.
-        attn_implementation: "sdpa", "eager" …, by default transformers' choice.
-        revision: branch, tag or commit of the hub's repository.
         weights: False builds from the configuration alone, with random weights; the head's are named then.
+        loading: further arguments of `load_pretrained`.
 
     Raises:
         ConfigurationError: for a model that cannot be had, or is not a classifier.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    options: dict[str, Any] = {"dtype": dtype}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
-        pretrained = _is_pretrained(config)
-        _prepare(config, num_labels, head_dropout)
-        if weights:
-            network, found = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                revision=revision or "main",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head for another number of classes; others are refused below
-                **options,
-            )
-        else:
-            network, found = AutoModelForSequenceClassification.from_config(config, **options), {}
-    except SafetensorError as error:
-        raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise explained(error, name, "model") from error
+    prepare = partial(_prepare, num_labels=num_labels, head_dropout=head_dropout)
+    # A head for another number of classes may have other sizes; other tensors are refused below.
+    loading |= {"weights": weights, "prepare": prepare, "ignore_mismatched_sizes": True}
+    network, found = load_pretrained(AutoModelForSequenceClassification, name, **loading)
     # Whatever of the network would stay random is refused or named, so that it is trained.
     _check_kind(network, name)
     _check_dropout(network, head_dropout)
-    head = head_parameters(network)
+    head = head_parameters(network)  # names
     if not weights:
         return network, head
-    _check_base(name, found, head)
-    missing = frozenset(found["missing_keys"])
-    if pretrained:
-        return network, missing | {key for key, *_ in found["mismatched_keys"]}
+    missing, other = frozenset(found["missing_keys"]), frozenset(key for key, *_ in found["mismatched_keys"])
+    check_complete(name, (key for key in missing - head if ".pooler." not in key))  # a pooler can be trained
+    if wrong := sorted(other - head):
+        raise ConfigurationError(
+            f"model {name}: {len(wrong)} of its tensors have other shapes than its configuration says: "
+            f"{listed(wrong, 2)}; fetch it again"
+        )
+    if _is_pretrained(network.config):  # what its files have outside of the base was not trained on a task
+        return network, missing | other
     _renew(network)
     return network, missing | head
 
@@ -132,27 +109,11 @@ def _check_kind(network: PreTrainedModel, name: str) -> None:
 def _check_dropout(network: PreTrainedModel, head_dropout: float | None) -> None:
     """Raises `ConfigurationError` if a dropout was asked for, and none of the head has it."""
     base = {*network.base_model.modules()}
-    there = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m not in base]
+    there = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m not in base]  # probabilities
     if head_dropout is not None and head_dropout not in (there or [0.0]):
         raise ConfigurationError(
             f"head_dropout={head_dropout:g} would not act: {type(network).__name__} has no dropout before its "
             "classifier that its configuration sets; leave it out"
-        )
-
-
-def _check_base(name: str, found: Mapping[str, Any], head: Collection[str]) -> None:
-    """Refuses a base with tensors that no file gave, but for a pooler, which can be trained."""
-    missing = sorted(key for key in found["missing_keys"] if key not in head and ".pooler." not in key)
-    if missing:
-        raise ConfigurationError(
-            f"model {name} has no weights for {len(missing)} of its tensors, which would be random: "
-            f"{listed(missing, 2)}; give one that was saved in full"
-        )
-    wrong = sorted(key for key, *_ in found["mismatched_keys"] if key not in head)
-    if wrong:
-        raise ConfigurationError(
-            f"model {name}: {len(wrong)} of its tensors have other shapes than its configuration says: "
-            f"{listed(wrong, 2)}; fetch it again"
         )
 
 
@@ -165,23 +126,17 @@ def head_parameters(network: PreTrainedModel) -> frozenset[str]:
 @torch.no_grad()
 def _renew(network: PreTrainedModel) -> None:
     """Initialises the head as the model's class does, whatever was loaded into it."""
-    # As `from_pretrained` initialises what it finds no weights for: by the class's own rule.
     base = {*network.base_model.modules()}
     for module in network.modules():
         if module in base or module is network:
             continue
-        for part in (module, *module.parameters(recurse=False)):
-            part._is_hf_initialized = False  # by which transformers spares what it has loaded
+        for one in (module, *module.parameters(recurse=False)):
+            one._is_hf_initialized = False  # by which transformers spares what it has loaded
         network._init_weights(module)
 
 
 def check_trained(network: PreTrainedModel, random: Collection[str]) -> None:
-    """Raises `ConfigurationError` if parameters that no file gave are not trained.
-
-    Args:
-        network: injected.
-        random: names of the parameters that are random, see `load_network`.
-    """
+    """Raises `ConfigurationError` if `random` parameters, which no file gave, are not trained."""
     idle = sorted(name for name in random if not network.get_parameter(name).requires_grad)
     if idle:
         modules = dict.fromkeys(_module_of(name, network) for name in sorted(random))
@@ -193,49 +148,17 @@ def check_trained(network: PreTrainedModel, random: Collection[str]) -> None:
 
 def _module_of(parameter: str, network: PreTrainedModel) -> str:
     """The module to train: the part of the head or of the base (its pooler) that a parameter lies in."""
-    parts = parameter.split(".")
+    parts = parameter.split(".")  # "bert.pooler.dense.weight": pooler; "classifier.weight": classifier
     return parts[1] if parts[0] == network.base_model_prefix and len(parts) > 2 else parts[0]
 
 
 def trained_labels(name: str, revision: str | None, state: Mapping[str, Tensor]) -> int | None:
-    """How many outputs a trained head has; None without one.
-
-    Args:
-        name: hub id, or folder.
-        revision: branch, tag or commit of the hub's repository.
-        state: trained tensors by their names in the network.
-    """
+    """How many outputs the head has in `state`, trained tensors by their names in the network; None without one."""
     # The output layer is the tensor that has the size which was asked for, whatever it is called.
     with torch.device("meta"):
         network, head = load_network(name, num_labels=_PROBE, dtype=torch.float32, revision=revision, weights=False)
     last = [n for n in sorted(head) if network.get_parameter(n).shape[0] == _PROBE and n in state]
     return len(state[last[0]]) if last else None
-
-
-def positions(network: PreTrainedModel) -> int | None:
-    """Tokens that an example may have, special ones included; None for a model that sets no limit."""
-    for path, module in network.base_model.named_modules():
-        # RoBERTa counts positions from behind that of padding: of 514 there are 512 for tokens.
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return getattr(network.config, "max_position_embeddings", None)
-
-
-def check_lengths(network: PreTrainedModel, longest: int, highest: int) -> None:
-    """Raises `ConfigurationError` for examples longer than the positions, or with ids that the model lacks.
-
-    Args:
-        network: the network.
-        longest: number of tokens of the longest example.
-        highest: highest token id, padding included.
-    """
-    usable = positions(network)
-    if usable is not None and longest > usable:
-        raise ConfigurationError(
-            f"examples have up to {longest} tokens, and the model has positions for {usable}; set the data's "
-            f"max_length to {usable} or less"
-        )
-    check_extremes(network, longest, highest)
 
 
 def start_from(network: PreTrainedModel, path: str) -> str | None:
@@ -255,7 +178,7 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     state, spec = read_adapter(path) if folder else checkpoint_adapters(path)
     mark = injection_of(network)
     if mark is None:
-        raise ConfigurationError(f"mnli_checkpoint={path}: there are no adapters to start; add AdapterInjection")
+        raise ConfigurationError(f"mnli_checkpoint={path}: this run has no adapters to start; add AdapterInjection")
     # Of the checkpoint everything but its heads, and of this network its own, so that the check covers all names.
     heads = tuple(f"{module}." for module in spec["trained_modules"])
     taken = {name: value for name, value in state.items() if not name.startswith(heads)}

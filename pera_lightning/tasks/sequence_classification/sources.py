@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING
 
 from pera_lightning.data import hub
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.tasks.sequence_classification.examples import (
-    Examples,
-    check_text_columns,
-    class_names_of,
-    to_examples,
-)
+from pera_lightning.tasks.sequence_classification.examples import Examples, class_names_of, to_examples
 from pera_lightning.tasks.sequence_classification.files import Columns, read_columns, split_file
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, REPOSITORY, GLUETask, custom_task, find_task
 
@@ -25,43 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GLUESource:
-    """The splits of a task.
+    """The splits of a task."""
 
-    Attributes:
-        name: name of the task; `CUSTOM` for files of one's own.
-        folder: folder with GLUE's splits as files; None for those of the hub.
-        files: files of a custom task, by split.
-        text_columns: text columns of a custom task.
-        label_column: name of the column of labels.
-        regression: whether a custom task's labels are numbers to predict.
-
-    Raises:
-        ConfigurationError, UnknownNameError: for an unknown task, or what would have no effect on this one.
-    """
-
-    name: str
-    folder: Path | None
-    files: Mapping[str, Path]
-    text_columns: tuple[str, ...] | None
+    name: str  # of the task; `CUSTOM` for files of one's own
+    folder: Path | None  # with GLUE's splits as files; None for those of the hub
+    files: Mapping[str, Path]  # of a custom task, by split
+    text_columns: tuple[str, ...] | None  # of a custom task
     label_column: str
-    regression: bool
+    regression: bool  # whether a custom task's labels are numbers to predict
 
     def __post_init__(self) -> None:
-        if self.name == CUSTOM:
-            if self.folder is not None:
-                raise ConfigurationError("folder is for tasks of GLUE; a custom one takes train_file, validation_file")
-            if "train" not in self.files:
-                raise ConfigurationError("a custom task needs train_file: its columns and classes are those of it")
-            if self.text_columns is not None:
-                custom_task(self.text_columns, ())
-            return
-        find_task(self.name)
-        ignored = [f"{split}_file" for split in self.files]
-        ignored += ["text_columns"] if self.text_columns else []
-        ignored += ["label_column"] if self.label_column != "label" else []
-        ignored += ["regression"] if self.regression else []
-        if ignored:
-            raise ConfigurationError(f"{listed(ignored)}: for task=custom only; {self.name} has its own")
+        if self.name != CUSTOM:
+            find_task(self.name)
+            given = {f"{split}_file": True for split in self.files}
+            given |= {"text_columns": self.text_columns, "regression": self.regression}
+            given["label_column"] = self.label_column != "label"
+            if ignored := [name for name, value in given.items() if value]:
+                raise ConfigurationError(f"{listed(ignored)}: for task=custom only; {self.name} has its own")
+        elif self.folder is not None or "train" not in self.files:
+            raise ConfigurationError("task=custom takes train_file and validation_file, and no folder")
+        elif self.text_columns is not None:
+            custom_task(self.text_columns, ())  # which checks them
 
     @cached_property
     def task(self) -> GLUETask:
@@ -69,8 +48,11 @@ class GLUESource:
         if self.name != CUSTOM:
             return find_task(self.name)
         columns = self.read("train")
-        names = check_text_columns(self.text_columns, columns)
-        return custom_task(names, [] if self.regression else class_names_of(columns, self.label_column))
+        if not self.text_columns:
+            there = ", ".join(columns.values)
+            raise ConfigurationError(f"text_columns is not given; name one or two of {columns.source}: {there}")
+        names = [] if self.regression else class_names_of(columns, self.label_column)
+        return custom_task(self.text_columns, names)
 
     @property
     def on_hub(self) -> bool:

@@ -25,29 +25,19 @@ class Subset:
     numbers: np.ndarray
 
     def record(self, ids: Sequence[str]) -> dict[str, Any]:
-        """The split that it is "of", its "rows" there, and if they are not all their "ids".
-
-        Args:
-            ids: ids of all examples of the split.
-        """
+        """The split that it is "of", its "rows" there, numbers or "all", and if not all their "ids" of the split's."""
         if len(self.numbers) == len(ids):
             return {"of": self.split, "rows": "all"}
-        return {"of": self.split, "rows": self.numbers.tolist(), "ids": [ids[row] for row in self.numbers]}
+        return {"of": self.split, "rows": self.numbers.tolist(), "ids": [ids[number] for number in self.numbers]}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the splits of a run are made of those of the source.
+    """How the splits of a run are made of those of the source."""
 
-    Attributes:
-        cut: the split protocol.
-        seed: seed of its draw, and of that of the training examples.
-        train_limit: most training examples to use; None for all.
-    """
-
-    cut: splits.Cut
-    seed: int
-    train_limit: int | None
+    cut: splits.Cut  # the split protocol
+    seed: int  # of its draw, and of that of the training examples
+    train_limit: int | None  # most training examples to use; None for all
 
     def limited(self, count: int) -> np.ndarray:
         """The numbers of the training examples that are used, of `count`."""
@@ -62,10 +52,10 @@ class Plan:
         own_test = self.cut is splits.own_test
         kinds = {
             # A test set that cannot be scored on is found before hours of training, not after.
-            "fit": ("train", "validation", *(["test"] if own_test else [])),
-            "validate": ("validation",),
-            "test": ("test" if own_test else "validation",),
-            "predict": ("test",),
+            "fit": ["train", "validation", *(["test"] if own_test else [])],
+            "validate": ["validation"],
+            "test": ["test" if own_test else "validation"],
+            "predict": ["test"],
         }[stage]
         for kind in kinds:
             yield from [kind] if kind == "train" else [task.named(kind, name) for name in task.sets]
@@ -77,9 +67,6 @@ class Plan:
             task: the task, which says what sets there are.
             stage: "fit", "validate", "test" or "predict".
             read: called with a source's split, gives its examples.
-
-        Raises:
-            DataError: for a validation set that is too small, or a test set without labels that is to be scored on.
         """
         chosen: dict[str, Subset] = {}
         for split in self.needed(task, stage):
@@ -95,8 +82,8 @@ class Plan:
                     chosen[task.named("test", name)] = Subset(split, scored)
             elif stage != "predict" and not examples.labelled:
                 raise DataError(
-                    f"split_protocol=own_test scores on the {split} split, which has rows without label (GLUE's are "
-                    "hidden); give labels, or split_protocol=red"
+                    f"split_protocol=own_test scores on the {split} split, which has examples without label (hidden in "
+                    "GLUE); give labels, or split_protocol=red"
                 )
             else:
                 own = "predict" if stage == "predict" else "test"

@@ -21,29 +21,17 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True)
 class GLUETask:
-    """What sets one task of sentence classification apart.
+    """What sets one task of sentence classification apart."""
 
-    Attributes:
-        name: name in configs, on the command line and on the hub.
-        text_columns: name of one column, or of the two that make a pair.
-        class_names: names of the classes by label; empty for regression.
-        metrics: some of `accuracy`, `f1` (of label 1), `matthews`, `pearson` and `spearman`.
-        selection: metric that chooses the best epoch.
-        sets: names of the sets that validation and test have, by dataloader; the first is the one that selects.
-        submission_files: name of each set's file, without its ending.
-        writes_names: whether a submission has names of classes, not numbers.
-        label_range: least and largest label of a regression.
-    """
-
-    name: str
-    text_columns: tuple[str, ...]
-    class_names: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
-    selection: str = "accuracy"
-    sets: tuple[str, ...] = ("",)
-    submission_files: tuple[str, ...] = ()
-    writes_names: bool = False
-    label_range: tuple[float, float] = (-math.inf, math.inf)
+    name: str  # in configs, on the command line and on the hub
+    text_columns: tuple[str, ...]  # one, or the two that make a pair
+    class_names: tuple[str, ...] = ()  # by label; empty for regression
+    metrics: tuple[str, ...] = ("accuracy",)  # some of accuracy, f1 (of label 1), matthews, pearson and spearman
+    selection: str = "accuracy"  # the metric that chooses the best epoch
+    sets: tuple[str, ...] = ("",)  # of validation and test, by dataloader; the first is the one that selects
+    submission_files: tuple[str, ...] = ()  # each set's, without its ending
+    writes_names: bool = False  # whether a submission has names of classes, not numbers
+    label_range: tuple[float, float] = (-math.inf, math.inf)  # least and largest label of a regression
 
     @property
     def regression(self) -> bool:
@@ -60,16 +48,11 @@ class GLUETask:
         """The labels that are allowed, for a message."""
         if self.regression:
             low, high = self.label_range
-            return "finite numbers of 32 bits" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
+            return "finite numbers of 32 bits, except -100" if math.isinf(low) else f"numbers from {low:g} to {high:g}"
         return ", ".join(f"{k} ({name})" for k, name in enumerate(self.class_names))
 
     def named(self, kind: str, name: str) -> str:
-        """A set in full, as the hub's splits are called: ``validation``, ``test_mismatched``.
-
-        Args:
-            kind: "validation", "test" or what else each set has.
-            name: name of the set, one of `sets`.
-        """
+        """A set in full, as the hub's splits are called: ``named("test", "mismatched")`` is ``test_mismatched``."""
         return f"{kind}_{name}" if name else kind
 
     def written(self, prediction: float) -> str:
@@ -88,27 +71,15 @@ class GLUETask:
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
-_F1 = ("f1", "accuracy")
+_F1, _CORRELATIONS = ("f1", "accuracy"), ("pearson", "spearman")
 
 _TASKS = (
     GLUETask(
-        "cola",
-        ("sentence",),
-        ("unacceptable", "acceptable"),
-        metrics=("matthews",),
-        selection="matthews",
-        submission_files=("CoLA",),
+        "cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "matthews", submission_files=("CoLA",)
     ),
     GLUETask("sst2", ("sentence",), ("negative", "positive"), submission_files=("SST-2",)),
     GLUETask("mrpc", _PAIR, ("not_equivalent", "equivalent"), metrics=_F1, submission_files=("MRPC",)),
-    GLUETask(
-        "stsb",
-        _PAIR,
-        metrics=("pearson", "spearman"),
-        selection="pearson",
-        submission_files=("STS-B",),
-        label_range=(0.0, 5.0),
-    ),
+    GLUETask("stsb", _PAIR, (), _CORRELATIONS, "pearson", submission_files=("STS-B",), label_range=(0.0, 5.0)),
     GLUETask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=_F1, submission_files=("QQP",)),
     GLUETask(
         "mnli",
@@ -126,42 +97,22 @@ TASKS = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> GLUETask:
-    """The task of a name.
-
-    Raises:
-        UnknownNameError: naming the closest.
-    """
+    """The task of a name; raises `UnknownNameError` for another, naming the closest."""
     if name not in TASKS:
-        known = [*TASKS, CUSTOM]
+        near = closest(name.lower().replace("-", ""), [*TASKS, CUSTOM])
         raise UnknownNameError(
-            f"unknown task {name!r}; there are {', '.join(TASKS)}, and {CUSTOM!r} for files of your own"
-            f"{closest(name.lower().replace('-', ''), known)}"
+            f"unknown task {name!r}; there are {', '.join(TASKS)}, and {CUSTOM!r} for files of your own{near}"
         )
     return TASKS[name]
 
 
 def custom_task(text_columns: Sequence[str], class_names: Sequence[str]) -> GLUETask:
-    """The task of somebody's own files.
-
-    Args:
-        text_columns: name of one column, or of the two that make a pair.
-        class_names: names of the classes by label; none for regression.
-
-    Raises:
-        ConfigurationError: for another number of columns.
-    """
+    """The task of somebody's own files, with one text column or a pair, and no class names for regression."""
     if len(text_columns) not in (1, 2) or len({*text_columns}) < len(text_columns):
         raise ConfigurationError(f"text_columns={list(text_columns)}: one column, or the two of a pair, are needed")
     if class_names:  # F1 is that of label 1, so there is none of three classes
         metrics = ("accuracy", "f1", "matthews") if len(class_names) == 2 else ("accuracy", "matthews")
     else:
-        metrics = ("pearson", "spearman")
-    return GLUETask(
-        CUSTOM,
-        tuple(text_columns),
-        tuple(class_names),
-        metrics=metrics,
-        selection=metrics[0],
-        submission_files=(CUSTOM,),
-        writes_names=True,
-    )
+        metrics = _CORRELATIONS
+    names = {"submission_files": (CUSTOM,), "writes_names": True}
+    return GLUETask(CUSTOM, tuple(text_columns), tuple(class_names), metrics, metrics[0], **names)

@@ -63,7 +63,7 @@ def numbers(data, loader):
 def test_every_example_once_an_epoch_with_the_loss_on_the_answer(build, batching):
     data = build(batching=batching)
     loader = data.train_dataloader()
-    assert Counter(numbers(data, loader)) == Counter(data._split("train").indices.tolist())
+    assert Counter(numbers(data, loader)) == Counter(data.dataset("train").indices.tolist())
     answers = {learned for batch in loader for _, learned in texts(batch, data.tokenizer)}
     assert answers == {f"the correct answer is answer{k}</s>" for k in (1, 2)}
     if batching == "packed":
@@ -97,7 +97,7 @@ def test_grouped_examples_are_of_similar_length_and_others_come_anew_each_epoch(
 
 
 def test_validation_examples_are_the_same_for_every_fraction_and_fractions_are_nested(build):
-    parts = {f: build(100, train_fraction=f)._splits for f in (0.1, 0.2, 0.5, 0.8, 1.0)}
+    parts = {f: build(100, train_fraction=f)._datasets for f in (0.1, 0.2, 0.5, 0.8, 1.0)}
     held = {tuple(part["validation"].indices.tolist()) for part in parts.values()}
     assert len(held) == 1
     assert len(next(iter(held))) == 6
@@ -111,7 +111,7 @@ def test_validation_examples_are_the_same_for_every_fraction_and_fractions_are_n
 
 def test_the_split_follows_its_own_seed_alone(build):
     def held(**options):
-        return build(100, **options)._splits["validation"].indices.tolist()
+        return build(100, **options).dataset("validation").indices.tolist()
 
     one = held()
     torch.manual_seed(5)
@@ -124,7 +124,7 @@ def test_the_split_follows_its_own_seed_alone(build):
 def test_validation_batches_keep_the_order(build):
     data = build(eval_batch_size=5)
     loader = data.val_dataloader()
-    assert numbers(data, loader) == data._split("validation").indices.tolist()
+    assert numbers(data, loader) == data.dataset("validation").indices.tolist()
     assert [len(batch["input_ids"]) for batch in loader] == [5, 1]
 
 
@@ -155,10 +155,10 @@ def test_the_sampler_knows_the_processes(build, rank, monkeypatch):
 
 
 def test_what_is_cut_is_said(build):
-    whole = build(max_length=1000)._split("train")
+    whole = build(max_length=1000).dataset("train")
     limit = int(min(whole.lengths)) - 15  # within the answer of the shortest row, before that of the longest
     with pytest.warns(UserWarning, match="were cut") as said:
-        cut = build(max_length=limit)._split("train")
+        cut = build(max_length=limit).dataset("train")
     assert 0 < cut.dropped < 34
     assert len(cut) == 34 - cut.dropped
     assert set(cut.lengths.tolist()) == {limit}
@@ -248,7 +248,7 @@ def test_a_tokenizer_by_name(tmp_path):
     byte_tokenizer().save_pretrained(folder)
     data = ExamplesData(examples_of(10), tokenizer=str(folder), validation_size=2, cache_dir=str(tmp_path / "cache"))
     data.setup("fit")
-    assert len(data._split("train")) == 8
+    assert len(data.dataset("train")) == 8
 
 
 @pytest.mark.parametrize(
@@ -273,13 +273,13 @@ def test_values_that_are_not_allowed(options, words):
 def test_an_unknown_protocol():
     with pytest.raises(UnknownNameError) as error:
         ExamplesData(protocol="hera")
-    one_line(error, "commonsense protocol='hera' does not exist", "llm_adapters, hira, strict, score", "closest: hira")
+    one_line(error, "commonsense protocol='hera' does not exist", "hira, llm_adapters, strict, score", "closest: hira")
 
 
 def test_data_that_cannot_serve(build, tmp_path):
     with pytest.raises(DataError) as error:
         build(6)
-    one_line(error, "6 training examples cannot give 6 to validation; lower validation_size")
+    one_line(error, "validation_size=6 leaves nothing to train on, of 6 training examples")
     with pytest.raises(DataError) as error:
         build(max_length=20)
     one_line(error, "max_length=20 leaves no train example with a label: all 34", "raise it")

@@ -327,7 +327,7 @@ def test_without_pad_token_and_without_any_eos(tokenizer, beams, complaints):
 
 def test_no_prompts_and_empty_prompts(tokenizer):
     assert generate(llama(), tokenizer, [], Decoding(max_new_tokens=2)) == []
-    with pytest.raises(DataError, match="prompt 1 of the batch has no tokens"):
+    with pytest.raises(DataError, match="a prompt of the batch has no tokens"):
         generate(llama(), tokenizer, [[5], []], Decoding(max_new_tokens=2))
 
 

@@ -81,8 +81,8 @@ def test_a_run(tmp_path):
         ("", ["has no dialogue with a reply", "ParlAI"]),
         ("1 your persona: i sing.\n", ["has no dialogue with a reply"]),
         ("your persona: i sing.\n", ["line 1 is not in ParlAI's form"]),
-        ("2 your persona: i sing.\n", ["line 1 has number 2 after 0"]),
-        (PARLAI.replace("4 alone", "5 alone"), ["line 4 has number 5 after 3", "counts its lines from 1"]),
+        ("2 your persona: i sing.\n", ["line 1 is not in ParlAI's form, the next number or 1"]),
+        (PARLAI.replace("4 alone", "5 alone"), ["line 4 is not in ParlAI's form, the next number or 1"]),
         (
             PARLAI.replace("alone ?\tno", "alone ? no").split("\t\tyes .|no ,")[0] + "\n",
             ["line 4", "no reply after a tab"],
@@ -104,11 +104,11 @@ def test_text_that_does_not_serve(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("x", ["dialogue 1 of", "'persona' has to be a list of sentences"]),
-        ({**FIRST, "persona": "i sing."}, ["'persona' has to be a list"]),
+        ("x", ["dialogue 1 of", "'persona', a list of sentences"]),
+        ({**FIRST, "persona": "i sing."}, ["'persona', a list"]),
         ({**FIRST, "persona": []}, ["dialogue 1 of", "turn 0", "lacks a persona"]),
-        ({**FIRST, "turns": None}, ["'turns' has to be a list"]),
-        ({**FIRST, "turns": [{"partner": "hi"}]}, ["turn 0", "'partner' and 'self'"]),
+        ({**FIRST, "turns": None}, ["'turns', a list"]),
+        ({**FIRST, "turns": [{"partner": "hi"}]}, ["'partner' and 'self'"]),
         ({**FIRST, "turns": [{"partner": "hi", "self": ""}]}, ["turn 0: the reply is empty"]),
     ],
 )
@@ -126,13 +126,13 @@ def test_files_that_are_missing_say_where_they_come_from(tmp_path):
     one_line(error, "give folder, or train and test", *origin)
     with pytest.raises(DataError) as error:
         DialogueDataModule(str(tmp_path)).training_examples()
-    one_line(error, f"{tmp_path} has none of", *origin)
+    one_line(error, "train: no such file", f"{tmp_path}/train.jsonl", *origin)
     with pytest.raises(DataError) as error:
         DialogueDataModule(test=str(tmp_path / "none.txt")).test_examples()
-    one_line(error, "test: there is no file", "none.txt", *origin)
+    one_line(error, "test: no such file", "none.txt", *origin)
     with pytest.raises(DataError) as error:
         DialogueDataModule(test="x.txt").training_examples()
-    one_line(error, "train is needed here", *origin)
+    one_line(error, "train: no such file", "folder is not given", *origin)
 
 
 def test_metrics_that_need_files_are_measured_where_asked_for(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_no_predictions() -> None:
 
 def test_meteor_without_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk.translate.meteor_score", None)
-    with pytest.raises(ConfigurationError, match="METEOR needs nltk; run `pip install nltk`"):
+    with pytest.raises(ConfigurationError, match="METEOR needs nltk and its WordNet files: `pip install nltk`"):
         meteor(RECORDS)
 
 

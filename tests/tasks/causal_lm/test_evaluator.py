@@ -13,7 +13,7 @@ from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.tokenization import tokenizer_key
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.causal_lm.protocols.commonsense import first_match
-from pera_lightning.tasks.causal_lm.statistics import average_row, wilson_interval
+from pera_lightning.tasks.causal_lm.statistics import average_of, wilson_interval
 from tests.tasks.causal_lm.evaluator_helpers import (
     COUNTS,
     TOTAL,
@@ -66,7 +66,7 @@ def test_results_and_predictions(llama, sets, tmp_path, capsys):
     mean = sum(accuracies) / 2
     assert found.results["metrics"]["test/accuracy"] == pytest.approx(mean)
     assert found.scores["test/accuracy"] == pytest.approx(mean)
-    assert found.results["average"] == {"test": average_row(found.results["sets"]["test"])}
+    assert found.results["average"] == {"test": average_of(found.results["sets"]["test"])}
     assert found.results["average"]["test"]["accuracy"] == found.results["metrics"]["test/accuracy"]
     assert json.loads((tmp_path / "predictions" / "score" / "results.json").read_text()) == found.results
     out = capsys.readouterr().out

@@ -41,11 +41,11 @@ def test_fields_that_are_not_needed_may_be_missing(tmp_path):
         ('{"instruction": "x", "output": "y"}\n{oops}', ["its line 2 no JSON"]),
         ("instruction,output\na,b", ["its line 1 no JSON"]),
         ("[3]", ["example 0 of", "is int; an object with", "instruction, output"]),
-        ('[{"instruction": "x"}]', ["example 0 of", "no 'output'", "it has instruction"]),
-        ('[{"instruction": "x", "output": null}]', ["no 'output'"]),
-        ('[{"instruction": "x", "output": " "}]', ["example 0 of", "'output' is empty"]),
-        ('[{"instruction": "x", "output": ["y"]}]', ["'output' is ['y']", "text is needed"]),
-        ('[{"instruction": "x", "output": "y", "answer": true}]', ["'answer' is True"]),
+        ('[{"instruction": "x"}]', ["example 0 of", "text is needed as 'output'", "there are instruction"]),
+        ('[{"instruction": "x", "output": null}]', ["as 'output', which is None"]),
+        ('[{"instruction": "x", "output": " "}]', ["example 0 of", "as 'output', which is ' '"]),
+        ('[{"instruction": "x", "output": ["y"]}]', ["text is needed as 'output', which is ['y']"]),
+        ('[{"instruction": "x", "output": "y", "answer": true}]', ["as 'answer', which is True"]),
     ],
 )
 def test_files_and_examples_that_do_not_serve(tmp_path, text, words):

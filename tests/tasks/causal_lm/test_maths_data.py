@@ -87,16 +87,10 @@ def test_a_run_on_files_asks_nobody(hub, tmp_path):
 @pytest.mark.parametrize(
     ("entries", "split", "words"),
     [
-        (
-            [GSM, {"question": "x", "answer": "no number"}],
-            "test",
-            ["example 1 of", "answer 'no number' is not a number"],
-        ),
-        ([GSM, {"question": "x"}], "test", ["example 1 of", "'answer' is missing"]),
-        ([{"query": "x", "response": "so \\frac{1}{2}"}], "test", ["example 0 of", "is not a number"]),
-        ([META, {"query": "x", "response": ""}], "train", ["example 1 of", "'response' is missing or not text"]),
-        ([OURS, {"instruction": "x", "output": "y"}], "test", ["example 1 of", "no 'answer'"]),
-        ([OURS, {"instruction": "x", "answer": "3"}], "train", ["example 1 of", "no 'output'"]),
+        ([GSM, {"question": "x"}], "test", ["example 1 of", "text is needed as 'question' and as 'answer'"]),
+        ([META, {"query": "x", "response": ""}], "train", ["example 1 of", "text is needed as 'output'"]),
+        ([OURS, {"instruction": "x", "output": "y"}], "test", ["example 1 of", "as 'answer'"]),
+        ([OURS, {"instruction": "x", "answer": "3"}], "train", ["example 1 of", "as 'output'"]),
         ([{"problem": "x", "solution": "y"}], "train", ["has the columns problem, solution", "MetaMathQA"]),
         (["text"], "train", ["of no object"]),
         ([META, "text"], "train", ["example 1 of", "is str; an object with"]),
@@ -109,10 +103,13 @@ def test_examples_that_do_not_serve(tmp_path, entries, split, words):
     one_line(error, str(path), *words)
 
 
-def test_a_long_answer_is_not_repeated_whole(tmp_path):
-    path = write_json(tmp_path / "rows.json", [{"question": "x", "answer": "word " * 500}])
+@pytest.mark.parametrize("answer", ["no number", "so \\frac{1}{2}", "word " * 500])
+def test_an_answer_that_is_not_a_number_is_named_before_the_test(tmp_path, answer):
+    path = write_json(tmp_path / "rows.json", [GSM, {"question": "x", "answer": answer}])
+    data = attached(MathsDataModule(test=str(path)), fn="test")
     with pytest.raises(DataError) as error:
-        read_problems(str(path), "test")
+        data.setup("test")
+    one_line(error, "example rows/test/1 of rows", "is not a number")
     assert len(str(error.value)) < 400
 
 
@@ -129,7 +126,7 @@ def test_sources_that_are_none(hub, tmp_path):
     one_line(error, "none.json cannot be read: No such file")
     with pytest.raises(DataError) as error:
         read_problems("org/several", "test")
-    one_line(error, "available configs: ['a', 'b']", "after a colon: org/several:NAME")
+    one_line(error, "available configs: ['a', 'b']", "ORG/NAME:CONFIGURATION")
     hub["org/odd"] = [{"text": "x"}]
     with pytest.raises(DataError) as error:
         read_problems("org/odd", "train")

@@ -185,7 +185,7 @@ def test_validation_counts_every_example_once(llama, tmp_path, world):
     alone.tokenizer_name = str(llama)
     alone.setup("fit")
     losses, count = 0.0, 0
-    for row in alone._splits["validation"]:
+    for row in alone.dataset("validation"):
         batch = padded([row])
         labels = batch.pop("labels")
         with torch.no_grad():

@@ -61,7 +61,7 @@ def save_tiny(folder, kind="bert", *, seed=0, saved=None, **options):
 
 
 def sentences(count, classes=2, seed=0, longest=12, types=False):
-    """Rows of 3 to `longest` random tokens; labels are classes, or floats of 0 to 5 where `classes` is 1."""
+    """Examples of 3 to `longest` random tokens; labels are classes, or floats of 0 to 5 where `classes` is 1."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for k in range(count):
@@ -97,7 +97,7 @@ def without_label(row):
 
 
 class Sentences(LightningDataModule):
-    """A data module as the module takes them; `sets` are lists of rows, for validation, test and predict alike."""
+    """A data module as the module takes them; `sets` are lists of examples, for validation, test and predict alike."""
 
     def __init__(
         self, sets, train=None, *, classes=2, metrics=None, batch_size=4, names=("",), task=None, shuffle=False
@@ -114,10 +114,12 @@ class Sentences(LightningDataModule):
     def protocol(self):
         return {"name": "of the tests", "sizes": [len(rows) for rows in self.sets]}
 
-    def class_weights(self):
-        counts = torch.bincount(torch.tensor([row["label"] for row in self.train]), minlength=self.num_labels)
-        return counts.sum() / (self.num_labels * counts)
+    @property
+    def class_counts(self):
+        labels = [row["label"] for row in self.train]
+        return None if self.num_labels == 1 else [labels.count(k) for k in range(self.num_labels)]
 
+    @property
     def extremes(self):
         rows = [row["input_ids"] for part in (*self.sets, self.train) for row in part]
         return max(map(len, rows)), max(map(max, rows))
@@ -191,7 +193,7 @@ def trained(network):
 
 @torch.no_grad()
 def outputs(network, rows):
-    """Row after row, without any padding, (N, C) in float64."""
+    """Example after example, without any padding, (N, C) in float64."""
     network.eval()
     return torch.cat([network(collate([row])) for row in rows]).double()
 

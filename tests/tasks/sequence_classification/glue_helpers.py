@@ -30,7 +30,7 @@ def pair_tokenizer(types=True, pad_type_id=0):
 
 
 def pairs(count, **fields):
-    """Rows of RTE whose first text says their number; their lengths differ."""
+    """Examples of RTE whose first text says their number; their lengths differ."""
     return [
         {
             "sentence1": f"{k:03d}{'?' * (7 * k % 23)}",
@@ -66,7 +66,7 @@ def glue(folder, stage="fit", tokenizer=None, trainer=None, task="rte", **option
 
 
 def numbers(loader):
-    """The number in the text of every labelled row, in order."""
+    """The number in the text of every labelled example, in order."""
     found, tokenizer = [], pair_tokenizer()
     for batch in loader:
         for ids, label in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):

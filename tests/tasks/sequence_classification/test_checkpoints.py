@@ -132,7 +132,7 @@ def test_the_task_that_a_start_was_trained_on_is_said(bert, tmp_path):
     assert network.started_from == {"path": str(path), "task": "rte"}
 
 
-def test_a_test_says_where_its_rows_selected_the_checkpoint():
+def test_a_test_says_where_its_examples_selected_the_checkpoint():
     """Two halves of the same rows, cut by another seed in training."""
     trained_with = {"split_protocol": "red", "split_seed": 1, "selected_on_test": False, "sha256": {"validation": "a"}}
     assert scored(trained_with, trained_with) is trained_with

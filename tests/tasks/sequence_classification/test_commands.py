@@ -151,7 +151,7 @@ def test_exports(pera, base, runs, tmp_path, task):
 
 
 @pytest.mark.parametrize("task", ["rte", "mnli"])
-def test_merge_measures_on_the_validation_rows(pera, runs, task):
+def test_merge_measures_on_the_validation_examples(pera, runs, task):
     result = pera("merge", "--ckpt_path", runs / task / "adapter")
     assert result.code == 0
     assert "loss" in result.out
@@ -169,7 +169,7 @@ def test_the_config_is_the_small_one():
     ("options", "expected"),
     [
         (["--data.split_protocol", "half"], "unknown split protocol 'half'"),
-        (["--data.split_protocol", "own_test"], "has rows without label"),
+        (["--data.split_protocol", "own_test"], "has examples without label"),
         (["--data.task", "cola"], "has no column 'sentence'"),
         (["--model.num_labels", "3"], "num_labels=3, but the data has num_labels=2"),
     ],

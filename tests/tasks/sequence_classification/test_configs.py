@@ -121,7 +121,7 @@ def test_built_and_injected(path, folders, monkeypatch):
     checkpoint = cli.trainer.checkpoint_callback
     assert type(cli.trainer.callbacks[0]).__name__ == "AdapterInjection"
     assert (checkpoint.monitor, checkpoint.mode) == ("val/metric", "max")
-    cli.model.hparams["num_labels"] = cli.datamodule.num_labels
+    cli.model.hparams["num_labels"] = cli.datamodule.expected_classes()
     report = cli.model.dry_run(cli.config_init["adapter"].injector())
     width, labels = {"base": BASE, "large": LARGE}[size]["hidden_size"], 1 if task == "stsb" else 2
     assert report.adapter_parameters == ADAPTERS[method, size]

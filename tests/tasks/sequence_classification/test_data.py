@@ -1,4 +1,4 @@
-"""GLUE's data module: every row once, batches of every kind, the protocols' parts, the cache, predictions' ids."""
+"""GLUE's data module: every example once, batches of every kind, the split protocols, the cache, predictions' ids."""
 
 import json
 from collections import Counter
@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from pera_lightning import GLUEDataModule
 from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.tasks.sequence_classification.loss import balanced_weights
 from tests.tasks.causal_lm.text_helpers import TextModule, one_line
 from tests.tasks.sequence_classification.glue_helpers import CLS, PAD, SEP, glue, numbers, pair_tokenizer, pairs, write
 
@@ -23,7 +24,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("batching", ["grouped", "random"])
-def test_every_row_is_trained_on_once_an_epoch_in_another_order_each_time(folder, batching):
+def test_every_example_is_trained_on_once_an_epoch_in_another_order_each_time(folder, batching):
     data = glue(folder, batching=batching)
     torch.manual_seed(0)
     first = numbers(data.train_dataloader())
@@ -78,21 +79,16 @@ def test_single_texts_and_regression(tmp_path):
     files = {f"{s}_file": write(tmp_path / f"{s}.csv", rows) for s in ("train", "validation")}
     options = {"text_columns": ["text"], "label_column": "score", "regression": True, "split_protocol": "red"}
     data = glue(tmp_path, task="custom", **options, **files)
-    assert (data.num_labels, data.class_names, data.metrics, data.selection) == (
-        1,
-        [],
-        ("pearson", "spearman"),
-        "pearson",
-    )
+    said = data.description()
+    assert (said["num_labels"], said["class_names"], said["class_counts"]) == (1, [], None)
+    assert (said["metrics"], said["selection"]) == (("pearson", "spearman"), "pearson")
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].dtype == torch.float32
     values = {round(v, 4) for b in data.train_dataloader() for v in b["labels"].tolist()}
     assert values == {round(k / 10, 4) for k in range(8)}
-    with pytest.raises(ConfigurationError, match="no classes"):
-        data.class_weights()
 
 
-def test_over_two_processes_each_evaluated_row_counts_once_and_fillers_have_no_label(folder):
+def test_over_two_processes_each_evaluated_example_counts_once_and_fillers_have_no_label(folder):
     for stage, loader in (("fit", "val_dataloader"), ("test", "test_dataloader"), ("predict", "predict_dataloader")):
         seen, sizes = [], []
         for rank in (0, 1):
@@ -118,7 +114,7 @@ def test_regression_fillers_are_minus_100_and_no_nan(tmp_path):
     assert torch.cat(labels).tolist() == [2.5, 2.5, -100.0]
 
 
-def test_prediction_rows_are_in_the_order_of_the_file_with_the_ids_of_its_idx(folder):
+def test_predicted_examples_are_in_the_order_of_the_file_with_the_ids_of_its_idx(folder):
     write(folder / "test.jsonl", [{**row, "idx": 100 - row["idx"]} for row in pairs(9, label=-1)])
     batches = list(glue(folder, "predict").predict_dataloader())
     assert [i for batch in batches for i in batch["ids"]] == [str(100 - k) for k in range(9)]
@@ -156,7 +152,7 @@ def test_mnli_has_two_sets_in_every_stage(tmp_path):
     data = glue(tmp_path, task="mnli", split_protocol="red")
     data.setup("test")
     data.setup("predict")
-    assert data.test_sets == ["matched", "mismatched"]
+    assert data.description()["test_sets"] == ["matched", "mismatched"]
     assert [len(numbers(loader)) for loader in data.val_dataloader()] == [4, 3]
     assert [len(numbers(loader)) for loader in data.test_dataloader()] == [4, 3]
     assert [sum(len(b["ids"]) for b in loader) for loader in data.predict_dataloader()] == [8, 6]
@@ -201,7 +197,7 @@ def test_evaluation_has_batches_of_its_own_size(folder):
     assert largest == {"train": 4, "val": 7, "test": 7, "predict": 7}
 
 
-def test_the_order_of_training_rows_is_that_of_the_runs_seed(folder, monkeypatch):
+def test_the_order_of_training_examples_is_that_of_the_runs_seed(folder, monkeypatch):
     orders = []
     for seed in ("3", "4", "3"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
@@ -210,7 +206,7 @@ def test_the_order_of_training_rows_is_that_of_the_runs_seed(folder, monkeypatch
     assert orders[0] != orders[1]
 
 
-def test_rows_are_tokenised_once_and_the_cache_knows_length_and_texts(folder):
+def test_examples_are_tokenised_once_and_the_cache_knows_length_and_texts(folder):
     tokenizer = pair_tokenizer()
     glue(folder, tokenizer=tokenizer)
     made = tokenizer.texts
@@ -276,7 +272,7 @@ def test_grouping_lowers_the_share_of_padding_and_says_by_how_much(tmp_path):
     assert said["grouped"] < said["random"] / 3
 
 
-def test_limited_training_rows_are_drawn_by_the_seed_and_nested(folder):
+def test_limited_training_examples_are_drawn_by_the_seed_and_nested(folder):
     drawn = {n: numbers(glue(folder, train_limit=n).train_dataloader()) for n in (5, 10, 100)}
     assert [len(rows) for rows in drawn.values()] == [5, 10, 41]
     assert {*drawn[5]} < {*drawn[10]}
@@ -284,16 +280,21 @@ def test_limited_training_rows_are_drawn_by_the_seed_and_nested(folder):
     assert {*drawn[5]} != {*numbers(glue(folder, train_limit=5, split_seed=1).train_dataloader())}
 
 
-def test_balanced_weights_are_those_of_the_rows_trained_on(tmp_path):
+def test_balanced_weights_are_those_of_the_examples_trained_on(tmp_path):
     write(tmp_path / "train.jsonl", [{**row, "label": int(k < 10)} for k, row in enumerate(pairs(40))])
     write(tmp_path / "validation.jsonl", pairs(4))
-    assert glue(tmp_path).class_weights().tolist() == pytest.approx([40 / 60, 40 / 20])
+
+    def weights(data):
+        said = data.description()
+        return balanced_weights(said["class_counts"], said["class_names"])
+
+    assert weights(glue(tmp_path)).tolist() == pytest.approx([40 / 60, 40 / 20])
     with pytest.raises(DataError) as error:
-        glue(tmp_path, train_limit=1).class_weights()
+        weights(glue(tmp_path, train_limit=1))
     one_line(error, "entailment", "train_limit")
 
 
-def test_a_run_records_its_rows_and_a_later_test_does_not_overwrite_them(folder, tmp_path):
+def test_a_run_records_its_examples_and_a_later_test_does_not_overwrite_them(folder, tmp_path):
     log = tmp_path / "logs"
     data = glue(folder, split_protocol="red", train_limit=7, trainer={"log_dir": str(log)})
     record = json.loads((log / "splits" / "rte.json").read_text())

@@ -311,7 +311,7 @@ def test_results_say_what_was_measured(bert, tmp_path):
         ({"head_dropout": 1.0}, "head_dropout"),
         ({"class_weights": [1.0, -1.0]}, "a positive number a class"),
         ({"class_weights": "equal"}, "'balanced', or"),
-        ({"class_weights": [1.0, 2.0, 3.0], "num_labels": 2}, "has 3 numbers, and there are 2 classes"),
+        ({"class_weights": [1.0, 2.0, 3.0], "num_labels": 2}, "3.0], and there are 2 classes"),
         ({"class_weights": "balanced", "num_labels": 1}, "a regression has no classes"),
     ],
 )
@@ -340,7 +340,7 @@ def test_without_data_the_number_of_labels_is_asked_for(bert, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_rows_that_are_too_long_are_refused_before_they_run(bert, tmp_path, command):
+def test_examples_that_are_too_long_are_refused_before_they_run(bert, tmp_path, command):
     data = Sentences([sentences(2, longest=3), [{"input_ids": [5] * (LONGEST + 1), "label": 0, "id": "x"}]])
     with pytest.raises(ConfigurationError, match=f"up to {LONGEST + 1} tokens.*max_length to {LONGEST}"):
         getattr(make_trainer(tmp_path), command)(module(bert), datamodule=data)

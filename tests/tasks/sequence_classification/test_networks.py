@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.tasks.sequence_classification.networks import check_lengths, load_network, trained_labels
+from pera_lightning.tasks.sequence_classification.networks import load_network, trained_labels
+from pera_lightning.training.transformers_models import check_extremes
 from tests.tasks.sequence_classification.classifier_helpers import (
     KINDS,
     LONGEST,
@@ -154,18 +155,18 @@ def test_building_without_weights_takes_no_memory(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "longest"), [("bert", LONGEST), ("roberta", LONGEST), ("distilbert", LONGEST)])
-def test_rows_beyond_the_positions_are_refused(tmp_path, kind, longest):
-    """RoBERTa's two first positions are of padding; the longest row that passes runs."""
+def test_examples_beyond_the_positions_are_refused(tmp_path, kind, longest):
+    """RoBERTa's two first positions are of padding; the longest example that passes runs."""
     folder, (_, _, targets, head) = save_tiny(tmp_path, kind), KINDS[kind]
     network = built(folder, targets=targets, trainable=head)
     row = {"input_ids": [5] * longest, "label": 0, "id": "0"}
-    check_lengths(network.model, longest, 5)
+    check_extremes(network.model, longest, 5)
     outputs(network, [row])
     with pytest.raises(ConfigurationError, match=f"{longest + 1} tokens.*max_length to {longest} or less") as error:
-        check_lengths(network.model, longest + 1, 5)
+        check_extremes(network.model, longest + 1, 5)
     one_line(error)
     with pytest.raises(ConfigurationError, match=f"token id {VOCABULARY}"):
-        check_lengths(network.model, 3, VOCABULARY)
+        check_extremes(network.model, 3, VOCABULARY)
 
 
 def test_a_decoder_without_padding_token_is_refused(tmp_path):

@@ -25,7 +25,7 @@ from tests.tasks.causal_lm.text_helpers import one_line
         ("smallest", 4, 2, 2),
     ],
 )
-def test_red_has_the_papers_sizes_and_every_row_on_one_side(task, count, selected, scored):
+def test_red_has_the_papers_sizes_and_every_example_on_one_side(task, count, selected, scored):
     first, second = splits.red(count, 42)
     assert (len(first), len(second)) == (selected, scored)
     assert np.array_equal(np.sort(np.concatenate([first, second])), np.arange(count))
@@ -52,7 +52,7 @@ def test_red_refuses_sets_that_are_too_small(count):
     one_line(error, "'red'", f"{count} examples are too few", "full_validation")
 
 
-def test_full_validation_scores_the_rows_that_selected_and_own_test_none_of_them():
+def test_full_validation_scores_the_examples_that_selected_and_own_test_none_of_them():
     for part in splits.full_validation(7, 1):
         assert part.tolist() == list(range(7))
     assert splits.own_test(7, 1)[1] is None
@@ -73,7 +73,7 @@ def test_the_share_of_padding_is_that_of_the_filled_batches():
     assert shares["random"] > 0.15
 
 
-def test_collated_labels_keep_their_kind_and_rows_are_filled_on_the_right():
+def test_collated_labels_keep_their_kind_and_examples_are_filled_on_the_right():
     rows = [{"input_ids": [5, 6, 7], "label": 1, "id": "a"}, {"input_ids": [8], "label": -100, "id": "b"}]
     batch = collate_classified(rows, pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]

@@ -31,20 +31,12 @@ def _accept(example: Example) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How text is generated: greedy or beam search, never sampling, so that a result can be had twice.
+    """How text is generated: greedy or beam search, never sampling, so that a result can be had twice."""
 
-    Args:
-        max_new_tokens: most tokens after the prompt.
-        num_beams: number of beams; 1 is greedy.
-        length_penalty: beams compare summed log-probability / tokens to this power.
-        no_repeat_ngram_size: length in tokens of the n-grams that may not come twice, the prompt included; 0 allows
-            all.
-    """
-
-    max_new_tokens: int
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
+    max_new_tokens: int  # after the prompt, at most
+    num_beams: int = 1  # 1 is greedy
+    length_penalty: float = 1.0  # beams compare summed log-probability / tokens to this power
+    no_repeat_ngram_size: int = 0  # tokens of the n-grams that may not come twice, the prompt included; 0 allows all
 
     def __post_init__(self) -> None:
         check_positive_int(self.max_new_tokens, "max_new_tokens")
@@ -58,45 +50,25 @@ class Protocol:
 
     A prediction, which `summarise` takes, is a mapping with at least ``id``, ``set``, ``output`` (the generated text),
     ``prediction`` (what `extract` found, or None), ``answer`` and ``correct`` (what `is_correct` says).
-
-    Args:
-        name: unique among the protocols of its task.
-        task: ``"commonsense"``, ``"maths"`` or ``"dialogue"``.
-        origin: where each choice is from, and which are ours.
-        training_prompt: everything before the response, byte for byte.
-        evaluation_prompt: what the model is given to answer.
-        response: the text trained on right after the training prompt, without EOS.
-        loss_on: the response alone, or the prompt too.
-        bos: "always": one BOS in front wherever the tokenizer has such a token; "tokenizer": as the tokenizer does by
-            itself.
-        max_length: default limit of a training example in tokens, special ones included.
-        decoding: None where nothing is generated and `options` are compared by log-probability.
-        extract: the answer in a generated text (prompt excluded), or None if it has none.
-        options: the answer words of an example; empty by default, for tasks whose answers are free text.
-        option_response: the text whose log-probability stands for an option; used where `decoding` is None.
-        is_correct: whether what `extract` gave is right; by default, whether it is the answer letter by letter.
-        check: raises DataError for an example that cannot be tested; training examples are not checked.
-        summarise: predictions of one set to its metrics.
-        main_metric: the metric to report and to average over sets.
     """
 
-    name: str
-    task: str
-    origin: str
-    training_prompt: Callable[[Example], str]
-    evaluation_prompt: Callable[[Example], str]
-    response: Callable[[Example], str]
-    loss_on: Literal["answer", "all"]
-    bos: Literal["always", "tokenizer"]
-    max_length: int
-    decoding: Decoding | None
-    extract: Callable[[str, Example], str | None]
-    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]]
-    main_metric: str
-    options: Callable[[Example], tuple[str, ...]] = _no_options
-    option_response: Callable[[str], str] = str
-    is_correct: Callable[[str | None, Example], bool] = _is_answer
-    check: Callable[[Example], None] = _accept
+    name: str  # unique among the protocols of its task
+    task: str  # "commonsense", "maths" or "dialogue"
+    origin: str  # where each choice is from, and which are ours
+    training_prompt: Callable[[Example], str]  # everything before the response, byte for byte
+    evaluation_prompt: Callable[[Example], str]  # what the model is given to answer
+    response: Callable[[Example], str]  # the text trained on right after the training prompt, without EOS
+    loss_on: Literal["answer", "all"]  # the response alone, or the prompt too
+    bos: Literal["always", "tokenizer"]  # one in front if the tokenizer has it, or as the tokenizer does by itself
+    max_length: int  # default limit of a training example in tokens, special ones included
+    decoding: Decoding | None  # None where nothing is generated and `options` are compared by log-probability
+    extract: Callable[[str, Example], str | None]  # the answer in a generated text without its prompt, if any
+    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]]  # predictions of one set to its metrics
+    main_metric: str  # what is reported and averaged over sets
+    options: Callable[[Example], tuple[str, ...]] = _no_options  # the answer words of an example; none for free text
+    option_response: Callable[[str], str] = str  # the text whose log-probability stands for an option
+    is_correct: Callable[[str | None, Example], bool] = _is_answer  # whether what `extract` gave is right
+    check: Callable[[Example], None] = _accept  # raises DataError for an example that cannot be tested
 
     def describe(self) -> dict[str, Any]:
         """Primitives for a results file, with both prompts as an example of placeholders gives them."""
@@ -115,38 +87,25 @@ class Protocol:
         }
 
 
-_PROTOCOLS: dict[str, dict[str, Protocol]] = {}
+_PROTOCOLS: dict[str, dict[str, Protocol]] = {}  # by task and name
 
 
 def register(one: Protocol) -> Protocol:
-    """Adds a protocol under its task and name, and gives it back.
-
-    Raises:
-        ConfigurationError: if the task has one of this name.
-    """
-    names = _PROTOCOLS.setdefault(one.task, {})
-    if one.name in names:
+    """Adds a protocol under its task and name, and gives it back; raises `ConfigurationError` for a name taken."""
+    if one.name in _PROTOCOLS.setdefault(one.task, {}):
         raise ConfigurationError(f"task {one.task!r} has a protocol {one.name!r} already; give this one another name")
-    names[one.name] = one
+    _PROTOCOLS[one.task][one.name] = one
     return one
 
 
 def protocols(task: str) -> Mapping[str, Protocol]:
-    """Name to protocol of one task, in order of registration.
-
-    Raises:
-        UnknownNameError: if the task does not exist.
-    """
+    """Name to protocol of one task, in order of registration; raises `UnknownNameError` for an unknown task."""
     check_choice(task, "task", tuple(_PROTOCOLS))
     return dict(_PROTOCOLS[task])
 
 
 def protocol(task: str, name: str) -> Protocol:
-    """The protocol of a name.
-
-    Raises:
-        UnknownNameError: if the task or the name does not exist.
-    """
+    """The protocol of a name; raises `UnknownNameError` for an unknown task or name."""
     names = protocols(task)
     check_choice(name, f"{task} protocol", tuple(names))
     return names[name]

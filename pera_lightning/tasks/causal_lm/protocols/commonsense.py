@@ -19,29 +19,28 @@ TASK = "commonsense"
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerFormat:
-    """How the examples of a set are answered.
+class CommonsenseSet:
+    """What is known of a set of LLM-Adapters."""
 
-    Args:
-        pattern: regular expression of an answer in generated text.
-        options: the answer words of each example; empty if examples differ and have to say theirs.
-    """
-
-    pattern: str
-    options: tuple[str, ...] = ()
+    count: int  # of its test examples in the papers
+    options: tuple[str, ...]  # answer words of each example; none if examples differ and have to say theirs
+    read: tuple[str, ...] = ()  # words that count as an answer in generated text; by default the options
 
 
-_ANSWERS = "answer1|answer2|answer3|answer4|answer5"
+def _numbered(word: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{word}{k}" for k in range(1, count + 1))
 
-SETS: dict[str, AnswerFormat] = {  # in the order of the papers' tables
-    "boolq": AnswerFormat("true|false", ("true", "false")),
-    "piqa": AnswerFormat("solution1|solution2", ("solution1", "solution2")),
-    "social_i_qa": AnswerFormat(_ANSWERS, ("answer1", "answer2", "answer3")),
-    "hellaswag": AnswerFormat("ending1|ending2|ending3|ending4", ("ending1", "ending2", "ending3", "ending4")),
-    "winogrande": AnswerFormat("option1|option2", ("option1", "option2")),
-    "ARC-Easy": AnswerFormat(_ANSWERS),  # ARC has questions of 3, 4 and 5 answers
-    "ARC-Challenge": AnswerFormat(_ANSWERS),
-    "openbookqa": AnswerFormat(_ANSWERS, ("answer1", "answer2", "answer3", "answer4")),
+
+_ANSWERS = _numbered("answer", 5)  # ARC has questions of 3, 4 and 5 answers
+SETS: dict[str, CommonsenseSet] = {  # in the order of the papers' tables
+    "boolq": CommonsenseSet(3270, ("true", "false")),
+    "piqa": CommonsenseSet(1838, _numbered("solution", 2)),
+    "social_i_qa": CommonsenseSet(1954, _numbered("answer", 3), _ANSWERS),
+    "hellaswag": CommonsenseSet(10042, _numbered("ending", 4)),
+    "winogrande": CommonsenseSet(1267, _numbered("option", 2)),
+    "ARC-Easy": CommonsenseSet(2376, (), _ANSWERS),
+    "ARC-Challenge": CommonsenseSet(1172, (), _ANSWERS),
+    "openbookqa": CommonsenseSet(500, _numbered("answer", 4), _ANSWERS),
 }
 
 _FORMAT = re.compile(r"Answer format:([^\n]*)\s*\Z")
@@ -54,17 +53,15 @@ def options(example: Example) -> tuple[str, ...]:
     Raises:
         DataError: if neither says them, or the instruction's are not a list of different words.
     """
-    where = f"example {example.id} of {example.set}"
     found = _FORMAT.search(example.instruction)
-    if found is None:
-        if example.set in SETS and SETS[example.set].options:
-            return SETS[example.set].options
-        raise DataError(
-            f"{where}: its options are unknown; end the instruction with a line like 'Answer format: answer1/answer2'"
-        )
-    words = tuple(word.strip() for word in found[1].split("/"))
+    if found is None and example.set in SETS and SETS[example.set].options:
+        return SETS[example.set].options
+    words = tuple(word.strip() for word in found[1].split("/")) if found else ()
     if len(words) < 2 or not all(words) or len(set(words)) < len(words):
-        raise DataError(f"{where}: {found[0].strip()!r} has no options; write different words with slashes between")
+        raise DataError(
+            f"example {example.id} of {example.set} has no options: end the instruction with a line of different words "
+            "like 'Answer format: answer1/answer2'"
+        )
     return words
 
 
@@ -79,17 +76,16 @@ def check_example(example: Example) -> None:
 
 
 def first_match(text: str, example: Example) -> str | None:
-    """The first answer word in a text, case-sensitive: by the pattern of the example's set, or else its options."""
-    if example.set in SETS:
-        pattern = SETS[example.set].pattern
-    else:  # longest first, or answer1 would be read in answer12
-        pattern = "|".join(re.escape(word) for word in sorted(options(example), key=len, reverse=True))
-    found = re.search(pattern, text)
+    """The first answer word in a text, case-sensitive: of those of the example's set, or else its options."""
+    known = SETS.get(example.set)
+    words = options(example) if known is None else known.read or known.options
+    # Longest first, or answer1 would be read in answer12.
+    found = re.search("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)), text)
     return found[0] if found else None
 
 
 def first_match_of_response(text: str, example: Example) -> str | None:
-    """`first_match` before any further response marker: LLM-Adapters cuts the whole text at these markers."""
+    """`first_match` before any further response marker: LLM-Adapters cuts the entire text at these markers."""
     return first_match(text.partition("### Response:")[0], example)
 
 
@@ -104,38 +100,15 @@ def answer_sentence(option: str) -> str:
     return f"{_SENTENCE}{option}"
 
 
-LLM_ADAPTERS = register(
-    Protocol(
-        name="llm_adapters",
-        task=TASK,
-        origin=(
-            "LLM-Adapters' code, which AuroRA follows: both templates, loss on the whole text, 256 tokens a row, 32 "
-            "new tokens, 4 beams, first match. Ours, not in its code: padding is masked while generating (it passes no "
-            "attention mask, so that its answers depend on the batch), and a row's input is used in evaluation too."
-        ),
-        training_prompt=prompts.llm_adapters_training,
-        evaluation_prompt=prompts.llm_adapters_evaluation,
-        response=prompts.output,
-        loss_on="all",
-        bos="tokenizer",
-        max_length=256,
-        decoding=Decoding(max_new_tokens=32, num_beams=4),
-        extract=first_match_of_response,
-        options=options,
-        check=check_example,
-        summarise=accuracy_summary,
-        main_metric="accuracy",
-    )
-)
-
 HIRA = register(
     Protocol(
         name="hira",
         task=TASK,
         origin=(
             "HiRA's code, which PERA used too: one template, BOS and EOS added, loss on the answer, 16 new tokens, 4 "
-            "beams, LLM-Adapters' extraction. Ours, not in the paper: 512 tokens a row, beams without sampling (its "
-            "script samples within the beams by default, at temperature 0.1), and the template's form with an input."
+            "beams, LLM-Adapters' extraction. Ours, not in the paper: 512 tokens an example, beams without sampling "
+            "(its script samples within the beams by default, at temperature 0.1), and the template's form with an "
+            "input."
         ),
         **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=16, num_beams=4),
@@ -147,13 +120,33 @@ HIRA = register(
     )
 )
 
+LLM_ADAPTERS = register(
+    replace(
+        HIRA,
+        name="llm_adapters",
+        origin=(
+            "LLM-Adapters' code, which AuroRA follows: both templates, loss on the entire text, 256 tokens an example, "
+            "32 new tokens, 4 beams, first match. Ours, not in its code: padding is masked while generating (it passes "
+            "no attention mask, so that its answers depend on the batch), and an example's input is used in evaluation "
+            "too."
+        ),
+        training_prompt=prompts.llm_adapters_training,
+        evaluation_prompt=prompts.llm_adapters_evaluation,
+        loss_on="all",
+        bos="tokenizer",
+        max_length=256,
+        decoding=Decoding(max_new_tokens=32, num_beams=4),
+        extract=first_match_of_response,
+    )
+)
+
 STRICT = register(
     replace(
         HIRA,
         name="strict",
         origin=(
-            "Ours, in no paper: HiRA's template and loss, greedy decoding of 16 tokens, and the whole text has to be "
-            "an option of the row, with or without 'the correct answer is' in front."
+            "Ours, in no paper: HiRA's template and loss, greedy decoding of 16 tokens, and the entire text has to be "
+            "an option of the example, with or without 'the correct answer is' in front."
         ),
         decoding=Decoding(max_new_tokens=16),
         extract=whole_answer,

@@ -77,12 +77,11 @@ def bleu_and_rouge(predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]
 
     replies, references = _texts(predictions)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(references, replies, strict=True)
-    rouge = sum(scorer.score(reference, reply)["rougeL"].fmeasure for reference, reply in pairs)
+    rouge = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(references, replies, strict=True)]
     return {
         # ConvAI2 is written tokenised, of which sacrebleu warns unless forced; the score is the same.
         "bleu": sacrebleu.corpus_bleu(replies, [references], force=True).score,
-        "rouge_l": 100 * rouge / len(predictions),
+        "rouge_l": 100 * sum(rouge) / len(rouge),
         "not_found": sum(one["prediction"] is None for one in predictions) / len(predictions),
     }
 
@@ -93,19 +92,15 @@ def meteor(predictions: Sequence[Mapping[str, Any]]) -> float:
     Raises:
         ConfigurationError: if nltk or its WordNet files are missing.
     """
-    try:
-        from nltk.translate.meteor_score import single_meteor_score
-    except ImportError:
-        raise ConfigurationError(
-            "METEOR needs nltk; run `pip install nltk`, then `python -m nltk.downloader wordnet`"
-        ) from None
     replies, references = _texts(predictions)
     try:
+        from nltk.translate.meteor_score import single_meteor_score
+
         scores = [single_meteor_score(r.split(), p.split()) for r, p in zip(references, replies, strict=True)]
-    except LookupError:
+    except (ImportError, LookupError):
         raise ConfigurationError(
-            "METEOR needs nltk's WordNet files: run `python -m nltk.downloader wordnet`, or set NLTK_DATA to a folder "
-            "that has corpora/wordnet"
+            "METEOR needs nltk and its WordNet files: `pip install nltk`, then `python -m nltk.downloader wordnet`, or "
+            "set NLTK_DATA to a folder that has corpora/wordnet"
         ) from None
     return 100 * sum(scores) / len(scores)
 
@@ -122,9 +117,8 @@ def bertscore(predictions: Sequence[Mapping[str, Any]], model: str) -> float:
     """
     from torchmetrics.functional.text.bert import bert_score
 
-    replies, references = _texts(predictions)
     try:
-        scores = bert_score(replies, references, model_name_or_path=model)
+        scores = bert_score(*_texts(predictions), model_name_or_path=model)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"BERTScore cannot load {model!r}; give a folder or hub id of an encoder: {shorten(str(error))}"
@@ -135,13 +129,7 @@ def bertscore(predictions: Sequence[Mapping[str, Any]], model: str) -> float:
 def summary(
     predictions: Sequence[Mapping[str, Any]], *, with_meteor: bool = False, bertscore_model: str | None = None
 ) -> dict[str, float]:
-    """`bleu_and_rouge`, and on request the two metrics that need files of their own.
-
-    Args:
-        predictions: those of one set.
-        with_meteor: adds ``meteor``.
-        bertscore_model: folder or hub id of an encoder; adds ``bertscore``.
-    """
+    """`bleu_and_rouge`, and on request `meteor` and `bertscore`, which need files of their own."""
     measured = bleu_and_rouge(predictions)
     if with_meteor:
         measured["meteor"] = meteor(predictions)
@@ -157,7 +145,7 @@ SELF_PERSONA = register(
         origin=(
             "HiRA's template, with BOS and EOS, and loss on the answer; 4 beams, length penalty 0.9 and no repeated "
             "4-gram, as in its script; sacreBLEU and ROUGE-L. Ours, not in the paper: how persona and turns are "
-            "written, 512 tokens a row, at most 64 new tokens, the first line as the reply, each row on its own."
+            "written, 512 tokens an example, at most 64 new tokens, the first line as the reply."
         ),
         **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=64, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4),
