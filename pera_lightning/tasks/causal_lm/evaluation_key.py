@@ -17,8 +17,8 @@ from pera_lightning.tasks.causal_lm.decoding import end_ids
 from pera_lightning.training import results
 
 _SAMPLE = 1024  # about so many elements of each frozen tensor are hashed
-# What the data say of how they train: a test after a fit is the same test as one without.
-_OF_TRAINING = ("max_length", "batching", "train_fraction", "split_seed", "sizes", "cut", "left_out")
+# Words about a protocol, and what the data say of how they train: a test after a fit is the same test as one without.
+_UNDECISIVE = ("origin", "max_length", "batching", "train_fraction", "split_seed", "sizes", "cut", "left_out")
 
 
 def evaluation_key(model: nn.Module, data: Mapping[str, Any], stages: Sequence[str], network: Mapping[str, Any]) -> str:
@@ -30,7 +30,7 @@ def evaluation_key(model: nn.Module, data: Mapping[str, Any], stages: Sequence[s
         stages: names of the inferences that are tested.
         network: what was loaded, and how it computes.
     """
-    protocol = {name: value for name, value in data["protocol"].items() if name not in _OF_TRAINING}
+    protocol = {name: value for name, value in data["protocol"].items() if name not in _UNDECISIVE}
     if "sha256" in protocol:
         protocol["sha256"] = {name: value for name, value in protocol["sha256"].items() if name != "train"}
     ends = None if data["evaluation_protocol"].decoding is None else end_ids(model, data["tokenizer"])  # type: ignore[arg-type]

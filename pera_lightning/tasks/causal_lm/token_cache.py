@@ -42,7 +42,8 @@ def tokenised(
     Raises:
         DataError: if the folder cannot be written, or its file is damaged.
     """
-    facts = [_FORMAT, tokenizer_key(tokenizer), protocol.describe(), sha256]
+    decisive = {name: value for name, value in protocol.describe().items() if name != "origin"}  # words about it
+    facts = [_FORMAT, tokenizer_key(tokenizer), decisive, sha256]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{protocol.task}-{protocol.name}-{key}.arrow"
     return kept(path, lambda temporary: _write(examples, protocol, tokenizer, temporary))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,8 +45,8 @@ def test_another_tokenizer_protocol_or_example_is_another_file(tmp_path):
     cached(rows[:2], HIRA, tokenizer, tmp_path)
     cached(rows[::-1], HIRA, tokenizer, tmp_path)
     assert len(files(tmp_path)) == 5
-    tokenizer.padding_side = "right"  # decides no ids
-    cached(rows, HIRA, tokenizer, tmp_path)
+    tokenizer.padding_side = "right"  # decides no ids, as other words on where the protocol is from
+    cached(rows, replace(HIRA, origin="elsewhere"), tokenizer, tmp_path)
     assert len(files(tmp_path)) == 5
 
 
