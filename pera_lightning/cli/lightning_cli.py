@@ -186,14 +186,7 @@ def raised_by_lightning(error: BaseException) -> bool:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs fit, validate, test or predict.
-
-    Args:
-        args: command and its options.
-
-    Raises:
-        PeraError: for wrong input.
-    """
+    """Runs fit, validate, test or predict; raises `PeraError` for wrong input."""
     # Words are handed over so that config paths can be resolved first; Lightning warns about that.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # A test in the run's folder must not replace the config that it was trained by.

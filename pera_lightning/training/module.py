@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
 from pera_lightning.export.merged import MergedReport, export_merged
-from pera_lightning.injection.state import METADATA
+from pera_lightning.injection.state import METADATA, check_plain
 from pera_lightning.training.checkpoint_io import check_checkpoint
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import parameter_groups
@@ -140,9 +140,29 @@ class AdapterModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Injects what the checkpoint describes into a network that is plain (`load_from_checkpoint`)."""
         if METADATA in checkpoint and self.model is not None:
-            inject_from(self, checkpoint)
-            keep_heads_float32(self.model)
-            check_checkpoint(checkpoint, self, "the checkpoint")
+            self._inject_from(checkpoint, "the checkpoint")
+
+    def _inject_from(self, checkpoint: dict[str, Any], source: str) -> None:
+        inject_from(self, checkpoint)
+        keep_heads_float32(self.model)  # type: ignore[arg-type]
+        check_checkpoint(checkpoint, self, source)
+
+    def load_trained(self, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:
+        """Builds the network with its base weights and loads what was trained, in eval mode.
+
+        Args:
+            state: adapters, heads and buffers by their names in the network.
+            spec: description of the injection.
+            source: where both come from, for messages.
+        """
+        # Number of classes and the like, where the fit took them from the data.
+        self.settle(state)
+        self.model = self.build_network()
+        check_plain(self.model, state, spec, source, check_base=True)
+        named = {f"model.{name}": value for name, value in state.items()}
+        self._inject_from({"state_dict": named, METADATA: {**spec, "root": "model"}}, source)
+        self.load_state_dict(named)
+        self.eval()
 
     def on_fit_start(self) -> None:
         # fit never does this, and networks from from_pretrained come in eval mode, without their dropout.

@@ -27,14 +27,7 @@ linear r. AuroRA: of the merged map."""
 
 
 def run(args: Sequence[str]) -> None:
-    """Prints the table.
-
-    Args:
-        args: none, or ``--help``.
-
-    Raises:
-        ConfigurationError: for anything else.
-    """
+    """Prints the table; takes nothing but ``--help``."""
     if args and args[0] not in ("--help", "-h"):
         raise ConfigurationError(f"methods takes no options; given {' '.join(args)}")
     print(table(), flush=True)
@@ -58,14 +51,10 @@ def capabilities(cls: type[Method]) -> tuple[str, str, str]:
 def table() -> str:
     """All registered methods, and what the columns mean."""
     rows = [[name, *capabilities(cls)] for name, cls in registered_methods().items()]
-    return "\n".join([format_table(_HEAD, rows, text_columns=4), "", _MEANING, *_whole_model_lines()])
+    own = ", ".join(name for name, cls in registered_methods().items() if not issubclass(cls, LinearMethod))
+    return f"""\
+{format_table(_HEAD, rows, text_columns=4)}
 
-
-def _whole_model_lines() -> list[str]:
-    whole = [name for name, cls in registered_methods().items() if not issubclass(cls, LinearMethod)]
-    if not whole:
-        return []
-    return [
-        f"{', '.join(whole)}: the network's own weights are trained, so there is",
-        "nothing to merge or to export as a LoRA; `export --format merged` writes them.",
-    ]
+{_MEANING}
+{own}: the network's own weights are trained, so there is
+nothing to merge or to export as a LoRA; `export --format merged` writes them."""

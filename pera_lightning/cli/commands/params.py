@@ -29,14 +29,7 @@ class ParamsCLI(ConfiguredCLI):
 
 
 def run(args: Sequence[str]) -> None:
-    """Prints which layers a config adapts and how many parameters it trains, and the memory where it is asked for.
-
-    Args:
-        args: ``--config FILE`` and overrides, as for fit; ``--memory``, ``--devices``, ``--answer_length``.
-
-    Raises:
-        ConfigurationError: for a module that cannot be built without weights, or values that do not fit.
-    """
+    """Prints which layers a config adapts and how many parameters it trains, with ``--memory`` also what it needs."""
     cli = ParamsCLI(args)
     module, injector = cli.model, cli.config_init["adapter"].injector()
     if not hasattr(module, "dry_run"):
