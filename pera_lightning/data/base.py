@@ -47,9 +47,6 @@ class TaskDataModule(LightningDataModule):
 
         Args:
             module: class of a module that has one, for the message.
-
-        Raises:
-            ConfigurationError: if there is neither.
         """
         named = self.tokenizer_name
         tokenizer = self.requirements().get("tokenizer") if named is None else load_tokenizer(named)
@@ -58,12 +55,7 @@ class TaskDataModule(LightningDataModule):
         return tokenizer
 
     def make_loader(self, dataset: Any, **options: Any) -> DataLoader:
-        """A loader with this module's workers, whose memory is pinned where the batches go to a CUDA device.
-
-        Args:
-            dataset: the examples.
-            options: further arguments of `DataLoader`.
-        """
+        """A `DataLoader` with this module's workers; its memory is pinned where the batches go to a CUDA device."""
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         pin = device is not None and device.type not in ("cpu", "mps")
         return DataLoader(dataset, **{"num_workers": self.num_workers, "pin_memory": pin, **options})

@@ -26,9 +26,6 @@ def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
     Args:
         path: the file.
         write: called with a path beside it to write to.
-
-    Raises:
-        DataError: where the folder cannot be written, or the file is damaged.
     """
     import datasets
     import pyarrow as pa

@@ -17,7 +17,7 @@ class PaddedShard:
     """One process's shard of a dataset: every `world`-th example, and as many as any other process has.
 
     Args:
-        examples: the whole dataset, at least one example.
+        examples: the entire dataset, at least one example.
         rank: number of this process.
         world: number of processes.
         blank: given the last example, returns the same without a label, to fill up with; a function at the top of a
@@ -44,13 +44,7 @@ class PaddedShard:
 def padded_shard(
     examples: Sequence[Any] | Any, trainer: Any, blank: Callable[[Any], Any] | None = None
 ) -> dict[str, Any]:
-    """The arguments `dataset` and `sampler` of a loader over this process's shard, in a fixed order.
-
-    Args:
-        examples: the whole dataset.
-        trainer: knows the processes; without one there is a single one.
-        blank: see `PaddedShard`.
-    """
+    """The arguments `dataset` and `sampler` of a loader over this process's `PaddedShard`, in a fixed order."""
     rank, world = getattr(trainer, "global_rank", 0), getattr(trainer, "world_size", 1)
     shard = PaddedShard(examples, rank, world, blank)
     # A DistributedSampler, though over one process: any other Lightning would replace by its own.

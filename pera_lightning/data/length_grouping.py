@@ -93,25 +93,14 @@ def grouped_sampler(lengths: Sequence[int], batch_size: int, trainer: Any) -> Le
 
 
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
-    """The share of padding among the tokens of batches that are padded to their longest example.
-
-    Args:
-        lengths: tokens of each example.
-        batches: examples of each batch.
-    """
+    """The share of padding among the tokens of batches of examples, each padded to its longest one."""
     known = checked_lengths(lengths)
     own = [known[np.asarray(batch)] for batch in batches]
-    return 1 - sum(int(part.sum()) for part in own) / sum(len(part) * int(part.max()) for part in own)
+    return 1 - sum(int(batch.sum()) for batch in own) / sum(len(batch) * int(batch.max()) for batch in own)
 
 
 def padding_shares(lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> dict[str, float]:
-    """`padding_share` of one process's first epoch, "random" and "grouped" by length.
-
-    Args:
-        lengths: tokens of each example.
-        batch_size: examples in a batch.
-        seed: seed of the order.
-    """
+    """`padding_share` of one process's first epoch, "random" and "grouped" by length."""
     order = random_order(np.random.Generator(np.random.PCG64(seed)), len(lengths))
     random = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     grouped = LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
@@ -119,11 +108,7 @@ def padding_shares(lengths: Sequence[int], batch_size: int, *, seed: int = 0) ->
 
 
 def checked_lengths(lengths: Sequence[int]) -> np.ndarray:
-    """Lengths as an array.
-
-    Raises:
-        DataError: if there are none, or one is below 1.
-    """
+    """Lengths as an array; raises `DataError` without any, or if one is below 1."""
     known = np.asarray(lengths, dtype=np.int64)
     if not len(known) or known.min() < 1:
         short = f"example {int(known.argmin())} has length {known.min()}" if len(known) else "there are no examples"

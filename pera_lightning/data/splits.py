@@ -15,20 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pera_lightning.errors import DataError, UnknownNameError, closest
+from pera_lightning.errors import DataError
 from pera_lightning.files import atomic_write
+from pera_lightning.validation import check_choice
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
 def held_out_size(count: int, fraction: float) -> int:
-    """Number of examples to hold out of `count`, rounded up as scikit-learn and datasets do.
-
-    Args:
-        count: number of examples.
-        fraction: share to hold out, between 0 and 1, both excluded.
-    """
+    """Number of examples to hold out of `count`, rounded up as scikit-learn and datasets do."""
     # Rounded first: 0.1 times a multiple of ten must not become one more through the last bit of a float.
     return math.ceil(round(fraction * count, 6))
 
@@ -46,7 +42,7 @@ def hold_out(
     Args:
         indices: (n,) numbers of the examples.
         fraction: share to hold out, between 0 and 1, both excluded; rounded up.
-        generator: where the order comes from; it advances.
+        generator: source of the order; it advances.
         labels: (n,) classes of these examples. With them every class gives its share (to one example), and none gives
             its last example; without them examples are drawn regardless of class.
 
@@ -59,9 +55,7 @@ def hold_out(
     order = random_order(generator, len(indices))
     size = held_out_size(len(indices), fraction)
     if not 0 < size < len(indices):
-        raise DataError(
-            f"{len(indices)} images cannot be split: {fraction:g} held out leaves one side empty; add images"
-        )
+        raise DataError(f"{len(indices)} images cannot be split: {fraction:g} held out leaves one side empty; add some")
     if labels is not None:
         order = _stratified(order, np.asarray(labels), size)
     return np.sort(indices[order[size:]]), np.sort(indices[order[:size]])
@@ -73,7 +67,7 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     classes, first, index, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
     quota = counts * (size / len(order))
     take = np.minimum(np.floor(quota).astype(int), counts - 1)
-    # What is missing then is given by the classes with the largest remainders.
+    # What is missing then is given by the classes with the largest remainders, one example each.
     for one in np.lexsort((first, np.floor(quota) - quota)):
         if take.sum() < size and take[one] < counts[one] - 1:
             take[one] += 1
@@ -82,7 +76,7 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
             f"{len(order)} images of {len(classes)} classes are too few to hold out {size} and keep one of each class; "
             "add images"
         )
-    # Number of each example among those of its class, in this order.
+    # Number of each example among those of its class, in this order: the first `take` of a class come to the front.
     place = np.empty(len(order), dtype=int)
     place[np.argsort(index, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     front = place < take[index]
@@ -113,6 +107,7 @@ def cut(
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     done = dict(existing)
+    # Test before validation, of one generator: the order is part of what a seed means.
     for split, fraction in (("test", test_fraction), ("validation", validation_fraction)):
         if split not in done:
             own = labels[done["train"]] if stratify else None
@@ -159,16 +154,8 @@ SPLIT_PROTOCOLS: dict[str, Cut] = {cut.__name__: cut for cut in (full_validation
 
 
 def split_protocol(name: str) -> Cut:
-    """The split protocol of a name.
-
-    Raises:
-        UnknownNameError: naming the closest.
-    """
-    if name not in SPLIT_PROTOCOLS:
-        known = ", ".join(SPLIT_PROTOCOLS)
-        raise UnknownNameError(
-            f"unknown split protocol {name!r}; there are {known}{closest(name.lower(), SPLIT_PROTOCOLS)}"
-        )
+    """The split protocol of a name; raises `UnknownNameError` for another."""
+    check_choice(name, "split_protocol", [*SPLIT_PROTOCOLS])
     return SPLIT_PROTOCOLS[name]
 
 
@@ -184,13 +171,7 @@ def file_name(dataset: str) -> str:
 
 
 def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) -> Path:
-    """Writes ``<log_dir>/splits/<dataset>.json`` in one step, so that no reader meets half of it.
-
-    Args:
-        log_dir: the run's folder.
-        dataset: name of the data set, which names the file.
-        record: content; primitives only.
-    """
+    """Writes ``<log_dir>/splits/<dataset>.json``, primitives only, in one step, so that no reader meets half of it."""
     path = Path(log_dir) / "splits" / f"{file_name(dataset)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps(record) + "\n").encode())
@@ -200,10 +181,7 @@ def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) ->
 def record_run(trainer: Trainer | None, dataset: str, record: Callable[[], Mapping[str, Any]]) -> None:
     """Writes a run's split into its log folder, on one process; every process must call it.
 
-    Args:
-        trainer: the run's; without one, in a fast_dev_run or without a log folder nothing is written.
-        dataset: name of the data set, which names the file.
-        record: makes the content.
+    Without a trainer, in a fast_dev_run or without a log folder nothing is written.
     """
     if trainer is None or trainer.fast_dev_run:
         return

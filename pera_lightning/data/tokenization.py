@@ -40,8 +40,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: Bos
         bos: "always" prepends BOS where the tokenizer has one and the ids do not begin with it; "tokenizer" leaves
             that to the tokenizer.
 
-    Returns:
-        One list of ids a text.
     """
     if isinstance(texts, str):  # its characters would be taken for texts
         raise ConfigurationError("texts is one text; give a list of texts")
