@@ -20,6 +20,7 @@ EVALUATIONS = ("validate", "test", "predict")
 def resuming_command(words: Sequence[str]) -> str:
     """The shell command of a fit (its words, without the program), without the checkpoint that it goes on from."""
     _, kept = taken_out(words, ("--ckpt_path",))
+    # As it was called: by a script, or by the installed command.
     program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
     return shlex.join([*program, *kept])
 
@@ -48,4 +49,5 @@ def warn_without_last(trainer: Trainer) -> None:
     folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.log_dir or ".") / "checkpoints")
     if keeper is not None and not any(folder.glob("last*.ckpt")):
         rank_zero_warn(f"--ckpt_path last: {folder} has no last.ckpt; the fit starts from the beginning")
+        # Lightning would say the same without the folder.
         warnings.filterwarnings("ignore", message=r".*ckpt_path=.last.. is set, but there is no last checkpoint")

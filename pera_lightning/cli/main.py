@@ -35,20 +35,17 @@ def usage() -> str:
     """The text of a bare ``--help``."""
     commands = TRAINER_COMMANDS | {name: text for name, (_, text) in OWN_COMMANDS.items()}
     width = max(map(len, commands))
-    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
-    return "\n".join(
-        [
-            "usage: python cli.py COMMAND --config FILE [--KEY VALUE ...]   (or: pera COMMAND ...)",
-            "",
-            *lines,
-            "",
-            "examples:",
-            "  python cli.py fit --config configs/quickstart.yaml",
-            "  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8",
-            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --mode calibrated --output DIR",
-            "  python cli.py COMMAND --help   every key of a command",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    return f"""\
+usage: python cli.py COMMAND --config FILE [--KEY VALUE ...]   (or: pera COMMAND ...)
+
+{lines}
+
+examples:
+  python cli.py fit --config configs/quickstart.yaml
+  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8
+  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --mode calibrated --output DIR
+  python cli.py COMMAND --help   every key of a command"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -56,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("--help", "-h", "help"):
         print(usage())
-        sys.exit(0 if words else 2)
+        sys.exit(0 if words else 2)  # no command is wrong input, though the answer is the same
     if words[0] == "--version":
         from pera_lightning import __version__
 
@@ -69,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
             module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
             getattr(importlib.import_module(module), function)(words[1:])
         elif words[0] in TRAINER_COMMANDS:
-            from pera_lightning.cli.lightning_cli import run
+            from pera_lightning.cli.lightning_cli import run  # takes seconds
 
             run(words)
         else:

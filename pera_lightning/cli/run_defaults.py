@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonito
 
 from pera_lightning.cli.words import config_file
 
-FOLDER = Path("runs")
+FOLDER = Path("runs")  # below the working directory
 _CALLBACKS = "lightning.pytorch.callbacks."
 
 

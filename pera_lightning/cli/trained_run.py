@@ -12,11 +12,12 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.cli.words import CONFIG_FLAGS, taken_out
@@ -33,20 +34,14 @@ BATCHES = 8
 class TrainedCLI(ConfiguredCLI):
     """The config of a run, and which of its checkpoints is meant.
 
-    Args:
-        words: words after the command; without ``--config`` they get that of the run's folder.
-
     Attributes:
         path: the checkpoint or adapter folder.
         trained: what it holds, see `read_trained`.
-
-    Raises:
-        CheckpointError: where the checkpoint is missing, damaged or without adapters.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         if not {"--help", "-h"}.isdisjoint(words):
-            super().__init__(["--help"])
+            super().__init__(["--help"])  # prints and exits
         # Read before the config is looked for: what is no checkpoint has none either.
         self.path = checkpoint_path(words)
         self.trained = read_trained(self.path)
@@ -59,24 +54,18 @@ class TrainedCLI(ConfiguredCLI):
 
     def read(self) -> list[str]:
         """What the command reads, and must not write over: the checkpoint, and the base where it is a folder."""
-        return [name for name in (self.path, self.model.hparams.get("model_name")) if name]
+        base = self.model.hparams.get("model_name")
+        return [self.path, *([base] if base else [])]
 
 
 class Trained:
     """A module with its trained network on the CPU, in eval mode, and the data of its run.
-
-    Args:
-        cli: the parsed command line.
 
     Attributes:
         module: the module, with its network.
         data: the data module, attached to the module and not set up; None where the config has none.
         run: folder of the run; None where the checkpoint lies elsewhere.
         notes: what a reader should know, a line each.
-
-    Raises:
-        CheckpointError: where the checkpoint is of another base.
-        ConfigurationError: where the config does not fit it.
     """
 
     def __init__(self, cli: TrainedCLI) -> None:
@@ -86,11 +75,18 @@ class Trained:
                 f"{type(self.module).__name__} is not a module of this package: reload it with load_adapted and call "
                 "pera_lightning.merge or export_peft"
             )
-        self.run = run_folder(cli.path)
+        self.run = run_folder(cli.path)  # None where it was moved or copied
         # The checkpoint says what was injected; the config only which base and data.
         self.module.load_trained(*cli.trained, source=cli.path)
-        self.notes = other_adapter(cli.config_init["adapter"], self.module.model)  # type: ignore[arg-type]
-        self._ready = False
+        self.notes: list[str] = []
+        given, mark = cli.config_init["adapter"], injection_of(self.module.model)  # type: ignore[arg-type]
+        there = mark and (mark.method, mark.targets, mark.trainable)
+        if mark and (given.method, tuple(given.targets), tuple(given.trainable)) != there:
+            self.notes.append(
+                f"the config says {given.method} on {given.targets} with trainable={given.trainable}; what counts is "
+                f"the checkpoint: {mark.method} on {list(mark.targets)} with trainable={list(mark.trainable)}"
+            )
+        self._ready = False  # whether the data are set up
         if self.data is not None:
             attach(self.module, self.data)
 
@@ -102,15 +98,14 @@ class Trained:
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
             names = json.loads(file.read_text(encoding="utf-8")).get("classes")
             if names is not None and len(names) == self.module.classes:
-                return [str(name) for name in names]
+                return [str(name) for name in names]  # of several data sets the first that fits the head
         return None
 
     def calibration_batches(self, count: int) -> list[Any]:
         """Training batches as evaluation sees them, drawn by a fixed seed."""
         data = self._set_up()
-        if hasattr(data, "calibration_batches"):
-            return data.calibration_batches(count)
-        return draw_batches(data.train_dataloader(), count)
+        own = getattr(data, "calibration_batches", None)
+        return own(count) if own else draw_batches(data.train_dataloader(), count)
 
     def measuring_batches(self, count: int) -> list[Any]:
         """Validation batches, drawn by a fixed seed; of several sets those of the first."""
@@ -127,7 +122,7 @@ class Trained:
             raise ConfigurationError("the config has no data to measure on, or to calibrate with: give --data …")
         if not self._ready:
             try:
-                data.prepare_data()
+                data.prepare_data()  # what a trainer would call, in its order
                 data.setup("fit")
             except (PeraError, OSError) as error:
                 raise DataError(
@@ -149,7 +144,7 @@ def checkpoint_path(words: Sequence[str]) -> str:
     given, _ = taken_out(words, ("--ckpt_path",))
     if not given:
         raise ConfigurationError("no --ckpt_path: give a checkpoint of a run, or an adapter folder")
-    return given[-1]
+    return given[-1]  # as the parser, which takes the last
 
 
 def configured(words: Sequence[str], path: str) -> list[str]:
@@ -158,7 +153,12 @@ def configured(words: Sequence[str], path: str) -> list[str]:
     The `ckpt_path` in a config that a fit wrote would win over one given before the config.
     """
     configs, others = taken_out(words, CONFIG_FLAGS)
-    configs = configs or [str(_config_of(path))]
+    run = run_folder(path)
+    if not configs:
+        if run is None or not (run / "config.yaml").is_file():
+            where = f"{run} has no config.yaml" if run else "it is in no run's folder (RUN/checkpoints/ or RUN/adapter)"
+            raise ConfigurationError(f"the config of {path} is not known, {where}: give --config")
+        configs = [str(run / "config.yaml")]
     return [*(word for file in configs for word in ("--config", file)), *others]
 
 
@@ -166,24 +166,12 @@ def run_folder(given: str) -> Path | None:
     """The folder of the run that a checkpoint (RUN/checkpoints/…) or adapter folder (RUN/adapter) lies in, or None."""
     path = Path(given).absolute()
     if path.is_dir():
-        return path.parent if path.name == "adapter" else None
-    return path.parent.parent if path.parent.name == "checkpoints" else None
-
-
-def _config_of(path: str) -> Path:
-    run = run_folder(path)
-    if run is not None and (run / "config.yaml").is_file():
-        return run / "config.yaml"
-    where = f"{run} has no config.yaml" if run else "it is in no folder of a run (RUN/checkpoints/ or RUN/adapter)"
-    raise ConfigurationError(f"the config of {path} is not known, {where}: give --config")
+        return path.parent if path.name == "adapter" else None  # RUN/adapter
+    return path.parent.parent if path.parent.name == "checkpoints" else None  # RUN/checkpoints/FILE
 
 
 def read_trained(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Adapters, heads and buffers of a checkpoint or adapter folder by their names, and the injection's description.
-
-    Raises:
-        CheckpointError: where it is neither, or damaged.
-    """
+    """Adapters, heads and buffers of a checkpoint or adapter folder by their names, and the injection's description."""
     folder = Path(path)
     if not folder.is_dir():
         return checkpoint_adapters(path)
@@ -194,30 +182,14 @@ def read_trained(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     raise CheckpointError(f"{path} is neither a checkpoint nor an adapter folder{hint}")
 
 
-def other_adapter(given: Any, network: nn.Module) -> list[str]:
-    """A note where the adapter group of the config is not what the checkpoint has."""
-    mark = injection_of(network)
-    config = (given.method, tuple(given.targets), tuple(given.trainable))
-    if mark is None or config == (mark.method, mark.targets, mark.trainable):
-        return []
-    return [
-        f"the config says {given.method} on {given.targets} with trainable={given.trainable}; what counts is the "
-        f"checkpoint: {mark.method} on {list(mark.targets)} with trainable={list(mark.trainable)}"
-    ]
-
-
 def attach(module: AdapterModule, data: LightningDataModule) -> None:
     """Gives a data module a trainer that runs nothing and writes nothing, from which it asks for the module."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)  # what the trainer says of devices and of fast_dev_run is of no use here
-    try:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    # What the trainer says of devices and of fast_dev_run is of no use here.
+    with patch.object(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "disabled", True):
         trainer = Trainer(accelerator="cpu", devices=1, fast_dev_run=True, **quiet)
-    finally:
-        log.setLevel(level)
     # The handshake of module and data goes through the trainer, see `pera_lightning.data.base`.
     trainer.strategy.connect(module)
-    trainer.state.fn = TrainerFn.FITTING
+    trainer.state.fn = TrainerFn.FITTING  # data modules ask which stage they serve
     trainer.datamodule = data
     data.trainer = trainer

@@ -18,7 +18,7 @@ def taken_out(words: Sequence[str], flags: Sequence[str]) -> tuple[list[str], li
     for word in rest:
         name, equals, value = word.partition("=")
         if name in flags:
-            values += [value] if equals else islice(rest, 1)
+            values += [value] if equals else islice(rest, 1)  # the value is the next word, if there is one
         else:
             others.append(word)
     return values, others
@@ -31,11 +31,8 @@ def config_file(words: Sequence[str]) -> Path | None:
 
 
 def find_configs(words: list[str]) -> list[str]:
-    """Words with each config path resolved: as given, else among the configs that come with the package.
-
-    Raises:
-        PeraError: where it does not exist.
-    """
+    """Words with each config path resolved: as given, else among the configs that come with the package."""
+    # In their places: what stands after a config overrides it, what stands before does not.
     found = list(words)
     for k, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -55,6 +52,7 @@ def _config(value: str) -> str:
     inside = shipped / value.removeprefix("configs/")
     if inside.is_file():
         return str(inside)
+    # The closest names are suggested; without any, the folder.
     names = [f"configs/{path.relative_to(shipped)}" for path in sorted(shipped.rglob("*.yaml"))]
     hint = closest(value, names) or f"; there are {len(names)} in configs/"
     raise PeraError(f"config {value!r} does not exist{hint}")

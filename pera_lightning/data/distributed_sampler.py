@@ -31,13 +31,13 @@ class PaddedShard:
         self.examples, self.rank, self.world, self.blank = examples, rank, world, blank
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // self.world)
+        return -(-len(self.examples) // self.world)  # rounded up, alike for all processes
 
     def __getitem__(self, number: int) -> Any:
-        own = number * self.world + self.rank
+        own = number * self.world + self.rank  # every `world`-th: shards differ by one example at most
         if own < len(self.examples):
             return self.examples[own]
-        last = self.examples[len(self.examples) - 1]
+        last = self.examples[len(self.examples) - 1]  # past the end: what fills up
         return last if self.blank is None else self.blank(last)
 
 

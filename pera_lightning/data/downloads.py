@@ -39,6 +39,7 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
     if path.is_file():
         return verified(path, sha256=sha256)
     with _writable(path):
+        # A part of a download never has the final name, whatever interrupts it.
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             _download(url, path, temporary)
@@ -92,7 +93,7 @@ def recorded(path: Path) -> str | None:
     words = record.read_text(encoding="utf-8", errors="replace").split()
     if not words or len(words[0]) != 64:
         raise DataError(f"{record} holds no sha256; delete it, and {path.name} too if you are not sure of that")
-    return words[0].lower()
+    return words[0].lower()  # as hashlib writes them
 
 
 def _record(path: Path, sha256: str) -> None:

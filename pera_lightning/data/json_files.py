@@ -11,12 +11,8 @@ from pera_lightning.files import read_text
 
 
 def read_json(path: Path) -> list[Any]:
-    """The entries of a JSON list, or of a file with one JSON value a line.
-
-    Raises:
-        DataError: where the file is missing, empty or something else.
-    """
-    text = read_text(path)
+    """The entries of a JSON list, or of a file with one JSON value a line; raises `DataError` for anything else."""
+    text = read_text(path)  # the format is told by the content, as names vary
     entries, where = [], ""
     try:
         if text.lstrip().startswith("["):

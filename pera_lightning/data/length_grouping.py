@@ -48,9 +48,9 @@ class LengthGroupedSampler(DistributedSampler):
         self.lengths = checked_lengths(lengths)
         super().__init__(self.lengths, num_replicas=num_replicas, rank=rank, seed=seed)
         self.batch_size, self.group = batch_size, group
-        complete, rest = divmod(len(self.lengths), batch_size * num_replicas)
+        complete, rest = divmod(len(self.lengths), batch_size * num_replicas)  # global batches, and examples left over
         self.num_samples = complete * batch_size + -(-rest // num_replicas)
-        self.total_size = self.num_samples * num_replicas
+        self.total_size = self.num_samples * num_replicas  # with the repeated ones
 
     def global_batches(self) -> list[np.ndarray]:
         """This epoch's examples of all processes, batch by batch; rank r has ``[r::num_replicas]`` of each."""
@@ -75,7 +75,7 @@ class LengthGroupedSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         for batch in self.global_batches():
-            yield from batch[self.rank :: self.num_replicas].tolist()
+            yield from batch[self.rank :: self.num_replicas].tolist()  # long and short ones for every process
 
     def __len__(self) -> int:
         return self.num_samples

@@ -47,12 +47,10 @@ def hold_out(
             its last example; without them examples are drawn regardless of class.
 
     Returns:
-        The indices kept and those held out, both sorted.
-
-    Raises:
-        DataError: where one of the two would be empty.
+        The indices kept and those held out, both sorted and neither empty.
     """
     order = random_order(generator, len(indices))
+    # Drawn first: classes are stratified within this order.
     size = held_out_size(len(indices), fraction)
     if not 0 < size < len(indices):
         raise DataError(f"{len(indices)} images cannot be split: {fraction:g} held out leaves one side empty; add some")
@@ -65,7 +63,7 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     """Reorders so that the first `size` entries have every class in proportion; ties go to who comes first."""
     # Each class gives its share, rounded down, and never its last example.
     classes, first, index, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
-    quota = counts * (size / len(order))
+    quota = counts * (size / len(order))  # each class's share, not yet an integer
     take = np.minimum(np.floor(quota).astype(int), counts - 1)
     # What is missing then is given by the classes with the largest remainders, one example each.
     for one in np.lexsort((first, np.floor(quota) - quota)):
@@ -79,7 +77,7 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     # Number of each example among those of its class, in this order: the first `take` of a class come to the front.
     place = np.empty(len(order), dtype=int)
     place[np.argsort(index, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    front = place < take[index]
+    front = place < take[index]  # held out
     return np.concatenate([order[front], order[~front]])
 
 
@@ -131,17 +129,14 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Above 2,000 examples 1,000 select, else one half (the larger); the others are scored on.
 
     The protocol of RED (arXiv 2402.15179), ReFT, DeLoRA and PERA. The draw is ours: theirs are not published.
-
-    Raises:
-        DataError: for fewer than four examples; a half of one example has no correlation.
     """
-    if count < 4:
+    if count < 4:  # a half of one example has no correlation
         raise DataError(
             f"split protocol 'red' halves the validation set, and {count} examples are too few; give four or more, "
             "or split_protocol=full_validation"
         )
     order = random_order(np.random.Generator(np.random.PCG64(seed)), count)
-    size = 1000 if count > 2000 else -(-count // 2)
+    size = 1000 if count > 2000 else -(-count // 2)  # the half is rounded up
     return np.sort(order[:size]), np.sort(order[size:])
 
 
@@ -161,7 +156,7 @@ def split_protocol(name: str) -> Cut:
 
 def selected_on_test(cut: Cut) -> bool:
     """Whether a split protocol scores on examples that selected."""
-    selection, scored = cut(8, 0)
+    selection, scored = cut(8, 0)  # any protocol, on a small set
     return scored is not None and bool(np.intersect1d(selection, scored).size)
 
 

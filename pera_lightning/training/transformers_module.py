@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +38,17 @@ class TransformersModule(NormalisedLossModule):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def finish_network(self) -> None:
         if self.hparams["activation_checkpointing"]:
             recompute_activations(self.model)  # type: ignore[arg-type]
         if self.hparams["compile"]:
-            self.model.compile()  # type: ignore[union-attr]
+            self.model.compile()  # type: ignore[union-attr]  # in place: names in the state dict stay
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
-        return self._tokenizer
+        return load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
 
     def data_requirements(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer}

@@ -221,7 +221,7 @@ def test_a_config_is_given_where_there_is_no_run(export, llama_run, tmp_path):
     shutil.copy(llama_run.checkpoint, lonely)
     refused = export(lonely, "merged", code=2)
     assert refused.err.splitlines()[-1].endswith(
-        "it is in no folder of a run (RUN/checkpoints/ or RUN/adapter): give --config"
+        "it is in no run's folder (RUN/checkpoints/ or RUN/adapter): give --config"
     )
     # Its own ckpt_path, null, does not replace the one given before it.
     export(lonely, "merged", "--config", llama_run.run / "config.yaml")

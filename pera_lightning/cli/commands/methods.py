@@ -16,7 +16,7 @@ NONE = "–"
 _HEAD = ("method", "merge", f"exact LoRA of rank={RANK}", "LoRA by SVD")
 _MERGE = {"exact": "exact", "approximate": "static or calibrated", "none": NONE}
 # The rank of the LoRA in terms of the method's own rank r.
-_RANKS = {"LoRA": "r *", "PERA": "r(r+3)/2 *", "AuroRA": "r *"}
+_RANKS = {"LoRA": "r *", "PERA": "r(r+3)/2 *", "AuroRA": "r *"}  # the star leads to the notes below the table
 _MEANING = """\
 exact: equal to rounding. static or calibrated: AuroRA with dynamic inference is
 not linear, and --mode says which linear map takes its place (with
@@ -42,7 +42,7 @@ def example(cls: type[Method], rank: int = RANK) -> Method:
 def capabilities(cls: type[Method]) -> tuple[str, str, str]:
     """The cells of a method's row after its name: merge, exact LoRA, LoRA by SVD."""
     method = example(cls)
-    rank = method.export_rank
+    rank = method.export_rank  # None: its update is no product of two low-rank matrices
     words = _RANKS.get(cls.__name__, "r" if rank == RANK else "")
     exact = NONE if rank is None else f"{rank} ({words})" if words else str(rank)
     return _MERGE[method.merging], exact, NONE if method.merging == "none" else "any rank"
