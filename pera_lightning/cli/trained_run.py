@@ -42,7 +42,7 @@ class TrainedCLI(ConfiguredCLI):
     def __init__(self, words: Sequence[str]) -> None:
         if not {"--help", "-h"}.isdisjoint(words):
             super().__init__(["--help"])  # prints and exits
-        # Read before the config is looked for: what is no checkpoint has none either.
+        # Read before the config is looked for: without a checkpoint the search is in vain.
         self.path = checkpoint_path(words)
         self.trained = read_trained(self.path)
         super().__init__(configured(words, self.path))

@@ -1,10 +1,10 @@
 """Batches of tokens: examples padded, or packed into one sequence.
 
 An *example* is a mapping with ``input_ids``, a list of token ids, and ``start``, the index of its first token with a
-label: where the answer begins, or 0 where the whole text is learned. Other keys are not looked at. Batches are
+label: where the answer begins, or 0 where the entire text is learned. Other keys are not looked at. Batches are
 dictionaries of int64 tensors. No collator gives an example's first token a label: what stands before it, and would
 predict it, is padding or another example. Shapes: B examples, T tokens of the longest, K positions. Examples with one
-label for the whole are `collate_classified`'s.
+label for all of it are `collate_classified`'s.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def collate_padded(examples: Sequence[Example], *, pad_id: int) -> dict[str, Ten
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Makes one sequence of examples, one after the other, which positions tell apart.
 
-    There is no attention mask: without one, and without a cache (``use_cache=False``), transformers lets a token attend
-    only back to where the positions last started at 0.
+    It comes without an attention mask: then, with ``use_cache=False`` too, transformers lets a token attend only back
+    to where the positions last started at 0.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``labels`` (`IGNORE` before each example's `start`), all (1, T).

@@ -1,4 +1,4 @@
-"""Single files from the net: whole or not at all, and the same ones at every later load.
+"""Single files from the net: complete or not at all, and the same ones at every later load.
 
 Beside each file lies ``<file>.sha256``, one line in the form that ``sha256sum -c`` reads: the published checksum, or
 that of the first download where none is published. What differs from it later is refused.
@@ -128,7 +128,7 @@ def _download(url: str, path: Path, temporary: Path) -> None:
 
 @contextmanager
 def _readable(url: str, path: Path) -> Iterator[None]:
-    """Turns what goes wrong on the net, or with an address that is none, into a `DataError` in words."""
+    """Turns what goes wrong on the net, or with a wrong address, into a `DataError` in words."""
     try:
         yield
     except (OSError, HTTPException, ValueError) as error:  # URLError and timeouts are OSErrors

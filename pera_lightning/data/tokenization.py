@@ -8,7 +8,7 @@ space in front), and with every BPE that merges over the border. A token that st
 response. So ids[start:] is what a masked loss learns, and what the scores of options sum over.
 
 An EOS that the tokenizer appends by itself is never kept: after a prompt it would end the text before the response,
-and after a response the protocol says whether there is one.
+and after a response the protocol says whether one follows.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class NormalisedLoss:
 
     n counts what the loss is a sum over, tokens or examples. How many the step will have is known only at its end. So
     every batch is divided by the count of the step's first, and the gradient is corrected once, at the end; with one
-    batch a step there is nothing to correct.
+    batch a step it needs no correction.
 
     Attributes:
         reference: count of the step's first batch, over all ranks; 0 between steps.

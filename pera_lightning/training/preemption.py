@@ -140,7 +140,7 @@ def last_file(trainer: Trainer) -> str | None:
 
 
 def drop_requeue_file(trainer: Trainer) -> None:
-    """Removes the ``hpc_ckpt_N.ckpt`` that the run began with, once there is a later one or the run is finished.
+    """Removes the ``hpc_ckpt_N.ckpt`` that the run began with, once a later one exists or the run is finished.
 
     Lightning loads such a file before anything else: the next run of this folder would begin with it.
     """
