@@ -202,13 +202,13 @@ class AdapterModule(LightningModule):
 
     def data_description(self) -> Mapping[str, Any]:
         """What the trainer's data module says of its data; of somebody else's the attributes of the names `asks`."""
-        data = self._data()
+        data = self._attached_data()
         describe = getattr(data, "description", None)
         if callable(describe):
             return describe()
         return {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
 
-    def _data(self) -> Any:
+    def _attached_data(self) -> Any:
         return getattr(internals.attached_trainer(self), "datamodule", None)
 
     def agree_on(self, name: str, said: int | None) -> None:
@@ -223,7 +223,7 @@ class AdapterModule(LightningModule):
 
     def data_protocol(self) -> dict[str, Any] | None:
         """What the data module says of itself for `results.json`; None where it says nothing."""
-        protocol = getattr(self._data(), "protocol", None)
+        protocol = getattr(self._attached_data(), "protocol", None)
         return protocol() if callable(protocol) else None
 
     # --- merging and export: cli/commands/merge.py and cli/commands/export.py ---
