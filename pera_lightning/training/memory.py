@@ -110,7 +110,7 @@ def measure_step(
             value.backward()
     except tuple(getattr(fake_tensor, name) for name in _MISSING_VALUES) as error:
         what = f"{type(network).__name__} computes by its values ({shorten(str(error))})"
-        raise ConfigurationError(f"{what}, which --memory does not have: measure its memory") from error
+        raise ConfigurationError(f"{what}, and there are none: measure its memory") from error
     return StepMemory(kept=kept, peak=count.peak)
 
 
