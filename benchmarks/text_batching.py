@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from report import report
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pera_lightning import inject
 from pera_lightning.adapters import LoRA
@@ -48,8 +49,13 @@ def make_batches(
     random = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     grouped = length_grouping.LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
     packed = batching.pack(lengths, batching.capacity_for(lengths, batch_size), seed=seed)
+    fill = {"input_ids": pad_id, "attention_mask": 0, "position_ids": 0, "labels": batching.IGNORE}
+
+    def widened(batch: Batch) -> Batch:  # on the left, as the batch is padded
+        return {name: pad(own, (length - own.shape[1], 0), value=fill[name]) for name, own in batch.items()}
+
     return {
-        "padded": [batching.collate_padded([examples[k] for k in one], pad_id=pad_id, length=length) for one in random],
+        "padded": [widened(batching.collate_padded([examples[k] for k in one], pad_id=pad_id)) for one in random],
         "grouped": [batching.collate_padded([examples[k] for k in one], pad_id=pad_id) for one in grouped],
         "packed": [batching.collate_packed([examples[k] for k in one]) for one in packed],
     }

@@ -33,7 +33,7 @@ def no_leftovers():
     """Undoes what Lightning leaves: the seed in the environment, a log handler on the stderr of an earlier test."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:  # not pytest's own, whose stream it reads
                 handler.stream = sys.stderr
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):

@@ -11,38 +11,22 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pera_lightning.cli.words import taken_out
 from pera_lightning.errors import PeraError, listed
 
 EVALUATIONS = ("validate", "test", "predict")
 
 
 def resuming_command(words: Sequence[str]) -> str:
-    """The shell command of a fit, without the checkpoint that it goes on from.
-
-    Args:
-        words: words of the fit after the program's name.
-    """
-    option = "--ckpt_path"
-    # Drops the option, its value in the next word, and the form with "=".
-    kept = [
-        word
-        for word, before in zip(words, ["", *words], strict=False)
-        if option not in (before, word, word.partition("=")[0])
-    ]
+    """The shell command of a fit (its words, without the program), without the checkpoint that it goes on from."""
+    _, kept = taken_out(words, ("--ckpt_path",))
+    # As it was called: by a script, or by the installed command.
     program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
     return shlex.join([*program, *kept])
 
 
 def checkpoint_of_run(name: str, log_dir: str | None) -> str:
-    """The file that ``--ckpt_path best`` or ``last`` means in a process that did not train.
-
-    Args:
-        name: "best" or "last".
-        log_dir: folder of the run.
-
-    Raises:
-        PeraError: where the folder lacks the file.
-    """
+    """The file that ``--ckpt_path best`` or ``last`` means in a process that did not train; it must exist."""
     path = Path(log_dir or ".") / "checkpoints" / f"{name}.ckpt"
     if not path.is_file():
         raise PeraError(f"--ckpt_path {name}: {path} does not exist; give the checkpoint's file")
@@ -65,4 +49,5 @@ def warn_without_last(trainer: Trainer) -> None:
     folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.log_dir or ".") / "checkpoints")
     if keeper is not None and not any(folder.glob("last*.ckpt")):
         rank_zero_warn(f"--ckpt_path last: {folder} has no last.ckpt; the fit starts from the beginning")
+        # Lightning would say the same without the folder.
         warnings.filterwarnings("ignore", message=r".*ckpt_path=.last.. is set, but there is no last checkpoint")

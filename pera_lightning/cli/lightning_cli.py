@@ -54,7 +54,8 @@ class OneLineParser(LightningArgumentParser):
         # The options of the command that was given, for suggestions, not those of the outer parser.
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
-        raise InputError(explain(message, options, known_classes()))
+        classes = {group: [each.__name__ for each in classes] for group, classes in _CLASSES.items()}
+        raise InputError(explain(message, options, {"adapter.method": [*registered_methods()], **classes}))
 
 
 class InputError(PeraError, SystemExit):
@@ -62,15 +63,7 @@ class InputError(PeraError, SystemExit):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.code = 2
-
-
-def known_classes() -> dict[str, list[str]]:
-    """The short class names that the groups of a config take."""
-    return {
-        "adapter.method": list(registered_methods()),
-        **{group: [each.__name__ for each in classes] for group, classes in _CLASSES.items()},
-    }
+        self.code = 2  # as of argparse
 
 
 class PeraCLI(LightningCLI):
@@ -80,16 +73,18 @@ class PeraCLI(LightningCLI):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        # Words are handed over so that config paths can be resolved first; Lightning warns about that.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         self._words: Sequence[str] = kwargs.get("args") or sys.argv[1:]
         self._folder = default_folder(self._words)
         defaults: dict[str, Any] = {
             "trainer_defaults": {"logger": default_logger(self._folder)},
             "save_config_callback": SaveConfigAtStart,
-            "save_config_kwargs": {"overwrite": True},
+            "save_config_kwargs": {"overwrite": True},  # the next run of a name uses its folder again
             "parser_class": OneLineParser,
             # Lightning would build the optimizer before the adapters exist.
             "auto_configure_optimizers": False,
-            "seed_everything_default": 0,
+            "seed_everything_default": 0,  # a run without a seed could not be repeated
         }
         super().__init__(**{**defaults, **kwargs})
 
@@ -122,7 +117,7 @@ class PeraCLI(LightningCLI):
         others = others if isinstance(others, list) else [others]
         config["callbacks"] = [self._get(self.config_init, "adapter"), *others]
         check_strategy(config.get("strategy"))
-        return self._instantiate_trainer(config, [])
+        return self._instantiate_trainer(config, [])  # no callbacks besides: Lightning would put the adapter's last
 
     def before_fit(self) -> None:
         """Tells the callback the command that goes on with the fit where a signal stops it."""
@@ -155,7 +150,7 @@ class SaveConfigAtStart(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
-            super().setup(trainer, pl_module, stage)
+            super().setup(trainer, pl_module, stage)  # evaluations have no start of their own
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
@@ -165,7 +160,6 @@ class ConfiguredCLI(PeraCLI):
     """Parses and builds model, data and adapter but no trainer, for commands that train nothing."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         super().__init__(args=list(args), run=False, save_config_callback=None)
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -179,23 +173,8 @@ def check_strategy(name: Any) -> None:
         raise UnknownNameError(f"strategy={name!r} does not exist; give auto, ddp or fsdp2{closest(name, known)}")
 
 
-def raised_by_lightning(error: BaseException) -> bool:
-    """Whether an error comes out of Lightning's own code, as its checks of the trainer's values do."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
-
-
 def run(args: Sequence[str]) -> None:
-    """Runs fit, validate, test or predict.
-
-    Args:
-        args: command and its options.
-
-    Raises:
-        PeraError: for wrong input.
-    """
-    # Words are handed over so that config paths can be resolved first; Lightning warns about that.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    """Runs fit, validate, test or predict; raises `PeraError` for wrong input."""
     # A test in the run's folder must not replace the config that it was trained by.
     name = "config.yaml" if args[0] == "fit" else f"config_{args[0]}.yaml"
     try:
@@ -204,7 +183,8 @@ def run(args: Sequence[str]) -> None:
         raise PeraError(str(error)) from error
     except (ValueError, TypeError, ArithmeticError) as error:
         # Lightning's checks of the trainer's values are wrong input; elsewhere these are bugs, with a traceback.
-        if isinstance(error, PeraError) or not raised_by_lightning(error):
+        source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, PeraError) or not source.is_relative_to(Path(lightning.__file__).parent):
             raise
         raise PeraError(f"{type(error).__name__}: {error}") from error
     except RuntimeError as error:

@@ -19,10 +19,7 @@ def lost_process(error: BaseException) -> str | None:
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo/transport" in text):
         return None
     if _SILENT.search(text):
-        what = (
-            "another process of this run did not answer in time: it hangs, or works alone for longer than the "
-            "strategy's timeout"
-        )
+        what = "another process of this run did not answer in time: it is stuck, or slower than the strategy's timeout"
     elif _ENDED.search(text):
         what = (
             "another process of this run has ended: see its own error above, or in the log of its node; one that was "
@@ -30,4 +27,4 @@ def lost_process(error: BaseException) -> str | None:
         )
     else:
         return None
-    return f"{what} ({text[:160]})"
+    return f"{what} ({text[:160]})"  # their messages go on with addresses and frames

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from pera_lightning.cli.words import find_configs
 from pera_lightning.errors import PeraError, closest, shorten
 
 TRAINER_COMMANDS = {
@@ -19,10 +19,7 @@ TRAINER_COMMANDS = {
     "predict": "write predictions",
 }
 OWN_COMMANDS = {
-    "params": (
-        "pera_lightning.cli.commands.params:run",
-        "print what a config adapts; with --memory what it needs",
-    ),
+    "params": ("pera_lightning.cli.commands.params:run", "print what a config adapts; with --memory what it needs"),
     "merge": ("pera_lightning.cli.commands.merge:run", "merge a checkpoint and measure what that changes"),
     "export": (
         "pera_lightning.cli.commands.export:run",
@@ -32,39 +29,31 @@ OWN_COMMANDS = {
     "sweep": ("pera_lightning.cli.commands.sweep:run", "fit and test over seeds and config values, with a table"),
     "grid": ("pera_lightning.cli.commands.grid:run", "draw the images of several runs side by side"),
 }
-_CONFIG_FLAGS = ("--config", "-c")
 
 
 def usage() -> str:
     """The text of a bare ``--help``."""
     commands = TRAINER_COMMANDS | {name: text for name, (_, text) in OWN_COMMANDS.items()}
     width = max(map(len, commands))
-    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
-    return "\n".join(
-        [
-            "usage: python cli.py COMMAND --config FILE [--KEY VALUE ...]   (or: pera COMMAND ...)",
-            "",
-            *lines,
-            "",
-            "examples:",
-            "  python cli.py fit --config configs/quickstart.yaml",
-            "  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8",
-            "  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --mode calibrated --output DIR",
-            "  python cli.py COMMAND --help   every key of a command",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    return f"""\
+usage: python cli.py COMMAND --config FILE [--KEY VALUE ...]   (or: pera COMMAND ...)
+
+{lines}
+
+examples:
+  python cli.py fit --config configs/quickstart.yaml
+  python cli.py fit --config configs/quickstart.yaml --adapter.method PERA --adapter.method.rank 8
+  python cli.py export --ckpt_path runs/quickstart/adapter --format peft --mode calibrated --output DIR
+  python cli.py COMMAND --help   every key of a command"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; exits with 2 and one line where the input is at fault.
-
-    Args:
-        args: the words after the program's name; by default those of this process.
-    """
+    """Runs the command line, by default on this process's words; exits with 2 and one line for wrong input."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("--help", "-h", "help"):
         print(usage())
-        sys.exit(0 if words else 2)
+        sys.exit(0 if words else 2)  # no command is wrong input, though the answer is the same
     if words[0] == "--version":
         from pera_lightning import __version__
 
@@ -77,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
             module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
             getattr(importlib.import_module(module), function)(words[1:])
         elif words[0] in TRAINER_COMMANDS:
-            from pera_lightning.cli.lightning_cli import run
+            from pera_lightning.cli.lightning_cli import run  # takes seconds
 
             run(words)
         else:
@@ -94,35 +83,3 @@ def fail(message: str) -> None:
         message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"error: {shorten(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-def find_configs(words: list[str]) -> list[str]:
-    """Words with each config path resolved: as given, else among the configs that come with the package.
-
-    Raises:
-        PeraError: where there is no such file.
-    """
-    found = list(words)
-    for k, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in _CONFIG_FLAGS and equals:
-            found[k] = f"{flag}={_config(value)}"
-        elif word in _CONFIG_FLAGS and k + 1 < len(words):
-            found[k + 1] = _config(words[k + 1])
-    return found
-
-
-def _config(value: str) -> str:
-    if Path(value).is_file() or value.lstrip().startswith("{"):
-        return value
-    # Installed, the configs lie in the package; in a checkout beside it.
-    package = Path(__file__).resolve().parents[1]
-    shipped = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    if shipped is not None:
-        inside = shipped / value.removeprefix("configs/")
-        if inside.is_file():
-            return str(inside)
-    names = [f"configs/{p.relative_to(shipped)}" for p in sorted(shipped.rglob("*.yaml"))] if shipped else []
-    raise PeraError(
-        f"config {value!r} does not exist{closest(value, names) or f'; there are {len(names)} in configs/'}"
-    )

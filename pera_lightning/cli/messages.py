@@ -70,7 +70,7 @@ def _expected(message: str) -> str:
         plain = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>", kind)
         values = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
         word = plain[1] if plain else f"one of {values[1]}" if values else kind
-        if word not in (*kinds, "NoneType"):
+        if word not in (*kinds, "NoneType"):  # None is what leaving out means, and is never wanted
             kinds.append(word)
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     text = f"{' or '.join(kinds)} is needed"
@@ -85,7 +85,7 @@ def _option(message: str, option: str) -> str:
     owner = _owner(message)
     if not owner:
         return f"option {option!r} is not accepted"
-    module, _, name = owner.rpartition(".")
+    module, _, name = owner.rpartition(".")  # the path of the module, and the class's name
     allowed = _parameters(module, name)
     return f"{name} has no option {option!r}{closest(option, allowed)}; it has {', '.join(allowed) or 'none'}"
 
@@ -100,4 +100,5 @@ def _parameters(module: str, name: str) -> list[str]:
             names |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
             if not rest:
                 break
+    # In the order of the signatures, the class's own first.
     return [n for n in names if n != "self"]

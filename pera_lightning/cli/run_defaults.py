@@ -14,25 +14,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor
 
-CONFIG_FLAGS = ("--config", "-c")
-FOLDER = Path("runs")
+from pera_lightning.cli.words import config_file
+
+FOLDER = Path("runs")  # below the working directory
 _CALLBACKS = "lightning.pytorch.callbacks."
-
-
-def values_of(words: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The values given to an option among a command's words, as ``--flag VALUE`` or ``--flag=VALUE``."""
-    values = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name in flags:
-            values.append(value if equals else following)
-    return values
-
-
-def config_file(words: Sequence[str]) -> Path | None:
-    """The first config of a command that is a file, not YAML on the command line."""
-    given = values_of(words, CONFIG_FLAGS)
-    return next((Path(value) for value in given if value and not value.lstrip().startswith("{")), None)
 
 
 def default_folder(words: Sequence[str]) -> Path:
@@ -59,7 +44,7 @@ def complete(config: Any, folder: Path) -> None:
 
     Args:
         config: parsed config of one command.
-        folder: the run's, where the logger has none.
+        folder: folder of the run, where the logger has none.
     """
     trainer = config["trainer"]
     if trainer is None or trainer["barebones"]:  # the second refuses loggers and checkpoints
@@ -86,11 +71,7 @@ def complete(config: Any, folder: Path) -> None:
 
 
 def checkpoints(selection: tuple[str, str] | None) -> list[dict[str, Any]]:
-    """The checkpoint callbacks of a run.
-
-    Args:
-        selection: metric that chooses ``best.ckpt``, and "max" or "min"; None where nothing is measured that could.
-    """
+    """The checkpoint callbacks of a run: ``last.ckpt``, and ``best.ckpt`` by a metric and "max" or "min" if given."""
     common = {"enable_version_counter": False}
     if selection is None:
         # The end of an epoch is also where max_steps ends, and needs no validation.

@@ -10,27 +10,21 @@ import json
 import logging
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
-from pera_lightning.cli.run_defaults import CONFIG_FLAGS, values_of
+from pera_lightning.cli.words import CONFIG_FLAGS, taken_out
 from pera_lightning.data.base import draw_batches
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
 from pera_lightning.injection.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import (
-    check_injection,
-    check_plain,
-    check_state,
-    inject_spec,
-)
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.module import AdapterModule
 
@@ -40,12 +34,18 @@ BATCHES = 8
 class TrainedCLI(ConfiguredCLI):
     """The config of a run, and which of its checkpoints is meant.
 
-    Args:
-        words: words after the command; without ``--config`` they get that of the run's folder.
+    Attributes:
+        path: the checkpoint or adapter folder.
+        trained: what it holds, see `read_trained`.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        super().__init__(configured(words))
+        if not {"--help", "-h"}.isdisjoint(words):
+            super().__init__(["--help"])  # prints and exits
+        # Read before the config is looked for: without a checkpoint the search is in vain.
+        self.path = checkpoint_path(words)
+        self.trained = read_trained(self.path)
+        super().__init__(configured(words, self.path))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -54,45 +54,41 @@ class TrainedCLI(ConfiguredCLI):
 
     def read(self) -> list[str]:
         """What the command reads, and must not write over: the checkpoint, and the base where it is a folder."""
-        return [name for name in (self.config["ckpt_path"], self.model.hparams.get("model_name")) if name]
+        base = self.model.hparams.get("model_name")
+        return [self.path, *([base] if base else [])]
 
 
 class Trained:
     """A module with its trained network on the CPU, in eval mode, and the data of its run.
 
-    Args:
-        cli: the parsed command line.
-
     Attributes:
         module: the module, with its network.
+        data: the data module, attached to the module and not set up; None where the config has none.
         run: folder of the run; None where the checkpoint lies elsewhere.
         notes: what a reader should know, a line each.
-
-    Raises:
-        CheckpointError: where the checkpoint is missing, damaged, without adapters, or of another base.
-        ConfigurationError: where the config does not fit it.
     """
 
     def __init__(self, cli: TrainedCLI) -> None:
-        path, self.module, self._data = cli.config["ckpt_path"], cli.model, cli.datamodule
+        self.module, self.data = cli.model, cli.datamodule
         if not isinstance(self.module, AdapterModule):
             raise ConfigurationError(
                 f"{type(self.module).__name__} is not a module of this package: reload it with load_adapted and call "
                 "pera_lightning.merge or export_peft"
             )
-        self.run = run_folder(path)
+        self.run = run_folder(cli.path)  # None where it was moved or copied
         # The checkpoint says what was injected; the config only which base and data.
-        state, spec = read_trained(path)
-        load_network(self.module, state, spec, path)
-        self.notes = other_adapter(cli.config_init["adapter"], self.module.model)  # type: ignore[arg-type]
-        self._ready = False
-
-    @property
-    def data(self) -> LightningDataModule | None:
-        """The data module, attached to the module and not set up; None where the config has none."""
-        if self._data is not None and self._data.trainer is None:
-            attach(self.module, self._data)
-        return self._data
+        self.module.load_trained(*cli.trained, source=cli.path)
+        self.notes: list[str] = []
+        given, mark = cli.config_init["adapter"], injection_of(self.module.model)  # type: ignore[arg-type]
+        there = mark and (mark.method, mark.targets, mark.trainable)
+        if mark and (given.method, tuple(given.targets), tuple(given.trainable)) != there:
+            self.notes.append(
+                f"the config says {given.method} on {given.targets} with trainable={given.trainable}; what counts is "
+                f"the checkpoint: {mark.method} on {list(mark.targets)} with trainable={list(mark.trainable)}"
+            )
+        self._ready = False  # whether the data are set up
+        if self.data is not None:
+            attach(self.module, self.data)
 
     def class_names(self) -> list[str] | None:
         """Names of the classes, of data that are read anyway or as the fit wrote them down; None if unknown."""
@@ -102,15 +98,14 @@ class Trained:
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
             names = json.loads(file.read_text(encoding="utf-8")).get("classes")
             if names is not None and len(names) == self.module.classes:
-                return [str(name) for name in names]
+                return [str(name) for name in names]  # of several data sets the first that fits the head
         return None
 
     def calibration_batches(self, count: int) -> list[Any]:
         """Training batches as evaluation sees them, drawn by a fixed seed."""
         data = self._set_up()
-        if hasattr(data, "calibration_batches"):
-            return data.calibration_batches(count)
-        return draw_batches(data.train_dataloader(), count)
+        own = getattr(data, "calibration_batches", None)
+        return own(count) if own else draw_batches(data.train_dataloader(), count)
 
     def measuring_batches(self, count: int) -> list[Any]:
         """Validation batches, drawn by a fixed seed; of several sets those of the first."""
@@ -127,7 +122,7 @@ class Trained:
             raise ConfigurationError("the config has no data to measure on, or to calibrate with: give --data …")
         if not self._ready:
             try:
-                data.prepare_data()
+                data.prepare_data()  # what a trainer would call, in its order
                 data.setup("fit")
             except (PeraError, OSError) as error:
                 raise DataError(
@@ -135,128 +130,66 @@ class Trained:
                     "are by --data.…, or export without --mode and --batches"
                 ) from None
             self._ready = True
-            self._check_classes(data)
-        return data
-
-    def _check_classes(self, data: LightningDataModule) -> None:
         there, head = data.expected_classes() if hasattr(data, "expected_classes") else None, self.module.classes
         if None not in (there, head) and there != head:
             raise ConfigurationError(f"the data have {there} classes, and the trained head {head}: give its own data")
+        return data
 
 
-def configured(words: Sequence[str]) -> list[str]:
-    """Puts configs first; without any, that of the run which the checkpoint belongs to.
-
-    The `ckpt_path` in a config that a fit wrote would win over one given before the config.
-
-    Raises:
-        ConfigurationError: where no checkpoint is given, or no config is found; for options that would not act.
-    """
-    words = list(words)
-    if "--help" in words or "-h" in words:
-        return ["--help"]
+def checkpoint_path(words: Sequence[str]) -> str:
+    """The last ``--ckpt_path``; raises `ConfigurationError` without one, and for an adapter, which would not act."""
     adapter = next((word for word in words if word.partition("=")[0].partition(".")[0] == "--adapter"), None)
     if adapter is not None:
         raise ConfigurationError(f"{adapter} would not act: the adapters are those of the checkpoint; leave it out")
-    path = next(reversed(values_of(words, ("--ckpt_path",))), None)
-    if not path:
+    given, _ = taken_out(words, ("--ckpt_path",))
+    if not given:
         raise ConfigurationError("no --ckpt_path: give a checkpoint of a run, or an adapter folder")
-    if not values_of(words, CONFIG_FLAGS):
-        return ["--config", str(_config_of(path)), *words]
-    # "--config FILE" moves with its value.
-    configs: list[str] = []
-    others: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        chosen = configs if word.partition("=")[0] in CONFIG_FLAGS else others
-        chosen.append(word)
-        if word in CONFIG_FLAGS:
-            chosen += islice(rest, 1)
-    return [*configs, *others]
+    return given[-1]  # as the parser, which takes the last
 
 
-def run_folder(path: str | Path) -> Path | None:
-    """The folder of the run that a checkpoint (RUN/checkpoints/…) or adapter folder (RUN/adapter) lies in, or None."""
-    path = Path(path).absolute()
-    if path.is_dir():
-        return path.parent if path.name == "adapter" else None
-    return path.parent.parent if path.parent.name == "checkpoints" else None
+def configured(words: Sequence[str], path: str) -> list[str]:
+    """Puts configs first; without any, that of the run which the checkpoint at `path` belongs to.
 
-
-def _config_of(path: str) -> Path:
-    read_trained(path)  # a file that is not a checkpoint has no run either
+    The `ckpt_path` in a config that a fit wrote would win over one given before the config.
+    """
+    configs, others = taken_out(words, CONFIG_FLAGS)
     run = run_folder(path)
-    if run is not None and (run / "config.yaml").is_file():
-        return run / "config.yaml"
-    where = f"{run} has no config.yaml" if run else "it is in no folder of a run (RUN/checkpoints/ or RUN/adapter)"
-    raise ConfigurationError(f"the config of {path} is not known, {where}: give --config")
+    if not configs:
+        if run is None or not (run / "config.yaml").is_file():
+            where = f"{run} has no config.yaml" if run else "it is in no run's folder (RUN/checkpoints/ or RUN/adapter)"
+            raise ConfigurationError(f"the config of {path} is not known, {where}: give --config")
+        configs = [str(run / "config.yaml")]
+    return [*(word for file in configs for word in ("--config", file)), *others]
+
+
+def run_folder(given: str) -> Path | None:
+    """The folder of the run that a checkpoint (RUN/checkpoints/…) or adapter folder (RUN/adapter) lies in, or None."""
+    path = Path(given).absolute()
+    if path.is_dir():
+        return path.parent if path.name == "adapter" else None  # RUN/adapter
+    return path.parent.parent if path.parent.name == "checkpoints" else None  # RUN/checkpoints/FILE
 
 
 def read_trained(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads adapters, heads and buffers by their names in the network, and the description of the injection.
-
-    Args:
-        path: a Lightning checkpoint with adapters, or an adapter folder.
-
-    Raises:
-        CheckpointError: where it is neither, or damaged.
-    """
+    """Adapters, heads and buffers of a checkpoint or adapter folder by their names, and the injection's description."""
     folder = Path(path)
-    if folder.is_dir() and any((folder / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE)):
+    if not folder.is_dir():
+        return checkpoint_adapters(path)
+    if any((folder / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE)):
         return read_adapter(folder)
-    if folder.is_dir():
-        within = [p for p in (folder / "adapter", *sorted((folder / "checkpoints").glob("*.ckpt"))) if p.exists()]
-        hint = f"; it has {listed(map(str, within), 3)}" if within else ""
-        raise CheckpointError(f"{path} is neither a checkpoint nor an adapter folder{hint}")
-    return checkpoint_adapters(path)
-
-
-def load_network(module: AdapterModule, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:
-    """Builds a module's network with the base's weights and loads what was trained into it.
-
-    Args:
-        module: module without a network.
-        state: adapters, heads and buffers.
-        spec: description of the injection.
-        source: where they come from, for messages.
-    """
-    # Number of classes and the like, where the fit took them from the data.
-    module.settle(state)
-    network = module.build_network()
-    check_plain(network, state, spec, source, check_base=True)
-    # Injected as described, then compared by fingerprint and names, before anything is loaded.
-    module.adapter_injection = lambda plain: inject_spec(plain, spec)
-    module.model = module.injected(network)
-    check_injection(spec, injection_of(network), source)  # type: ignore[arg-type]
-    check_state(network, state, source)
-    network.load_state_dict(state, strict=False)
-    module.eval()
-
-
-def other_adapter(given: Any, network: nn.Module) -> list[str]:
-    """A note where the adapter group of the config is not what the checkpoint has."""
-    mark = injection_of(network)
-    config = (given.method, tuple(given.targets), tuple(given.trainable))
-    if mark is None or config == (mark.method, mark.targets, mark.trainable):
-        return []
-    return [
-        f"the config says {given.method} on {given.targets} with trainable={given.trainable}; what counts is the "
-        f"checkpoint: {mark.method} on {list(mark.targets)} with trainable={list(mark.trainable)}"
-    ]
+    within = [p for p in (folder / "adapter", *sorted((folder / "checkpoints").glob("*.ckpt"))) if p.exists()]
+    hint = f"; it has {listed(map(str, within), 3)}" if within else ""
+    raise CheckpointError(f"{path} is neither a checkpoint nor an adapter folder{hint}")
 
 
 def attach(module: AdapterModule, data: LightningDataModule) -> None:
     """Gives a data module a trainer that runs nothing and writes nothing, from which it asks for the module."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)  # what the trainer says of devices and of fast_dev_run is of no use here
-    try:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    # What the trainer says of devices and of fast_dev_run is of no use here.
+    with patch.object(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "disabled", True):
         trainer = Trainer(accelerator="cpu", devices=1, fast_dev_run=True, **quiet)
-    finally:
-        log.setLevel(level)
     # The handshake of module and data goes through the trainer, see `pera_lightning.data.base`.
     trainer.strategy.connect(module)
-    trainer.state.fn = TrainerFn.FITTING
+    trainer.state.fn = TrainerFn.FITTING  # data modules ask which stage they serve
     trainer.datamodule = data
     data.trainer = trainer

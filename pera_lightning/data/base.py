@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.pretrained import load_tokenizer
 
-_DRAW_SEED = 0
+_DRAW_SEED = 0  # of merges and their errors: the same batches at every call
 
 _ATTRIBUTES = ("tokenizer", "data_config")  # by which a module of somebody else may state the same
 
@@ -47,9 +47,6 @@ class TaskDataModule(LightningDataModule):
 
         Args:
             module: class of a module that has one, for the message.
-
-        Raises:
-            ConfigurationError: if there is neither.
         """
         named = self.tokenizer_name
         tokenizer = self.requirements().get("tokenizer") if named is None else load_tokenizer(named)
@@ -58,12 +55,7 @@ class TaskDataModule(LightningDataModule):
         return tokenizer
 
     def make_loader(self, dataset: Any, **options: Any) -> DataLoader:
-        """A loader with this module's workers, whose memory is pinned where the batches go to a CUDA device.
-
-        Args:
-            dataset: the examples.
-            options: further arguments of `DataLoader`.
-        """
+        """A `DataLoader` with this module's workers; its memory is pinned where the batches go to a CUDA device."""
         device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
         pin = device is not None and device.type not in ("cpu", "mps")
         return DataLoader(dataset, **{"num_workers": self.num_workers, "pin_memory": pin, **options})
@@ -86,20 +78,18 @@ def draw_batches(loader: Any, count: int, size: int | None = None) -> list[Any]:
 
     Args:
         loader: a DataLoader, or a list of them, of which the first counts.
-        count: number of batches; fewer where the data end.
+        count: number of batches; fewer where the data end, but at least one.
         size: number of examples in a batch, by default the loader's.
-
-    Raises:
-        ConfigurationError: for another kind of loader.
-        DataError: where there is not one batch.
     """
     loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(f"batches are drawn from a DataLoader; the data gave a {type(loader).__name__}")
     examples, size = loader.dataset, size or loader.batch_size
     if size is not None and not isinstance(examples, IterableDataset):
+        # Shuffled: the examples of a folder of classes are sorted by class.
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(_DRAW_SEED))  # type: ignore
         chosen = Subset(examples, order[: count * size].tolist())
+        # A new loader: the given one draws by the common generators, and may drop the last batch.
         loader = DataLoader(chosen, size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
     batches = list(islice(loader, count))
     if not batches:

@@ -1,10 +1,10 @@
 """Batches of tokens: examples padded, or packed into one sequence.
 
 An *example* is a mapping with ``input_ids``, a list of token ids, and ``start``, the index of its first token with a
-label: where the answer begins, or 0 where the whole text is learned. Other keys are not looked at. Batches are
+label: where the answer begins, or 0 where the entire text is learned. Other keys are not looked at. Batches are
 dictionaries of int64 tensors. No collator gives an example's first token a label: what stands before it, and would
 predict it, is padding or another example. Shapes: B examples, T tokens of the longest, K positions. Examples with one
-label for the whole are `collate_classified`'s.
+label for all of it are `collate_classified`'s.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
         )
     random = np.random.Generator(np.random.PCG64(seed))
     order = random_order(random, len(known))
-    order = order[np.argsort(-known[order], kind="stable")]
+    order = order[np.argsort(-known[order], kind="stable")]  # longest first, equals in random order
     sequences: list[list[int]] = []
     by_space: dict[int, list[int]] = {}  # the sequences that have exactly this much space left
     # Bit s is set where by_space[s] has a sequence: the least space that suffices is found by one shift, in a time
@@ -63,9 +63,9 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
             space = length + (enough & -enough).bit_length() - 1  # the lowest bit that is set
             index = by_space[space].pop()
             if not by_space[space]:
-                spaces ^= 1 << space
+                spaces ^= 1 << space  # its last sequence of this space
         else:
-            space, index = capacity, len(sequences)
+            space, index = capacity, len(sequences)  # none has room: a new sequence
             sequences.append([])
         sequences[index].append(number)
         by_space.setdefault(space - length, []).append(index)
@@ -74,61 +74,47 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
 
 
 def pad_left(
-    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None, width: int | None = None
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads sequences on the left: (input_ids, attention_mask, position_ids), each (B, T) int64.
-
-    Args:
-        sequences: B lists of token ids.
-        pad_id: token that fills up.
-        device: where the tensors go.
-        width: T, no less than the tokens of the longest sequence; None for just those.
-    """
-    width = max((len(ids) for ids in sequences), default=0) if width is None else width
+    """Pads B lists of token ids on the left: (input_ids, attention_mask, position_ids), each (B, T) int64."""
+    width = max((len(ids) for ids in sequences), default=0)  # T
     ids = torch.tensor([[pad_id] * (width - len(own)) + [*own] for own in sequences], dtype=torch.int64)  # (B, T)
     mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in sequences], dtype=torch.int64)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the padding gets 0, a position every model has
     return ids.to(device), mask.to(device), positions.to(device)
 
 
-def collate_padded(examples: Sequence[Example], *, pad_id: int, length: int | None = None) -> dict[str, Tensor]:
+def collate_padded(examples: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]:
     """Makes a batch of examples with padding on the left.
 
     On the left, since answers end the examples: the positions with labels are then the same few columns in all of
     them, and logits are computed for the union of these columns.
-
-    Args:
-        examples: see the head of this file.
-        pad_id: token that fills up.
-        length: T; None for the tokens of the longest example.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``position_ids`` (from 0 at an example's first token, 0 on padding) and
         ``labels`` (`IGNORE` on padding and before `start`), all (B, T).
     """
     sequences, starts = _sequences_and_starts(examples)
-    longest = max(len(ids) for ids in sequences)
-    if length is not None and longest > length:
-        raise DataError(f"an example has {longest} tokens, more than the length {length}; cut it, or raise the length")
-    ids, mask, positions = pad_left(sequences, pad_id, width=length)  # (B, T)
-    learned = (mask == 1) & (positions >= torch.tensor(starts)[:, None])
-    labels = ids.masked_fill(~learned, IGNORE)
+    ids, mask, positions = pad_left(sequences, pad_id)  # (B, T)
+    # Positions count an example's own tokens, so they find its answer wherever the padding ends.
+    learned = (mask == 1) & (positions >= torch.tensor(starts)[:, None])  # (B, T)
+    labels = ids.masked_fill(~learned, IGNORE)  # (B, T)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Makes one sequence of examples, one after the other, which positions tell apart.
 
-    There is no attention mask: without one, and without a cache (``use_cache=False``), transformers lets a token attend
-    only back to where the positions last started at 0.
+    It comes without an attention mask: then, with ``use_cache=False`` too, transformers lets a token attend only back
+    to where the positions last started at 0.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``labels`` (`IGNORE` before each example's `start`), all (1, T).
     """
     sequences, starts = _sequences_and_starts(examples)
     labels = [[IGNORE] * start + [*ids[start:]] for ids, start in zip(sequences, starts, strict=True)]
-    parts = {"input_ids": sequences, "position_ids": [range(len(ids)) for ids in sequences], "labels": labels}
-    return {name: torch.tensor([[*itertools.chain(*part)]]) for name, part in parts.items()}
+    lists = {"input_ids": sequences, "position_ids": [range(len(ids)) for ids in sequences], "labels": labels}
+    return {name: torch.tensor([[*itertools.chain(*each)]]) for name, each in lists.items()}  # (1, T)
 
 
 def collate_classified(examples: Sequence[Example], *, pad_id: int, pad_type_id: int = 0) -> dict[str, Any]:
@@ -164,7 +150,7 @@ def label_positions(labels: Tensor) -> Tensor:
     In order, (K,). Without any label it is position 0 alone, so that the loss, a sum over nothing, still has a graph.
     """
     positions = (labels[:, 1:] != IGNORE).any(dim=0).nonzero().flatten()
-    return positions if len(positions) else positions.new_zeros(1)
+    return positions if len(positions) else positions.new_zeros(1)  # (K,)
 
 
 def _sequences_and_starts(examples: Sequence[Example]) -> tuple[list[list[int]], list[int]]:

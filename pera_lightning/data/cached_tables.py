@@ -26,9 +26,6 @@ def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
     Args:
         path: the file.
         write: called with a path beside it to write to.
-
-    Raises:
-        DataError: where the folder cannot be written, or the file is damaged.
     """
     import datasets
     import pyarrow as pa
@@ -38,13 +35,9 @@ def kept(path: Path, write: Callable[[Path], None]) -> datasets.Dataset:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:  # several processes may write the same
                 write(temporary)
-        return datasets.Dataset.from_file(str(path))
+        return datasets.Dataset.from_file(str(path))  # mapped, so that processes share its memory
     except OSError as error:
-        reason = f"{error.strerror or error}; make room, or"
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            reason = f"{next(folder for folder in path.parents if folder.exists())} is a file and no folder;"
-        raise DataError(
-            f"tokenised examples cannot be kept in {path.parent}: {reason} choose another cache_dir"
-        ) from error
+        what = f"tokenised examples cannot be kept in {path.parent} ({error})"
+        raise DataError(f"{what}: make room, or choose another cache_dir") from error
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is damaged ({shorten(str(error))}); delete it, and it is made again") from error

@@ -17,7 +17,7 @@ class PaddedShard:
     """One process's shard of a dataset: every `world`-th example, and as many as any other process has.
 
     Args:
-        examples: the whole dataset, at least one example.
+        examples: the entire dataset, at least one example.
         rank: number of this process.
         world: number of processes.
         blank: given the last example, returns the same without a label, to fill up with; a function at the top of a
@@ -31,26 +31,20 @@ class PaddedShard:
         self.examples, self.rank, self.world, self.blank = examples, rank, world, blank
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // self.world)
+        return -(-len(self.examples) // self.world)  # rounded up, alike for all processes
 
     def __getitem__(self, number: int) -> Any:
-        own = number * self.world + self.rank
+        own = number * self.world + self.rank  # every `world`-th: shards differ by one example at most
         if own < len(self.examples):
             return self.examples[own]
-        last = self.examples[len(self.examples) - 1]
+        last = self.examples[len(self.examples) - 1]  # past the end: what fills up
         return last if self.blank is None else self.blank(last)
 
 
 def padded_shard(
     examples: Sequence[Any] | Any, trainer: Any, blank: Callable[[Any], Any] | None = None
 ) -> dict[str, Any]:
-    """The arguments `dataset` and `sampler` of a loader over this process's shard, in a fixed order.
-
-    Args:
-        examples: the whole dataset.
-        trainer: knows the processes; without one there is a single one.
-        blank: see `PaddedShard`.
-    """
+    """The arguments `dataset` and `sampler` of a loader over this process's `PaddedShard`, in a fixed order."""
     rank, world = getattr(trainer, "global_rank", 0), getattr(trainer, "world_size", 1)
     shard = PaddedShard(examples, rank, world, blank)
     # A DistributedSampler, though over one process: any other Lightning would replace by its own.

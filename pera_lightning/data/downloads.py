@@ -1,4 +1,4 @@
-"""Single files from the net: whole or not at all, and the same ones at every later load.
+"""Single files from the net: complete or not at all, and the same ones at every later load.
 
 Beside each file lies ``<file>.sha256``, one line in the form that ``sha256sum -c`` reads: the published checksum, or
 that of the first download where none is published. What differs from it later is refused.
@@ -12,11 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from pera_lightning.errors import ConfigurationError, DataError, shorten
+from pera_lightning.errors import DataError, shorten
 from pera_lightning.files import atomic_path, atomic_write
 
 _TIMEOUT = 60  # seconds without a single byte
@@ -24,9 +23,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
-    """Downloads a file unless it is there, and holds it to its checksum either way.
-
-    Any number of processes may do so at once.
+    """Downloads a file unless it exists, and holds it to its checksum either way; many processes may do so at once.
 
     Args:
         url: address of the file.
@@ -42,11 +39,13 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
     if path.is_file():
         return verified(path, sha256=sha256)
     with _writable(path):
+        # A part of a download never has the final name, whatever interrupts it.
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            given = _download(url, path, temporary)
+            _download(url, path, temporary)
+            given = _sha256(temporary)
             expected = sha256 or recorded(path)
-            if expected is not None and given != expected:
+            if expected not in (None, given):
                 raise DataError(
                     f"{url} has sha256 {given} and {expected} was expected: the file there has changed, or it is "
                     f"damaged; try again, or put the right file at {path}"
@@ -56,7 +55,7 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
 
 
 def verified(path: Path, *, sha256: str | None = None) -> Path:
-    """Holds an existing file to its checksum, which is recorded where there is none yet.
+    """Holds an existing file to its checksum, which is recorded if there is none yet.
 
     Args:
         path: the file.
@@ -66,13 +65,13 @@ def verified(path: Path, *, sha256: str | None = None) -> Path:
         DataError: with both checksums, where they differ.
     """
     try:
-        with path.open("rb") as file:
-            given = hashlib.file_digest(file, "sha256").hexdigest()
+        given = _sha256(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     expected = sha256 or recorded(path)
     if expected is None:
-        _record(path, given)
+        with _writable(path):
+            _record(path, given)
     elif given != expected:
         raise DataError(
             f"{path} has sha256 {given} and {expected} was expected: it was changed or damaged; delete it to download "
@@ -89,67 +88,58 @@ def record_path(path: Path) -> Path:
 def recorded(path: Path) -> str | None:
     """The checksum that was recorded for a file, if any."""
     record = record_path(path)
-    try:
-        words = record.read_text(encoding="utf-8").split()
-    except FileNotFoundError:
+    if not record.is_file():
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{record} cannot be read: {shorten(str(error))}") from error
+    words = record.read_text(encoding="utf-8", errors="replace").split()
     if not words or len(words[0]) != 64:
         raise DataError(f"{record} holds no sha256; delete it, and {path.name} too if you are not sure of that")
-    return words[0].lower()
+    return words[0].lower()  # as hashlib writes them
 
 
 def _record(path: Path, sha256: str) -> None:
+    # Written once: several processes may be here, and a reader is to find it in one piece.
     if recorded(path) != sha256:
-        with _writable(path):
-            atomic_write(record_path(path), f"{sha256}  {path.name}\n".encode())
+        atomic_write(record_path(path), f"{sha256}  {path.name}\n".encode())
 
 
-def _download(url: str, path: Path, temporary: Path) -> str:
-    """Writes what the net has into `temporary`; gives its sha256."""
-    total, size = hashlib.sha256(), 0
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(url: str, path: Path, temporary: Path) -> None:
+    """Writes what the net has into `temporary`."""
     with _readable(url, path):
         response = urllib.request.urlopen(url, timeout=_TIMEOUT)
-    with response, _writable(path), temporary.open("wb") as file:
-        for chunk in _chunks(response, url, path):
-            total.update(chunk)
-            size += file.write(chunk)
+    # The net's errors become a DataError where they are raised: an OSError that is left is the disk's.
+    with response, temporary.open("wb") as file:
+        while True:
+            with _readable(url, path):
+                chunk = response.read(_CHUNK)
+            if not chunk:
+                break
+            file.write(chunk)
+        size = file.tell()
     # Reading piece by piece, the library does not notice that bytes are missing.
     announced = response.headers.get("Content-Length")
     if announced is not None and int(announced) != size:
         raise DataError(f"{url}: the download broke off after {size} of {announced} bytes; try again")
-    return total.hexdigest()
-
-
-def _chunks(response: HTTPResponse, url: str, path: Path) -> Iterator[bytes]:
-    while True:
-        with _readable(url, path):
-            chunk = response.read(_CHUNK)
-        if not chunk:
-            return
-        yield chunk
 
 
 @contextmanager
 def _readable(url: str, path: Path) -> Iterator[None]:
-    """Turns what goes wrong on the net into a `DataError` in words."""
-    host = urlsplit(url).netloc or url
+    """Turns what goes wrong on the net, or with a wrong address, into a `DataError` in words."""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 404:
-            raise DataError(f"{url} does not exist (404); put the file at {path}") from error
-        what = f"{error.code} {shorten(str(error.reason))}"
-        raise DataError(f"{url} cannot be had ({what}); try again later, or put the file at {path}") from error
-    except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = shorten(str(getattr(error, "reason", None) or error) or type(error).__name__)
+    except (OSError, HTTPException, ValueError) as error:  # URLError and timeouts are OSErrors
+        what = shorten(str(getattr(error, "reason", None) or error)) or type(error).__name__
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+            what = f"{error.code} {what}"
         raise DataError(
-            f"{host} cannot be reached ({reason}); go online, or put {url} at {path} by other means"
+            f"{url} cannot be had ({what}): check the address, try again when it can be reached, or put the file at "
+            f"{path} by other means"
         ) from error
-    except ValueError as error:
-        raise ConfigurationError(f"{url} is no URL ({shorten(str(error))}); give one such as https://…") from error
 
 
 @contextmanager

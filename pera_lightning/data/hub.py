@@ -28,15 +28,12 @@ def load_table(repository: str, config_name: str | None, split: str, *, instead:
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     elsewhere = f"or give {instead}"
     try:
+        # It asks the hub for the newest revision, and takes the cache where the hub cannot be reached.
         return datasets.load_dataset(repository, config_name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        if "gated" in str(error):
-            raise DataError(
-                f"data set {repository} on {hub} is gated: ask for access on its page, run `hf auth login`, {elsewhere}"
-            ) from error
+        what = "is gated: ask for access on its page" if "gated" in str(error) else "does not exist, or is private"
         raise DataError(
-            f"no data set {repository} on {hub} (or it is private), and no folder of that name here; check the name, "
-            f"run `hf auth login` if it is private, {elsewhere}"
+            f"data set {repository} on {hub} {what}; check the name, run `hf auth login`, {elsewhere}"
         ) from error
     except Exception as error:  # of datasets, its hub client and the HTTP library of that: no common base
         if isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests")):

@@ -45,20 +45,14 @@ def image_files(folder: Path) -> list[str]:
             found += [Path(at, name) for at, _, names in os.walk(top) for name in names]
         else:
             found.append(top)
-    relative = [path.relative_to(folder) for path in found]
-    keep = [path.as_posix() for path in relative if path.suffix.lower() in SUFFIXES and not _hidden(path)]
-    return sorted(keep)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    relative = [path.relative_to(folder) for path in found if path.suffix.lower() in SUFFIXES]
+    return sorted(path.as_posix() for path in relative if not any(part.startswith(".") for part in path.parts))
 
 
 def check_headers(root: Path, files: list[str]) -> None:
-    """Opens every image's header (a tenth of a millisecond each) and names those that are broken.
+    """Opens every image's header (a tenth of a millisecond each); raises a `DataError` that names the broken ones.
 
-    Raises:
-        DataError: where one is not an image. Damage further in shows when it is decoded, and is named there.
+    Damage further in shows when an image is decoded, and is named there.
     """
     from PIL import Image
 
@@ -74,11 +68,7 @@ def check_headers(root: Path, files: list[str]) -> None:
 
 
 def require_folder(folder: str) -> Path:
-    """The folder as a path.
-
-    Raises:
-        DataError: where it does not exist, with the closest names beside it, or is a file.
-    """
+    """The folder as a path; raises `DataError` for a file, and, with the closest names, where it does not exist."""
     path = Path(folder).expanduser()
     if path.is_dir():
         return path
@@ -87,7 +77,7 @@ def require_folder(folder: str) -> Path:
     # The first folder above that exists, to name what lies beside the one that is missing.
     parent = path.absolute().parent
     missing = path.name
-    while not parent.is_dir():
+    while not parent.is_dir():  # ends at the root, which is one
         parent, missing = parent.parent, parent.name
     beside = [entry.name for entry in parent.iterdir() if entry.is_dir()]
     raise DataError(f"folder {folder} does not exist: no {missing!r} in {parent}{closest(missing, beside)}")

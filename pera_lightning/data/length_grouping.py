@@ -48,9 +48,9 @@ class LengthGroupedSampler(DistributedSampler):
         self.lengths = checked_lengths(lengths)
         super().__init__(self.lengths, num_replicas=num_replicas, rank=rank, seed=seed)
         self.batch_size, self.group = batch_size, group
-        complete, rest = divmod(len(self.lengths), batch_size * num_replicas)
+        complete, rest = divmod(len(self.lengths), batch_size * num_replicas)  # global batches, and examples left over
         self.num_samples = complete * batch_size + -(-rest // num_replicas)
-        self.total_size = self.num_samples * num_replicas
+        self.total_size = self.num_samples * num_replicas  # with the repeated ones
 
     def global_batches(self) -> list[np.ndarray]:
         """This epoch's examples of all processes, batch by batch; rank r has ``[r::num_replicas]`` of each."""
@@ -75,7 +75,7 @@ class LengthGroupedSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         for batch in self.global_batches():
-            yield from batch[self.rank :: self.num_replicas].tolist()
+            yield from batch[self.rank :: self.num_replicas].tolist()  # long and short ones for every process
 
     def __len__(self) -> int:
         return self.num_samples
@@ -93,25 +93,14 @@ def grouped_sampler(lengths: Sequence[int], batch_size: int, trainer: Any) -> Le
 
 
 def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
-    """The share of padding among the tokens of batches that are padded to their longest example.
-
-    Args:
-        lengths: tokens of each example.
-        batches: examples of each batch.
-    """
+    """The share of padding among the tokens of batches of examples, each padded to its longest one."""
     known = checked_lengths(lengths)
     own = [known[np.asarray(batch)] for batch in batches]
-    return 1 - sum(int(part.sum()) for part in own) / sum(len(part) * int(part.max()) for part in own)
+    return 1 - sum(int(batch.sum()) for batch in own) / sum(len(batch) * int(batch.max()) for batch in own)
 
 
 def padding_shares(lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> dict[str, float]:
-    """`padding_share` of one process's first epoch, "random" and "grouped" by length.
-
-    Args:
-        lengths: tokens of each example.
-        batch_size: examples in a batch.
-        seed: seed of the order.
-    """
+    """`padding_share` of one process's first epoch, "random" and "grouped" by length."""
     order = random_order(np.random.Generator(np.random.PCG64(seed)), len(lengths))
     random = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     grouped = LengthGroupedSampler(lengths, batch_size, seed=seed).global_batches()
@@ -119,11 +108,7 @@ def padding_shares(lengths: Sequence[int], batch_size: int, *, seed: int = 0) ->
 
 
 def checked_lengths(lengths: Sequence[int]) -> np.ndarray:
-    """Lengths as an array.
-
-    Raises:
-        DataError: if there are none, or one is below 1.
-    """
+    """Lengths as an array; raises `DataError` without any, or if one is below 1."""
     known = np.asarray(lengths, dtype=np.int64)
     if not len(known) or known.min() < 1:
         short = f"example {int(known.argmin())} has length {known.min()}" if len(known) else "there are no examples"

@@ -15,20 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pera_lightning.errors import DataError, UnknownNameError, closest
+from pera_lightning.errors import DataError
 from pera_lightning.files import atomic_write
+from pera_lightning.validation import check_choice
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
 def held_out_size(count: int, fraction: float) -> int:
-    """Number of examples to hold out of `count`, rounded up as scikit-learn and datasets do.
-
-    Args:
-        count: number of examples.
-        fraction: share to hold out, between 0 and 1, both excluded.
-    """
+    """Number of examples to hold out of `count`, rounded up as scikit-learn and datasets do."""
     # Rounded first: 0.1 times a multiple of ten must not become one more through the last bit of a float.
     return math.ceil(round(fraction * count, 6))
 
@@ -46,22 +42,18 @@ def hold_out(
     Args:
         indices: (n,) numbers of the examples.
         fraction: share to hold out, between 0 and 1, both excluded; rounded up.
-        generator: where the order comes from; it advances.
+        generator: source of the order; it advances.
         labels: (n,) classes of these examples. With them every class gives its share (to one example), and none gives
             its last example; without them examples are drawn regardless of class.
 
     Returns:
-        The indices kept and those held out, both sorted.
-
-    Raises:
-        DataError: where one of the two would be empty.
+        The indices kept and those held out, both sorted and neither empty.
     """
     order = random_order(generator, len(indices))
+    # Drawn first: classes are stratified within this order.
     size = held_out_size(len(indices), fraction)
     if not 0 < size < len(indices):
-        raise DataError(
-            f"{len(indices)} images cannot be split: {fraction:g} held out leaves one side empty; add images"
-        )
+        raise DataError(f"{len(indices)} images cannot be split: {fraction:g} held out leaves one side empty; add some")
     if labels is not None:
         order = _stratified(order, np.asarray(labels), size)
     return np.sort(indices[order[size:]]), np.sort(indices[order[:size]])
@@ -71,9 +63,9 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     """Reorders so that the first `size` entries have every class in proportion; ties go to who comes first."""
     # Each class gives its share, rounded down, and never its last example.
     classes, first, index, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
-    quota = counts * (size / len(order))
+    quota = counts * (size / len(order))  # each class's share, not yet an integer
     take = np.minimum(np.floor(quota).astype(int), counts - 1)
-    # What is missing then is given by the classes with the largest remainders.
+    # What is missing then is given by the classes with the largest remainders, one example each.
     for one in np.lexsort((first, np.floor(quota) - quota)):
         if take.sum() < size and take[one] < counts[one] - 1:
             take[one] += 1
@@ -82,10 +74,10 @@ def _stratified(order: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
             f"{len(order)} images of {len(classes)} classes are too few to hold out {size} and keep one of each class; "
             "add images"
         )
-    # Number of each example among those of its class, in this order.
+    # Number of each example among those of its class, in this order: the first `take` of a class come to the front.
     place = np.empty(len(order), dtype=int)
     place[np.argsort(index, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    front = place < take[index]
+    front = place < take[index]  # held out
     return np.concatenate([order[front], order[~front]])
 
 
@@ -113,6 +105,7 @@ def cut(
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     done = dict(existing)
+    # Test before validation, of one generator: the order is part of what a seed means.
     for split, fraction in (("test", test_fraction), ("validation", validation_fraction)):
         if split not in done:
             own = labels[done["train"]] if stratify else None
@@ -136,17 +129,14 @@ def red(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Above 2,000 examples 1,000 select, else one half (the larger); the others are scored on.
 
     The protocol of RED (arXiv 2402.15179), ReFT, DeLoRA and PERA. The draw is ours: theirs are not published.
-
-    Raises:
-        DataError: for fewer than four examples; a half of one example has no correlation.
     """
-    if count < 4:
+    if count < 4:  # a half of one example has no correlation
         raise DataError(
             f"split protocol 'red' halves the validation set, and {count} examples are too few; give four or more, "
             "or split_protocol=full_validation"
         )
     order = random_order(np.random.Generator(np.random.PCG64(seed)), count)
-    size = 1000 if count > 2000 else -(-count // 2)
+    size = 1000 if count > 2000 else -(-count // 2)  # the half is rounded up
     return np.sort(order[:size]), np.sort(order[size:])
 
 
@@ -159,22 +149,14 @@ SPLIT_PROTOCOLS: dict[str, Cut] = {cut.__name__: cut for cut in (full_validation
 
 
 def split_protocol(name: str) -> Cut:
-    """The split protocol of a name.
-
-    Raises:
-        UnknownNameError: naming the closest.
-    """
-    if name not in SPLIT_PROTOCOLS:
-        known = ", ".join(SPLIT_PROTOCOLS)
-        raise UnknownNameError(
-            f"unknown split protocol {name!r}; there are {known}{closest(name.lower(), SPLIT_PROTOCOLS)}"
-        )
+    """The split protocol of a name; raises `UnknownNameError` for another."""
+    check_choice(name, "split_protocol", [*SPLIT_PROTOCOLS])
     return SPLIT_PROTOCOLS[name]
 
 
 def selected_on_test(cut: Cut) -> bool:
     """Whether a split protocol scores on examples that selected."""
-    selection, scored = cut(8, 0)
+    selection, scored = cut(8, 0)  # any protocol, on a small set
     return scored is not None and bool(np.intersect1d(selection, scored).size)
 
 
@@ -184,13 +166,7 @@ def file_name(dataset: str) -> str:
 
 
 def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) -> Path:
-    """Writes ``<log_dir>/splits/<dataset>.json`` in one step, so that no reader meets half of it.
-
-    Args:
-        log_dir: the run's folder.
-        dataset: name of the data set, which names the file.
-        record: content; primitives only.
-    """
+    """Writes ``<log_dir>/splits/<dataset>.json``, primitives only, in one step, so that no reader meets half of it."""
     path = Path(log_dir) / "splits" / f"{file_name(dataset)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, (json.dumps(record) + "\n").encode())
@@ -200,10 +176,7 @@ def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) ->
 def record_run(trainer: Trainer | None, dataset: str, record: Callable[[], Mapping[str, Any]]) -> None:
     """Writes a run's split into its log folder, on one process; every process must call it.
 
-    Args:
-        trainer: the run's; without one, in a fast_dev_run or without a log folder nothing is written.
-        dataset: name of the data set, which names the file.
-        record: makes the content.
+    Without a trainer, in a fast_dev_run or without a log folder nothing is written.
     """
     if trainer is None or trainer.fast_dev_run:
         return

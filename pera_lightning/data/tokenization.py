@@ -8,7 +8,7 @@ space in front), and with every BPE that merges over the border. A token that st
 response. So ids[start:] is what a masked loss learns, and what the scores of options sum over.
 
 An EOS that the tokenizer appends by itself is never kept: after a prompt it would end the text before the response,
-and after a response the protocol says whether there is one.
+and after a response the protocol says whether one follows.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: Bos
         texts: the texts; special tokens written out in them count as the tokenizer counts them.
         bos: "always" prepends BOS where the tokenizer has one and the ids do not begin with it; "tokenizer" leaves
             that to the tokenizer.
-
-    Returns:
-        One list of ids a text.
     """
     if isinstance(texts, str):  # its characters would be taken for texts
         raise ConfigurationError("texts is one text; give a list of texts")
@@ -63,15 +60,12 @@ def encode_pairs(
 
     Returns:
         A pair (ids, start) a prompt: ids[:start] are tokens of the prompt alone too, ids[start:] are the response's.
-
-    Raises:
-        DataError: if EOS is asked for and the tokenizer has none.
     """
     if eos and tokenizer.eos_token_id is None:
         raise DataError(f"{type(tokenizer).__name__} has no EOS token, and the protocol ends a response with it")
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     encoded = encode(tokenizer, texts, bos=bos)
-    unique = list(dict.fromkeys(prompts))
+    unique = list(dict.fromkeys(prompts))  # each once, in order
     alone = dict(zip(unique, encode(tokenizer, unique, bos=bos), strict=True))
     ending = [tokenizer.eos_token_id] if eos else []
     # The start is found before EOS comes in: were it part of the ids, a prompt could hold an EOS at the same place.
@@ -151,4 +145,4 @@ def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
         added = [token != -1 for token in ids]
     pairs = zip(reversed(ids), reversed(added), strict=True)
     tail = itertools.takewhile(lambda pair: pair[1] and pair[0] == tokenizer.eos_token_id, pairs)
-    return sum(1 for _ in tail)
+    return sum(1 for _ in tail)  # most tokenizers: 0

@@ -12,13 +12,18 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-# --- loops ---
+# --- modules and loops ---
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The trainer that a module is attached to, if any; `LightningModule.trainer` would raise without one (2.6.6)."""
+    return module._trainer
 
 
 def should_accumulate(trainer: Trainer) -> bool:
@@ -70,12 +75,8 @@ def extend_object(value: Any, template: type) -> None:
     Lightning asks both for their class and keeps its own references to them, so that it would not meet a wrapper. Two
     bases would be refused: an object cannot get a class with another first base.
 
-    Args:
-        value: the loader or strategy; one that has the members already stays as it is.
-        template: a class without bases. Its methods find the class of before as ``self.plain_class``.
-
-    Raises:
-        TypeError: where an object's class cannot be changed (lists, generators, classes with slots).
+    The template is a class without bases, whose methods find the class of before as ``self.plain_class``. What has its
+    members already stays as it is; a `TypeError` comes for lists, generators and classes with slots.
     """
     if getattr(value, "template", None) is not template:
         value.__class__ = _extended(type(value), template)
@@ -83,6 +84,7 @@ def extend_object(value: Any, template: type) -> None:
 
 @lru_cache
 def _extended(kind: type, template: type) -> type:
+    # Once a pair of classes: loaders of one class stay of one class. It goes by the name of the class before.
     members = {n: v for n, v in vars(template).items() if n not in ("__dict__", "__weakref__", "__doc__")}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), {**members, **names, "plain_class": kind, "template": template})

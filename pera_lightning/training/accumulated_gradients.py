@@ -5,7 +5,6 @@ Validation, and the checkpoint with it, may come in the middle of an accumulatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ GRADIENTS = "pera_lightning_gradients"
 def save_gradients(module: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
     """Puts into a checkpoint what every process has gathered, by rank; every process must call it."""
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    # Copies: the next batch adds to the gradients while the checkpoint may still be written.
     own = {name: full_tensors(gradient).detach().cpu().clone() for name, gradient in gradients.items()}
     checkpoint[GRADIENTS] = all_gather_object(own)
 
@@ -36,11 +36,7 @@ def saved_gradients(trainer: Trainer, module: torch.nn.Module, checkpoint: dict[
     sharded = any(isinstance(p, DTensor) for p in module.parameters())
     if len(ranks) == trainer.world_size and not sharded:
         return ranks[trainer.global_rank]
-    return mean_gradients(ranks)
-
-
-def mean_gradients(ranks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean over processes, of which one without a gradient counts as zero."""
+    # The mean over the processes of then; one without a gradient counts as zero.
     names = {name: None for own in ranks for name in own}
     return {name: sum(own[name] for own in ranks if name in own) / len(ranks) for name in names}
 
@@ -49,4 +45,4 @@ def put_gradients(module: torch.nn.Module, gradients: dict[str, torch.Tensor]) -
     """Gives the parameters their gradients, sharded where they are."""
     for name, gradient in gradients.items():
         parameter = module.get_parameter(name)  # names: the checkpoint may be of another strategy
-        parameter.grad = sharded_like(gradient.to(parameter.device), parameter)
+        parameter.grad = sharded_like(gradient.to(parameter.device), parameter)  # the next batch adds to it

@@ -67,7 +67,7 @@ class AdapterInjection(Callback):
         on_unused: Literal["raise", "warn"] = "raise",
     ) -> None:
         self.method = method
-        self.targets, self.trainable = targets or [], trainable or []
+        self.targets, self.trainable = targets or [], trainable or []  # lists, as in a config
         self.fused, self.seed, self.on_unused = fused, seed, on_unused
         self.preemption = Preemption()
         self._unused = UnusedLayers(on_unused)
@@ -83,7 +83,7 @@ class AdapterInjection(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_position(self, trainer)
-        check_precision(trainer)
+        check_precision(trainer)  # both before anything is changed
         if hasattr(type(pl_module), HOOK):
             setattr(pl_module, HOOK, self.injector())
         else:
@@ -96,14 +96,14 @@ class AdapterInjection(Callback):
             self._unused.restart()
             self._rng, self._gradients = None, {}
             resume_data_order(trainer)
-            self.preemption.watch(trainer)
+            self.preemption.watch(trainer)  # before Lightning registers its handlers
             seed_ranks_apart(trainer)
 
     def _inject_foreign(self, module: LightningModule) -> None:
         late = is_overridden("configure_model", module)
         try:
             if not late or next(module.parameters(), None) is not None:
-                self.injector()(module)
+                self.injector()(module)  # it is built: a module's `__init__` did that
                 return
         except NoTargetMatched:
             if not late:
@@ -125,7 +125,7 @@ class AdapterInjection(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)
         put_gradients(pl_module, self._gradients)
-        self._gradients = {}
+        self._gradients = {}  # they are the parameters' now
 
     # --- training batches ---
 

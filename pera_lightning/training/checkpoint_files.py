@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import shutil
 import time
 from glob import escape
 from pathlib import Path
@@ -39,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(file)
+            remove_leftovers(file)  # of an earlier process that was killed while writing
             atomic_write(file, buffer.getbuffer())
         except OSError as error:
             raise CheckpointError(_not_written(file, buffer.getbuffer().nbytes, error)) from None
@@ -48,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def with_atomic_writes(inner: CheckpointIO) -> CheckpointIO:
     """`AtomicCheckpointIO` in the place of Lightning's plain `TorchCheckpointIO`, also within one that wraps it."""
     if type(inner) is TorchCheckpointIO:  # a subclass writes as its author meant it
-        return AtomicCheckpointIO()
+        return AtomicCheckpointIO()  # Lightning's default, written in one step
     internals.replace_wrapped_io(inner, TorchCheckpointIO, AtomicCheckpointIO())
     return inner
 
@@ -68,11 +66,8 @@ def remove_leftovers(file: Path) -> None:
 
 
 def _not_written(file: Path, size: int, error: OSError) -> str:
-    have = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        have = f", its disk has {megabytes(shutil.disk_usage(file.parent).free)} free"
     before = "; the file of that name is the one before" if file.is_file() else ""
     return (
-        f"checkpoint {file} of {megabytes(size)} could not be written ({error.strerror}{have}): make room, or choose "
-        f"another folder (dirpath of ModelCheckpoint, default_root_dir of the trainer){before}"
+        f"checkpoint {file} of {megabytes(size)} could not be written ({error.strerror}): make room, or choose another "
+        f"folder (dirpath of ModelCheckpoint, default_root_dir of the trainer){before}"
     )

@@ -6,6 +6,8 @@ not asked. Filtering there leaves the module's own `state_dict()` complete for e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.errors import CheckpointError, listed, shorten
-from pera_lightning.injection.adapter_folder import CONFIG_FILE
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     METADATA,
@@ -34,15 +35,11 @@ _STATES = ("state_dict", "current_model_state")
 
 
 def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A copy of a Lightning checkpoint without the frozen base, with the injection described.
-
-    Args:
-        checkpoint: what Lightning is about to write.
-        module: the LightningModule, injected.
-    """
+    """A copy of what Lightning is about to write without the frozen base of a module, with the injection described."""
     # A copy: the strategy and the callbacks go on with the dict that they have.
     frozen = frozen_names(module)
     trimmed = {key: without(value, frozen) if key in _STATES else value for key, value in checkpoint.items()}
+    # Beside the tensors what they are: another method, target or base is told apart before they are loaded.
     trimmed[METADATA] = metadata(module, __version__)
     return trimmed
 
@@ -56,30 +53,19 @@ def check_has_adapters(checkpoint: dict[str, Any], source: Any) -> None:
 
 
 def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:
-    """Raises `CheckpointError` where a checkpoint does not belong to this module's adapters and base.
-
-    Args:
-        checkpoint: a loaded Lightning checkpoint.
-        module: the LightningModule, injected.
-        source: its file, for the message.
-    """
+    """Raises `CheckpointError` where a checkpoint (from the file `source`) is of other adapters or another base."""
     found = find_injected(module)
     if found is None:  # not built yet: `on_load_checkpoint` checks
         return
     present = injection_of(found[1])
     check_has_adapters(checkpoint, source)
     check_injection(checkpoint[METADATA], present, source)  # type: ignore[arg-type]
-    strict = getattr(module, "strict_loading", True)
+    strict = getattr(module, "strict_loading", True)  # as Lightning asks it
     check_state(module, checkpoint["state_dict"], source, strict=strict)
 
 
 class AdapterCheckpointIO(CheckpointIO):
-    """Trims what is saved and checks what is loaded; the files are another `CheckpointIO`'s.
-
-    Args:
-        inner: what reads and writes the files.
-        module: the LightningModule, to be injected.
-    """
+    """Trims what is saved of a module and checks what is loaded; the files are another `CheckpointIO`'s, `inner`."""
 
     def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
         # One trainer fits and then tests: its `CheckpointIO` is this one already.
@@ -90,7 +76,7 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.save_checkpoint(trim(checkpoint, self.module), path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = read_checkpoint(path, self.inner, *args, **kwargs)
+        checkpoint = read_checkpoint(path, partial(self.inner.load_checkpoint, path, *args, **kwargs))
         check_checkpoint(checkpoint, self.module, str(path))
         return checkpoint
 
@@ -101,25 +87,26 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.teardown()
 
 
-def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def read_checkpoint(path: Any, load: Callable[[], Any] | None = None) -> dict[str, Any]:
     """Reads a Lightning checkpoint.
 
     Args:
         path: the file.
-        source: what reads it; by default torch, onto the CPU, tensors and primitives only.
-        args: for `source`.
-        kwargs: for `source`.
+        load: reads it; by default torch does, onto the CPU, tensors and primitives only.
 
     Raises:
         CheckpointError: where the file is missing, damaged or something else; it names others of its folder.
     """
     local = local_file(path)
     if local is not None and local.is_dir():
-        raise CheckpointError(_is_folder(local))
-    if source is None:
-        source, kwargs = TorchCheckpointIO(), {"map_location": "cpu", "weights_only": True}
+        beside = listed(sorted(str(file) for file in (local.parent / "checkpoints").glob("*.ckpt")), 3)
+        raise CheckpointError(
+            f"{local} is a folder; here a .ckpt file is needed{beside and f': {beside}'} (adapter folders are for "
+            "merge, export and load_adapter)"
+        )
+    plain = partial(TorchCheckpointIO().load_checkpoint, path, map_location="cpu", weights_only=True)
     try:
-        checkpoint = source.load_checkpoint(path, *args, **kwargs)
+        checkpoint = (load or plain)()
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_others(local)}") from None
     except Exception as error:  # torch, pickle and zipfile raise eight kinds for bytes that are no checkpoint
@@ -128,14 +115,6 @@ def read_checkpoint(path: Any, source: CheckpointIO | None = None, *args: Any, *
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
     return checkpoint
-
-
-def _is_folder(folder: Path) -> str:
-    if not (folder / CONFIG_FILE).is_file():  # such as ModelParallelStrategy writes without AdapterInjection
-        return f"{folder} is a folder, perhaps of shards, and holds no adapters; give a .ckpt file"
-    beside = listed(sorted(str(file) for file in (folder.parent / "checkpoints").glob("*.ckpt")), 3)
-    have = f": {beside}" if beside else ""
-    return f"{folder} is an adapter folder, for merge, export and load_adapter; here a checkpoint is needed{have}"
 
 
 def _others(file: Path | None) -> str:
@@ -152,13 +131,9 @@ def allow_missing_base(module: LightningModule) -> None:
 
 
 def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Adapters, heads and buffers of a checkpoint by their names in the network, and the description of the injection.
-
-    Raises:
-        CheckpointError: where it is damaged, or was written without adapters.
-    """
+    """Adapters, heads and buffers of a checkpoint by their names in the network, and the injection's description."""
     checkpoint = read_checkpoint(path)
     check_has_adapters(checkpoint, path)
     spec = checkpoint[METADATA]
-    prefix = f"{spec['root']}." if spec["root"] else ""
+    prefix = f"{spec['root']}." if spec["root"] else ""  # of the network within the module
     return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

@@ -38,11 +38,7 @@ def check_precision(trainer: Trainer) -> None:
 
 
 def check_before_fit(trainer: Trainer, module: LightningModule) -> None:
-    """Checks the parameters of an injected module against precision and optimizers.
-
-    Raises:
-        ConfigurationError: where an adapter is in low precision, or a trained parameter in no optimizer.
-    """
+    """Raises `ConfigurationError` where an adapter is in low precision, or a trained parameter in no optimizer."""
     parameters = dict(module.named_parameters())
     low = [n for n in sorted(adapter_parameter_names(module)) if parameters[n].dtype not in (float32, float64)]
     if low:
@@ -50,6 +46,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule) -> None:
             f"{len(low)} adapter parameters are {parameters[low[0]].dtype}, float32 is needed: {listed(low, 2)}; "
             "cast the base before the injection, not after it"
         )
+    # An optimizer that was made before the injection knows nothing of the adapters.
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     left = [name for name, p in parameters.items() if p.requires_grad and id(p) not in held]
     if left and trainer.optimizers:
@@ -57,7 +54,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule) -> None:
             f"{len(left)} trained parameters are in no optimizer: {listed(left, 3)}; give configure_optimizers all "
             "parameters with requires_grad"
         )
-    loose = remember_unfrozen(module)
+    loose = remember_unfrozen(module)  # by a callback, or by the module itself
     if loose:  # wanted by some, forgotten by others
         rank_zero_warn(
             f"{len(loose)} base parameters are trained besides adapters and heads, and saved with them: "

@@ -7,7 +7,7 @@ nothing of the sampler, the data set or the workers but that they draw from the 
 loader or its sampler holds; passing over costs the loading of those batches. A loader with a state of its own
 (torchdata's) keeps it, and nothing is passed over.
 
-With several train loaders, order is restored but not to the bit; nor is what persistent workers draw (random crops),
+With several train loaders, order is restored but not exactly; nor is what persistent workers draw (random crops),
 since their generators are seeded once a run: a warning says so.
 """
 
@@ -69,7 +69,7 @@ class _Resumable:
             restore(pending["epoch_start"] if pending["batches"] else pending["now"], own)
         elif not self._drawn and self._epoch_start is not None:
             restore(self._epoch_start, own)  # Lightning made an iterator already and drew nothing from it
-        _set_epoch(self, self._progress().epoch)
+        _set_epoch(self, self._progress().epoch)  # before the iterator draws the order
         self._epoch_start = self._undrawn = capture(own)
         self._drawn = False
         # 2. The iterator, with the same order as before the stop.
@@ -94,7 +94,7 @@ class _Resumable:
             # Between the iterator's making and here, Lightning draws for a validation that it then leaves out.
             restore(start, _generators(self))
         for batch in iterator:
-            self._drawn = True
+            self._drawn = True  # from now on the random state of now is the one to save
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,22 +120,18 @@ class _Resumable:
                 "the order of the data and the random state are not restored"
             )
             return
-        self._pending = state["ranks"][rank]
+        self._pending = state["ranks"][rank]  # the next iterator takes it
 
 
 def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:
-    """A copy of a loader, over the same data and sampler, with a state that restores its order.
+    """A copy of a loader (any iterable that Lightning takes), over the same data, with a state that restores its order.
 
     A copy, since the same object may serve validation, and since other people's objects keep their class.
-
-    Args:
-        loader: a `DataLoader`, or any iterable that Lightning takes.
-        progress: tells where training stands.
     """
     if getattr(loader, "persistent_workers", False):
         rank_zero_warn(
             "the train loader has persistent workers, whose random state cannot be restored: a resumed run sees the "
-            "same order but other augmentations; set persistent_workers=False for one that equals the run to the bit"
+            "same order but other augmentations; set persistent_workers=False for one that equals the run exactly"
         )
     try:
         copied = copy.copy(loader)

@@ -27,5 +27,6 @@ def merge_shards(shards: Sequence[Sequence[Result]]) -> list[Result]:
         shards: of each process the results of its examples, each beginning with the example's id; what filled up has
             the id of an example that is there already.
     """
+    # Shard r has the examples r, r + world, …: one of each in turn is the order of the dataset.
     in_turn = (result for turn in zip_longest(*shards) for result in turn if result is not None)
-    return list({result[0]: result for result in in_turn}.values())
+    return list({result[0]: result for result in in_turn}.values())  # each id once

@@ -24,11 +24,17 @@ def write_final_adapter(trainer: Trainer, module: LightningModule) -> None:
     if folder is None or trainer.fast_dev_run or not trainer.global_step:
         return
     root = find_injected(module)[1]  # type: ignore[index]
-    state = full_tensors(adapter_state_dict(root), keep=trainer.is_global_zero)
+    state = full_tensors(adapter_state_dict(root), keep=trainer.is_global_zero)  # every process sends its shards
     if not trainer.is_global_zero:
         return
     source = "the last step"
-    for kind, path in _checkpoints(trainer):
+    # What the run's `ModelCheckpoint` has kept, the best first.
+    keeper = trainer.checkpoint_callback
+    best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
+    for kind, attribute in ((best, "best_model_path"), ("the last checkpoint", "last_model_path")):
+        path = getattr(keeper, attribute, "")
+        if not path or not Path(path).is_file():
+            continue
         try:
             state, _ = checkpoint_adapters(path)
         except CheckpointError as error:
@@ -38,12 +44,3 @@ def write_final_adapter(trainer: Trainer, module: LightningModule) -> None:
             break
     written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
     print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
-
-
-def _checkpoints(trainer: Trainer) -> list[tuple[str, str]]:
-    """What the run's `ModelCheckpoint` has kept: in words, and the file; the best first."""
-    keeper = trainer.checkpoint_callback
-    best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
-    kinds = ((best, "best_model_path"), ("the last checkpoint", "last_model_path"))
-    found = [(kind, getattr(keeper, attribute, "")) for kind, attribute in kinds]
-    return [(kind, path) for kind, path in found if path and Path(path).is_file()]

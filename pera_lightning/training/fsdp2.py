@@ -51,7 +51,7 @@ class AdapterCheckpoints:
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module  # type: ignore[attr-defined]
-        like, given = module.state_dict(), checkpoint["state_dict"]
+        like, given = module.state_dict(), checkpoint["state_dict"]  # sharded, and in full
         state = {name: sharded_like(value, like.get(name)) for name, value in given.items()}
         module.load_state_dict(state, strict=strict)
 
@@ -86,14 +86,14 @@ class FSDP2Strategy(AdapterCheckpoints, ModelParallelStrategy):
         self, timeout: timedelta | None = default_pg_timeout, process_group_backend: str | None = None
     ) -> None:
         super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
+            tensor_parallel_size=1,  # shards over data only
+            save_distributed_checkpoint=False,  # one file, as everywhere
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
 
     def setup_environment(self) -> None:
-        internals.shard_over_all_processes(self)
+        internals.shard_over_all_processes(self)  # before the mesh is made
         super().setup_environment()
 
 
@@ -110,11 +110,7 @@ def write_adapters_only(strategy: Strategy) -> None:
 
 
 def data_parallel_mesh(module: Any) -> Any | None:
-    """The mesh that a LightningModule is sharded over; None where its strategy shards nothing.
-
-    Raises:
-        ConfigurationError: for tensor parallelism, which this package's modules do not offer.
-    """
+    """The mesh that a LightningModule is sharded over; None where its strategy shards nothing."""
     mesh = module.device_mesh
     if mesh is None:
         return None

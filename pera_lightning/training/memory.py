@@ -57,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes = {id(storage): 0 for storage in self._apart}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))  # views share a storage, which counts once
         for storage in (value.untyped_storage() for value in tree_iter(out) if isinstance(value, Tensor)):
             if id(storage) not in self._sizes:
                 self._resize(id(storage), storage.nbytes())
@@ -98,7 +98,7 @@ def measure_step(
     parameters = [*network.parameters()]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]  # held between batches, so not counted
     if not gradients:
         raise ConfigurationError("nothing is trained: give adapters or trainable=[…]")
     count = LiveBytes([*parameters, *gradients, *network.buffers()], bool_masks=as_on_cuda)

@@ -11,6 +11,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from pera_lightning.adapters.report import InjectionReport
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
 from pera_lightning.export.merged import MergedReport, export_merged
-from pera_lightning.injection.state import METADATA
+from pera_lightning.injection.inject import injection_of
+from pera_lightning.injection.state import METADATA, check_plain
+from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.checkpoint_io import check_checkpoint
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import parameter_groups
@@ -77,7 +81,7 @@ class AdapterModule(LightningModule):
         if warmup_steps and warmup_ratio:
             raise ConfigurationError(f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}: give one of them")
         acting = one_value_each(self)
-        self.save_hyperparameters()
+        self.save_hyperparameters()  # in hparams and in every checkpoint
         # A LightningCLI saves the config's values only: what a subclass sets for its base by itself is added here.
         self._set_by_subclass = [name for name in acting if name not in self.hparams]
         self.hparams.update(acting)
@@ -97,40 +101,31 @@ class AdapterModule(LightningModule):
         mesh = data_parallel_mesh(self)
         self.build_injected(weights=reads_weights(mesh))
         if mesh is not None:
-            shard(self.model, mesh, self.trainer.strategy.root_device)
+            shard(self.model, mesh, self.trainer.strategy.root_device)  # from the first process to all
 
     def build_injected(self, weights: bool = True) -> None:
         """Builds and injects `self.model`, with its base weights or on the meta device without."""
         with nullcontext() if weights else torch.device("meta"):
-            self.model = self.injected(self.build_network(weights=weights))
+            network = self.build_network(weights=weights)
+            if self.adapter_injection is not None:
+                training = network.training
+                network.train()  # as on_fit_start does: the report would say that it is not
+                self.adapter_injection(network)
+                network.train(training)
+                # After the injection, since only now it is known which modules are trained in full.
+                keep_heads_float32(network)
+                check_trained_float32(network)
+        self.model = network
         self.finish_network()
 
-    def injected(self, network: nn.Module) -> nn.Module:
-        """The network with adapters by `adapter_injection`, where there is one."""
-        # In its dtype already: adapters and heads stay float32 over a low one.
-        if self.adapter_injection is not None:
-            training = network.training
-            network.train()  # as on_fit_start does: the report would say that it is not
-            self.adapter_injection(network)
-            network.train(training)
-            keep_heads_float32(network)
-            check_trained_float32(network)
-        return network
+    def dry_run(self, injection: Callable[[nn.Module], Any]) -> InjectionReport:
+        """Builds and injects on the meta device, without weights and memory; gives the report."""
+        self.adapter_injection = injection
+        self.build_injected(weights=False)
+        return injection_of(self.model).report  # type: ignore[union-attr, arg-type]
 
     def finish_network(self) -> None:
         """What is done to the injected network before it is sharded."""
-
-    def dry_run(self, injection: Callable[[nn.Module], Any]) -> Any:
-        """Injects into a network on the meta device, without weights and memory.
-
-        Args:
-            injection: called with the network, e.g. `AdapterInjection.injector()`.
-
-        Returns:
-            What `injection` returns, the report.
-        """
-        with torch.device("meta"):
-            return injection(self.build_network(weights=False).train())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out the hyperparameters that a subclass sets by itself: its `__init__` need not take them."""
@@ -140,9 +135,30 @@ class AdapterModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Injects what the checkpoint describes into a network that is plain (`load_from_checkpoint`)."""
         if METADATA in checkpoint and self.model is not None:
-            inject_from(self, checkpoint)
-            keep_heads_float32(self.model)
-            check_checkpoint(checkpoint, self, "the checkpoint")
+            self._inject_from(checkpoint, "the checkpoint")
+
+    def _inject_from(self, checkpoint: dict[str, Any], source: str) -> None:
+        inject_from(self, checkpoint)
+        keep_heads_float32(self.model)  # type: ignore[arg-type]
+        check_checkpoint(checkpoint, self, source)
+
+    def load_trained(self, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:
+        """Builds the network with its base weights and loads what was trained, in eval mode.
+
+        Args:
+            state: adapters, heads and buffers by their names in the network.
+            spec: description of the injection.
+            source: file or folder that both come from, for messages.
+        """
+        # Number of classes and the like, where the fit took them from the data.
+        self.settle(state)
+        self.model = self.build_network()
+        check_plain(self.model, state, spec, source, check_base=True)  # before the injection changes names
+        # From here on as Lightning reloads a checkpoint, whose names begin at the module.
+        named = {f"model.{name}": value for name, value in state.items()}
+        self._inject_from({"state_dict": named, METADATA: {**spec, "root": "model"}}, source)
+        self.load_state_dict(named)
+        self.eval()
 
     def on_fit_start(self) -> None:
         # fit never does this, and networks from from_pretrained come in eval mode, without their dropout.
@@ -155,11 +171,11 @@ class AdapterModule(LightningModule):
         groups = parameter_groups(self, lr=h["lr"], head_lr=head_lr, weight_decay=h["weight_decay"])
         if not groups:
             raise ConfigurationError(
-                "nothing is trained: give AdapterInjection a method with adapters or trainable=[…]"
+                "nothing is trained: give AdapterInjection a method with adapters, or trainable=[…]"
             )
         # Steps of the whole run, so that the schedule ends with it; Lightning knows accumulation and epochs.
         optimizer = self.make_optimizer(groups)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = int(self.trainer.estimated_stepping_batches)  # builds the train loader, if nothing has yet
         warmup = warmup_length(total, steps=h["warmup_steps"], ratio=h["warmup_ratio"])
 
         def factor(step: int) -> float:
@@ -169,11 +185,7 @@ class AdapterModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW; what another module may choose otherwise.
-
-        Args:
-            groups: groups that `parameter_groups` made.
-        """
+        """AdamW on the groups that `parameter_groups` made; another module may choose otherwise."""
         return torch.optim.AdamW(groups)
 
     # --- what is agreed on with the data: see `pera_lightning.data.base` ---
@@ -190,45 +202,37 @@ class AdapterModule(LightningModule):
 
     def data_description(self) -> Mapping[str, Any]:
         """What the trainer's data module says of its data; of somebody else's the attributes of the names `asks`."""
-        data = getattr(self._trainer, "datamodule", None)
+        data = self._attached_data()
         describe = getattr(data, "description", None)
         if callable(describe):
             return describe()
         return {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
 
+    def _attached_data(self) -> Any:
+        return getattr(internals.attached_trainer(self), "datamodule", None)
+
     def agree_on(self, name: str, said: int | None) -> None:
         """Takes a hyperparameter from the data where it is not given, and compares where both say it.
 
-        Args:
-            name: name of the hyperparameter, which is saved with its value: `load_from_checkpoint` needs no data.
-            said: value of the data, None where they say nothing.
+        It is saved with its value: `load_from_checkpoint` needs no data.
         """
         given = self.hparams[name]
         if None not in (given, said) and given != said:
             raise ConfigurationError(f"{name}={given}, but the data has {name}={said}: leave it out, or match it")
-        self.hparams[name] = said if given is None else given
+        self.hparams[name] = said if given is None else given  # saved, so that a checkpoint needs no data
 
     def data_protocol(self) -> dict[str, Any] | None:
         """What the data module says of itself for `results.json`; None where it says nothing."""
-        protocol = getattr(getattr(self._trainer, "datamodule", None), "protocol", None)
+        protocol = getattr(self._attached_data(), "protocol", None)
         return protocol() if callable(protocol) else None
 
     # --- merging and export: cli/commands/merge.py and cli/commands/export.py ---
 
     def settle(self, state: Mapping[str, Tensor]) -> None:
-        """Takes hyperparameters that the network depends on, and that were left to the data, from trained tensors.
-
-        Args:
-            state: adapters and heads by their names in the network.
-        """
+        """Takes hyperparameters that the network needs and that were left to the data from trained tensors, by name."""
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs (N, C) for a training or validation batch and their mean loss; a `merge_error.Forward`.
-
-        Args:
-            network: the module's network.
-            batch: batch as the module's steps take it.
-        """
+        """Outputs (N, C) for a training or validation batch and their mean loss; a `merge_error.Forward`."""
         raise ConfigurationError(f"{type(self).__name__} defines no outputs_and_loss, by which a merge is measured")
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:
@@ -242,18 +246,15 @@ class AdapterModule(LightningModule):
     def export_merged(
         self, folder: str | Path, *, data: Any = None, class_names: Sequence[str] | None = None, **options: Any
     ) -> MergedReport:
-        """Merges the network, in place, and writes it as a folder of its own library.
+        """Merges the network, in place, and writes it as a folder of its own library, completely or not at all.
 
         Args:
-            folder: folder to make, completely or not at all.
+            folder: folder to make.
             data: data module, for what belongs to a network in use: its tokenizer, or how it sees images.
             class_names: names of the classes by label, if they are known.
             options: further arguments of `pera_lightning.export.merged.export_merged`.
         """
-
-        def write(made: Path) -> list[str]:
-            return self.write_network(made, data, class_names)
-
+        write = partial(self.write_network, data=data, class_names=class_names)
         return export_merged(self.model, folder, write, forward=self.outputs_and_loss, **options)  # type: ignore[arg-type]
 
     def export_notes(self) -> list[str]:
@@ -272,18 +273,14 @@ class AdapterModule(LightningModule):
         self.hparams[self.classes_argument] = count
 
     def example_batch(self, data: Any) -> tuple[Any, str]:
-        """Makes a training batch of the largest shapes that the data give, for computing its memory.
-
-        Args:
-            data: data module, not set up.
+        """Makes a training batch of the largest shapes that a data module, not set up, gives, to compute its memory.
 
         Returns:
             The batch, on the meta device but for tensors whose values decide what is computed; and what it holds, in
             words.
         """
         raise ConfigurationError(
-            f"--memory knows no batch of {type(data).__name__} for {type(self).__name__}: give the data module of its "
-            "task, or define example_batch"
+            f"--memory knows no batch of {type(data).__name__} for {type(self).__name__}: give its task's data module"
         )
 
     def training_loss(self, batch: Any) -> Tensor:
@@ -300,12 +297,9 @@ class AdapterModule(LightningModule):
 
 
 def one_value_each(module: nn.Module) -> dict[str, Any]:
-    """Collects the arguments of every `__init__` that is running on a module, from its base to its own class.
-
-    Raises:
-        ConfigurationError: where a class hands on another value than it was given under the same name.
-    """
+    """Collects the arguments of every `__init__` that is running on a module, from its base to its own class."""
     values: dict[str, Any] = {}
+    # From the innermost `__init__`, the base's, outwards: the value that reaches the base is the one that acts.
     frame = inspect.currentframe().f_back  # type: ignore[union-attr]
     while frame is not None and frame.f_code.co_name == "__init__":
         names, _, others, given = inspect.getargvalues(frame)
@@ -317,7 +311,7 @@ def one_value_each(module: nn.Module) -> dict[str, Any]:
             if acting is not value and acting != value:
                 raise ConfigurationError(
                     f"{type(module).__name__} was given {name}={value!r} and hands on {name}={acting!r}: hparams hold "
-                    f"one value a name, so call its own argument otherwise"
+                    "one value a name, so rename its own argument"
                 )
-        frame = frame.f_back
+        frame = frame.f_back  # to the subclass that called
     return values

@@ -19,7 +19,7 @@ class NormalisedLoss:
 
     n counts what the loss is a sum over, tokens or examples. How many the step will have is known only at its end. So
     every batch is divided by the count of the step's first, and the gradient is corrected once, at the end; with one
-    batch a step there is nothing to correct.
+    batch a step it needs no correction.
 
     Attributes:
         reference: count of the step's first batch, over all ranks; 0 between steps.
@@ -38,20 +38,18 @@ class NormalisedLoss:
         """The loss to differentiate, whose gradients others average over ranks and batches.
 
         Args:
-            summed: loss of this rank's batch, summed.
-            count: number of what it was summed over, on all ranks.
+            summed: sum of the losses in this rank's batch.
+            count: number of tokens or examples that it sums over, on all ranks.
             world: number of ranks whose gradients are averaged.
         """
-        self.reference = self.reference or max(count, 1)
-        self.count += count
+        # The average over ranks divides by `world`; what is wanted is the sum over the reference count.
+        self.reference = self.reference or max(count, 1)  # the step's first batch sets it
+        self.count += count  # of all batches so far, for the correction
         return summed * (world / self.reference)
 
     def correction(self, batches: int) -> float:
-        """The factor on the gradients at the end of the step; the next loss begins another.
-
-        Args:
-            batches: number of batches that Lightning divides by (`accumulate_grad_batches`).
-        """
+        """The factor on the gradients at the end of a step, where Lightning divided by a number of batches."""
+        # Each batch was divided by the reference, and Lightning divides by their number: Σ loss / n is wanted.
         factor = self.reference * batches / max(self.count, 1)
         self.start()
         return factor
@@ -83,17 +81,11 @@ class NormalisedLossModule(AdapterModule):
         self._normalised = NormalisedLoss()
 
     def normalised_loss(self, summed: Tensor, own: Tensor, batch_idx: int) -> Tensor:
-        """What `training_step` returns; logs `train/loss`, the mean of the batch.
-
-        Args:
-            summed: loss of this rank's batch, summed.
-            own: number of what it was summed over.
-            batch_idx: number of the batch.
-        """
+        """What `training_step` returns for a sum over `own` tokens or examples; logs its mean as `train/loss`."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._normalised.start()  # where Lightning empties the gradients; a fit stopped within a step left some
         self.check_loss(summed, batch_idx)
-        world, size = self.trainer.world_size, max(int(own), 1)
+        world, size = self.trainer.world_size, max(int(own), 1)  # a batch may have no label at all
         everywhere = own if world == 1 else self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
         self.log("train/loss", summed.detach() / size, prog_bar=True, batch_size=size)
         return self._normalised.loss(summed, int(everywhere), world=world)
@@ -103,10 +95,10 @@ class NormalisedLossModule(AdapterModule):
         if should_accumulate(self.trainer):
             return
         factor = self._normalised.correction(self.trainer.accumulate_grad_batches)
-        if factor != 1:
+        if factor != 1:  # with one batch a step it is 1
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+                    parameter.grad.mul_(factor)  # before clipping, which sees the gradient of the step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -20,7 +20,7 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
         model: module with an injected network, or without one (then everything trained is "base").
         lr: learning rate of adapters, and of base parameters that the method trains.
         head_lr: learning rate of the modules trained in full.
-        weight_decay: weight decay of tensors with two dimensions or more.
+        weight_decay: weight decay of the other tensors.
 
     Returns:
         Non-empty groups: adapter, base, head, each perhaps with "_no_decay".
@@ -36,29 +36,21 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
             continue
         kind = "adapter" if name in adapters else "head" if name.startswith(heads) and heads else "base"
         decays = parameter.dim() > 1
-        key = kind if decays else f"{kind}_no_decay"
+        key = kind if decays else f"{kind}_no_decay"  # the name that the monitor of learning rates logs
         rate, decay = (head_lr if kind == "head" else lr), (weight_decay if decays else 0.0)
-        groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})["params"].append(
-            parameter
-        )
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
     return list(groups.values())
 
 
 def with_own_rate(
     groups: Iterable[dict[str, Any]], part: Iterable[nn.Parameter], *, name: str, lr: float
 ) -> list[dict[str, Any]]:
-    """Gives the parameters of a part of the network groups of their own.
+    """Gives the parameters of a part of the network groups of their own, called "{name}_{group}", with their own `lr`.
 
-    Args:
-        groups: groups that `parameter_groups` made.
-        part: parameters of the part; those that are in no group are not trained.
-        name: name of the part; a group of it is called "{name}_{group}".
-        lr: learning rate of the part.
-
-    Returns:
-        Non-empty groups, each before what was taken out of it.
+    Each non-empty group comes before what was taken out of it; parameters that are in no group are not trained.
     """
-    own = {id(parameter) for parameter in part}
+    own = {id(parameter) for parameter in part}  # by identity: tensors have no truth value
     found = []
     for group in groups:
         inside = [parameter for parameter in group["params"] if id(parameter) in own]

@@ -14,11 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def keep_heads_float32(network: nn.Module) -> None:
-    """Casts the modules trained in full to float32 over a base in low precision, and their inputs with them.
-
-    Args:
-        network: injected network; nothing happens to one that is float32 throughout.
-    """
+    """Casts the modules trained in full to float32 over a base in low precision, and their inputs with them."""
     mark = injection_of(network)
     for path in mark.trained_modules if mark else ():
         head = network.get_submodule(path)
@@ -30,22 +26,14 @@ def keep_heads_float32(network: nn.Module) -> None:
 
 
 def release_heads(network: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Undoes `keep_heads_float32`.
-
-    Args:
-        network: injected network, in `dtype` throughout afterwards.
-        dtype: type of the base.
-
-    Returns:
-        Paths of the heads that were cast.
-    """
+    """Undoes `keep_heads_float32`, for a base in `dtype`; gives the paths of the heads that were cast."""
     cast = []
     for path, module in network.named_modules():
         hooks = [key for key, hook in module._forward_pre_hooks.items() if hook is _cast_inputs]
         for key in hooks:
-            del module._forward_pre_hooks[key]
+            del module._forward_pre_hooks[key]  # inputs come in the base's type again
         if hooks:
-            module.to(dtype)
+            module.to(dtype)  # as the base, so that libraries load it in one type
             cast.append(path)
     return cast
 

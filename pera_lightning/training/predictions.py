@@ -19,7 +19,7 @@ def write_predictions(
     Args:
         trainer: trainer of the run; in a fast_dev_run nothing is written.
         predicted: by name of the file what this process predicted for each of its examples, their ids first.
-        as_text: makes the text of a file of all predictions that belong into it.
+        as_text: makes the text of a file of its predictions.
     """
     shards = all_gather_object(predicted)
     folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"  # log_dir is asked on every rank
@@ -27,6 +27,6 @@ def write_predictions(
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in predicted:
-        whole = merge_shards([shard[name] for shard in shards])
-        atomic_write(folder / name, as_text(whole).encode())
-        print(f"Predictions of {len(whole)} examples: {folder / name}", flush=True)
+        merged = merge_shards([shard[name] for shard in shards])  # what filled up a shard comes once
+        atomic_write(folder / name, as_text(merged).encode())
+        print(f"Predictions of {len(merged)} examples: {folder / name}", flush=True)

@@ -1,4 +1,4 @@
-"""Stopping on a signal: at the next batch boundary, with a checkpoint that the run goes on from to the bit.
+"""Stopping on a signal: at the next batch boundary, with a checkpoint that the run goes on from bit for bit.
 
 Lightning alone stops at SIGTERM without a checkpoint; its handlers talk to processes that may be at another collective,
 and under SLURM write the checkpoint in the middle of whatever the optimizer was doing. Here a handler takes a note and
@@ -56,7 +56,7 @@ class Preemption:
         self._agreed = self._asked
         if trainer.world_size > 1:  # the signal may have come to some of them only
             asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
-            self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
+            self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))  # requeueing wins over stopping
         return self._agreed > GO_ON
 
     def after_train_batch(self, trainer: Trainer) -> None:
@@ -88,11 +88,8 @@ class Preemption:
         """Writes the checkpoint of a run that a signal has stopped, and says how to go on; every process must call it.
 
         The file is ``last.ckpt`` of the `ModelCheckpoint` folder, which ``ckpt_path="last"`` finds; under SLURM with
-        requeueing also the ``hpc_ckpt_N.ckpt`` that the requeued job finds by itself.
-
-        Args:
-            trainer: the trainer in `on_exception`, the random generators as they were after the last training batch.
-            exception: what stopped the fit; nothing is done but for a signal's.
+        requeueing also the ``hpc_ckpt_N.ckpt`` that the requeued job finds by itself. To be called in `on_exception`,
+        the random generators as they were after the last training batch; other exceptions than a signal's do nothing.
         """
         if not isinstance(exception, SIGTERMException) or not self._agreed:
             return
@@ -113,7 +110,7 @@ class Preemption:
             else:  # whether the job comes back is up to SLURM
                 trainer.save_checkpoint(internals.hpc_save_path(trainer), weights_only=False)
             files.append(str(internals.hpc_resume_path(trainer)))
-            drop_requeue_file(trainer)
+            drop_requeue_file(trainer)  # the new one is written
         rank_zero_only(print)(self._message(trainer, files), flush=True)
 
     def _message(self, trainer: Trainer, files: list[str]) -> str:
@@ -143,7 +140,7 @@ def last_file(trainer: Trainer) -> str | None:
 
 
 def drop_requeue_file(trainer: Trainer) -> None:
-    """Removes the ``hpc_ckpt_N.ckpt`` that the run began with, once there is a later one or the run is finished.
+    """Removes the ``hpc_ckpt_N.ckpt`` that the run began with, once a later one exists or the run is finished.
 
     Lightning loads such a file before anything else: the next run of this folder would begin with it.
     """
@@ -157,12 +154,9 @@ def _validation(trainer: Trainer) -> Any:
 
 
 def _not_begun(before: int) -> dict[str, Any]:
-    """The progress of a validation that a resumed run begins with: one batch started, none processed.
+    """The progress of a validation, after `before` batches of earlier ones, that a resumed run begins with."""
 
-    Args:
-        before: number of batches of the validations before it.
-    """
-
+    # One batch started, none processed: then Lightning begins it anew.
     def counts(done: int) -> dict[str, int]:
         return {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
 
@@ -174,11 +168,7 @@ def validate_before_going_on(trainer: Trainer, checkpoint: dict[str, Any]) -> No
 
     `ModelCheckpoint(every_n_train_steps=…)` writes such a one before the validation; Lightning goes on with the next
     batch, and the best checkpoint would be chosen without this one. (Not for a `val_check_interval` that is a share of
-    an epoch: how many batches it means is not known yet.)
-
-    Args:
-        trainer: the trainer, about to restore its loops.
-        checkpoint: what was loaded; its loop state is changed in place.
+    an epoch: how many batches it means is not known yet.) The checkpoint's loop state is changed in place.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop")
     if loops is None or trainer.state.fn != TrainerFn.FITTING:

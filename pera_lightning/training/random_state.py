@@ -43,7 +43,7 @@ def restore(state: dict[str, Any], own: Sequence[torch.Generator] = ()) -> None:
         generator.set_state(saved.cpu())
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    keys = numpy["keys"].cpu().numpy().astype(np.uint32)
+    keys = numpy["keys"].cpu().numpy().astype(np.uint32)  # as numpy wants them
     np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():

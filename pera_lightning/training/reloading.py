@@ -45,17 +45,12 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
             module = module.load_from_checkpoint(path, map_location="cpu", strict=False, **init_args)
     inject_from(module, checkpoint)
     check_checkpoint(checkpoint, module, str(path))
-    module.load_state_dict(checkpoint["state_dict"])
+    module.load_state_dict(checkpoint["state_dict"])  # strict, but for the base
     return module.eval()
 
 
 def inject_from(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Injects what a checkpoint describes into the submodule that it names, and lets the base be missing.
-
-    Args:
-        module: a LightningModule whose network is built.
-        checkpoint: a loaded Lightning checkpoint with adapters.
-    """
+    """Injects what a checkpoint describes into the submodule that it names, if plain, and lets the base be missing."""
     if find_injected(module) is None:
         spec = checkpoint[METADATA]
         inject_spec(module.get_submodule(spec["root"]), spec)

@@ -8,7 +8,8 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,8 @@ _PACKAGES = ("torch", "lightning", "timm", "transformers", "datasets", "diffuser
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python, and the installed ones among those that matter to a result."""
-    found = {"pera_lightning": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {package: version(package) for package in _PACKAGES if find_spec(package)}
+    return {"pera_lightning": __version__, "python": platform.python_version(), **installed}
 
 
 def peak_memory() -> dict[str, int]:
@@ -54,7 +50,7 @@ def inference_stages(model: nn.Module) -> dict[str, str]:
 
     An AuroRA whose inference is dynamic is tested twice.
     """
-    merged = {m.merged for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged}
+    merged = {m.merged for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged}  # modes of the merges
     modes = {layer.inference_mode for layer in acting_layers(model)}
     if "dynamic" in modes:
         return {"test": "dynamic, the paper's AuroRA-D", "test_static": "static, the paper's row AuroRA"}
@@ -64,12 +60,7 @@ def inference_stages(model: nn.Module) -> dict[str, str]:
 
 
 def about(module: LightningModule, task: str) -> dict[str, Any]:
-    """What was tested: the beginning of a result's `protocol`.
-
-    Args:
-        module: module with a hyperparameter `model_name`, attached to its trainer.
-        task: name of the task.
-    """
+    """What was tested, the beginning of a result's `protocol`: a module with a hyperparameter `model_name`."""
     checkpoint = module.trainer.ckpt_path
     return {
         "task": task,
@@ -84,22 +75,20 @@ def collect(module: nn.Module, metrics: Mapping[str, float], **facts: Any) -> di
     Args:
         module: module that was tested; its injection gives method, hyperparameters and parameter counts.
         metrics: values by name.
-        facts: anything else, e.g. protocol, n, seconds.
+        facts: further entries, e.g. protocol, n, seconds.
     """
     found = find_injected(module)
     mark = injection_of(found[1]) if found else None
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    result: dict[str, Any] = {"method": None}
-    if mark is not None:
-        result = {
-            "method": mark.method.spec(),
-            "targets": list(mark.targets),
-            "trainable": list(mark.trainable),
-            "trainable_parameters": mark.report.trainable_parameters,
-            "total_parameters": mark.report.total_parameters,
-        }
+    seed = os.environ.get("PL_GLOBAL_SEED")  # by seed_everything
+    injected = mark and {
+        "method": mark.method.spec(),
+        "targets": list(mark.targets),
+        "trainable": list(mark.trainable),
+        "trainable_parameters": mark.report.trainable_parameters,
+        "total_parameters": mark.report.total_parameters,
+    }
     return {
-        **result,
+        **(injected or {"method": None}),
         **facts,
         "metrics": metrics,
         "seed": None if seed is None else int(seed),
@@ -112,15 +101,12 @@ def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> d
     """What the data say of themselves at test, with `selected_on_test` as it is for this checkpoint.
 
     If the same examples were split otherwise in training, some that are scored on selected, and a warning says so.
-
-    Args:
-        data: protocol of the test's data.
-        training: protocol of the data that the checkpoint was trained with; None if it is not known.
+    `training` is the protocol of the data that the checkpoint was trained with, None if it is not known.
     """
-    cut = ("split_protocol", "split_seed")
+    cut = ("split_protocol", "split_seed")  # what decides who selects
     if not data or not training or all(data.get(key) == training.get(key) for key in cut):
         return data
-    same = {*data.get("sha256", {}).values()} & {*training.get("sha256", {}).values()}
+    same = {*data.get("sha256", {}).values()} & {*training.get("sha256", {}).values()}  # files that both read
     if not same or data.get("selected_on_test"):
         return data
     # The files are the same, the draw is another: some that are scored on now chose the checkpoint.
@@ -130,15 +116,9 @@ def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> d
 
 
 def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any] | None:
-    """Writes what a test measured into the run's folder and prints where; every process must call it.
+    """Writes what `collect` gives into the run's folder and prints where; every process must call it.
 
-    Args:
-        module: what was tested, attached to its trainer; in a fast_dev_run nothing is written.
-        metrics: values by name.
-        facts: what else `collect` takes.
-
-    Returns:
-        What was written, on the process that did.
+    Returns what was written, on the process that did.
     """
     trainer = module.trainer
     folder = trainer.log_dir  # asked on every rank

@@ -29,17 +29,16 @@ from pera_lightning.training.random_state import capture, restore
 
 
 def seed_ranks_apart(trainer: Trainer) -> None:
-    """Gives each process a seed of its own when this fit's first train loader is handed to the strategy.
+    """Gives each process a seed of its own when a fit's first train loader is handed to the strategy.
 
-    Args:
-        trainer: in a fit, after `resume_data_order`.
+    To be called after `resume_data_order`.
     """
     seeded = False
 
     def change(loader: Any) -> Any:
         nonlocal seeded
         if trainer.state.stage == RunningStage.TRAINING and not seeded:  # a sanity check takes back what it draws
-            seeded = True
+            seeded = True  # once a fit: epochs go on with the same generators
             # The rank among processes that see different data: those that share a layer's input (tensor parallelism)
             # see the same data and need the same dropout.
             rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
@@ -55,7 +54,7 @@ def seed_ranks_apart(trainer: Trainer) -> None:
 
 def _draw_alike(draw: Callable[[], None], epoch: int) -> None:
     """Draws an order that depends on the run's seed and the epoch alone; dropout goes on as if nothing was drawn."""
-    own = capture()
+    own = capture()  # this process's
     seed_all(int(os.environ.get("PL_GLOBAL_SEED", 0)), epoch)
     try:
         draw()
@@ -67,7 +66,7 @@ def share_first_ranks_generators() -> None:
     """Gives every process the generators of the first: what is built after a fit is alike on all of them."""
     ranks = all_gather_object(capture())
     if len(ranks) > 1:
-        restore(ranks[0])
+        restore(ranks[0])  # tensors on the CPU, so any process takes them
 
 
 def seed_all(*facts: int | bytes) -> None:

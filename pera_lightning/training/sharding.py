@@ -34,13 +34,11 @@ def units(network: nn.Module) -> list[nn.Module]:
         return []
     members = list(network.children())
     repeated = isinstance(network, (nn.ModuleList, nn.Sequential)) and len(members) > 1
-    if repeated and len({type(m) for m in members}) == 1 and all(_has_children(m) for m in members):
+    # A sequence of linear layers, adapted or not, is not a block's worth.
+    composed = all(not isinstance(m, AdaptedLayer) and [*m.children()] for m in members)
+    if repeated and composed and len({type(m) for m in members}) == 1:
         return members
     return [unit for member in members for unit in units(member)]
-
-
-def _has_children(module: nn.Module) -> bool:
-    return not isinstance(module, AdaptedLayer) and next(module.children(), None) is not None
 
 
 def reads_weights(mesh: Any | None) -> bool:
@@ -55,9 +53,6 @@ def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
         network: the network, with weights on the mesh's first process, on the meta device elsewhere; injected alike.
         mesh: a `DeviceMesh` of one dimension.
         device: the device of this process.
-
-    Raises:
-        ConfigurationError: where the processes built different networks, or a parameter has no dimension.
     """
     group = mesh.get_group()
     source = dist.get_global_rank(group, 0)
@@ -81,7 +76,7 @@ def _modules_of_units(network: nn.Module) -> list[tuple[nn.Module, list[nn.Modul
     for unit in (*units(network), network):
         modules = [module for module in unit.modules() if module not in seen]
         for parameter in (p for module in modules for p in module.parameters(recurse=False)):
-            if owners.setdefault(parameter, unit) is not unit:
+            if owners.setdefault(parameter, unit) is not unit:  # each unit gathers and frees its own
                 name = next(name for name, p in network.named_parameters() if p is parameter)
                 raise ConfigurationError(f"FSDP cannot shard {name}, which two blocks of the network share")
         seen.update(modules)
@@ -92,9 +87,7 @@ def _modules_of_units(network: nn.Module) -> list[tuple[nn.Module, list[nn.Modul
 def replace_tensors(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> None:
     """Replaces the parameters and buffers of modules themselves, not of those within; what they share stays shared.
 
-    Args:
-        modules: the modules to change in place.
-        make: gives the new tensor for an old one, of the same shape; called once for each.
+    `make` gives the new tensor for an old one, of the same shape; it is called once for each.
     """
     made: dict[Tensor, Tensor] = {}
     for module in modules:
@@ -122,9 +115,7 @@ def _received(tensor: Tensor, *, device: torch.device, group: Any, source: int) 
 def _check_alike(network: nn.Module, group: Any) -> None:
     """Raises where a broadcast would mix up tensors: every process must have the same ones in the same order."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    scalars = [name for name, value in network.named_parameters() if not value.dim()]
-    if scalars:
-        raise ConfigurationError(f"FSDP cannot shard parameters without a dimension: {listed(scalars)}")
+    # Without values: those of the others are on the meta device.
     own = {name: (tuple(value.shape), str(value.dtype), value.requires_grad) for name, value in tensors}
     ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(ranks, own, group)
@@ -156,12 +147,7 @@ def full_tensors(value: Any, *, keep: bool = True) -> Any:
 
 
 def sharded_like(value: Tensor, like: Tensor | None) -> Tensor:
-    """A full tensor as shards where `like` is sharded; every process must call it.
-
-    Args:
-        value: the full tensor, the same on all processes.
-        like: a tensor of the same shape, sharded or not.
-    """
+    """A full tensor as shards where `like`, of the same shape, is sharded; every process must call it with the same."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

@@ -42,4 +42,4 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_c
         table.add_row(*row)
     console.width = sum(widths) + 2 * len(widths)
     console.print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())  # rich fills lines up

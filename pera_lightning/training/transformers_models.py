@@ -90,7 +90,7 @@ def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Has the activations of each block computed again in the backward, instead of kept."""
+    """Has the activations of each block computed again in the backward, instead of kept, if the model's class can."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigurationError(f"{type(model).__name__} cannot checkpoint activations; leave it out")
     old = getattr(model, "gradient_checkpointing_enable", None)  # its name before transformers 5
@@ -120,7 +120,7 @@ def check_extremes(model: PreTrainedModel, longest: int, highest: int) -> None:
             f"examples have up to {longest} tokens, and the model's context is {context}; set the data's max_length to "
             f"{context} or less"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings  # more than the config's where they were resized
     if highest >= vocabulary:
         raise ConfigurationError(
             f"the examples have token id {highest}, and the model has embeddings for ids up to {vocabulary - 1}; "

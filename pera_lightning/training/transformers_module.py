@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,6 @@ class TransformersModule(NormalisedLossModule):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._data: Mapping[str, Any] = {}  # what the data say of themselves, their `description`
 
     def agree(self) -> None:
@@ -57,14 +57,12 @@ class TransformersModule(NormalisedLossModule):
         if self.hparams["activation_checkpointing"]:
             recompute_activations(self.model)  # type: ignore[arg-type]
         if self.hparams["compile"]:
-            self.model.compile()  # type: ignore[union-attr]
+            self.model.compile()  # type: ignore[union-attr]  # in place: names in the state dict stay
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
-        return self._tokenizer
+        return load_tokenizer(self.hparams["model_name"], self.hparams["revision"])
 
     def data_requirements(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer}

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
-from pera_lightning.errors import ConfigurationError, UnusedLayerError, listed
+from pera_lightning.errors import UnusedLayerError, listed
 from pera_lightning.injection.inject import adapter_parameter_names
+from pera_lightning.validation import check_choice
 
 
 class UnusedLayers:
@@ -21,25 +22,18 @@ class UnusedLayers:
 
     The forwards of a model with compiled parts are not watched: its graph may be an old one, traced without the hooks.
     What it trains still shows in the gradients.
-
-    Args:
-        on_unused: "raise", or "warn" for models that route (mixtures of experts).
     """
 
     def __init__(self, on_unused: Literal["raise", "warn"]) -> None:
-        if on_unused not in ("raise", "warn"):
-            raise ConfigurationError(f"on_unused={on_unused!r}: 'raise' or 'warn' is needed")
+        check_choice(on_unused, "on_unused", ("raise", "warn"))
         self.on_unused = on_unused
         self._handles: list[RemovableHandle] = []
-        self._waiting: dict[int, str] = {}
-        self._modules: set[nn.Module] = set()
-        self._nothing_ran = False
         self.restart()
 
     def restart(self) -> None:
         """Checks everything once more, as for a new fit."""
         self.stop()
-        self._checked: set[Any] = set()
+        self._checked: set[Any] = set()  # kinds of batches, and ids of optimizers
 
     def before_batch(self, kind: str, model: nn.Module) -> None:
         """Watches the adapted layers of `model`, in the first batch of a kind."""
@@ -82,8 +76,10 @@ class UnusedLayers:
     def stop(self) -> None:
         """Stops watching."""
         for handle in self._handles:
-            handle.remove()
-        self._handles, self._waiting, self._modules, self._nothing_ran = [], {}, set(), False
+            handle.remove()  # hooks of every forward cost time
+        self._handles, self._nothing_ran = [], False
+        self._waiting: dict[int, str] = {}  # layers that have not run yet
+        self._modules: set[nn.Module] = set()  # of the model that is watched
 
     def _some_ran(self, module: nn.Module, *_: Any) -> None:
         if module in self._modules:

@@ -18,26 +18,6 @@ from tests.cli import trained_runs as runs
 from tests.cli.trained_runs import refused, text
 
 
-@pytest.fixture(scope="module")
-def small_sets(tmp_path_factory):
-    return runs.small_sets(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(scope="module")
-def llama_run(tmp_path_factory, llama, small_sets):
-    return runs.language_run(tmp_path_factory.mktemp("runs") / "llama", llama, small_sets)
-
-
-@pytest.fixture(scope="module")
-def vit_run(tmp_path_factory, vit):
-    return runs.image_run(tmp_path_factory.mktemp("runs") / "vit", vit)
-
-
-@pytest.fixture
-def export(pera, tmp_path):
-    return runs.exporter(pera, tmp_path / "out")
-
-
 @torch.no_grad()
 def logits(model, ids=None):
     return model(runs.token_ids() if ids is None else ids).logits.float()
@@ -241,7 +221,7 @@ def test_a_config_is_given_where_there_is_no_run(export, llama_run, tmp_path):
     shutil.copy(llama_run.checkpoint, lonely)
     refused = export(lonely, "merged", code=2)
     assert refused.err.splitlines()[-1].endswith(
-        "it is in no folder of a run (RUN/checkpoints/ or RUN/adapter): give --config"
+        "it is in no run's folder (RUN/checkpoints/ or RUN/adapter): give --config"
     )
     # Its own ckpt_path, null, does not replace the one given before it.
     export(lonely, "merged", "--config", llama_run.run / "config.yaml")
@@ -251,7 +231,7 @@ def test_a_config_is_given_where_there_is_no_run(export, llama_run, tmp_path):
 
 def test_configs_come_first_however_they_are_given(llama_run):
     path, config = str(llama_run.checkpoint), str(llama_run.run / "config.yaml")
-    assert configured([f"--ckpt_path={path}", "--rank", "2"]) == [
+    assert configured([f"--ckpt_path={path}", "--rank", "2"], path) == [
         "--config",
         config,
         f"--ckpt_path={path}",
@@ -259,9 +239,8 @@ def test_configs_come_first_however_they_are_given(llama_run):
         "2",
     ]
     given = ["--ckpt_path", path, "-c", "a.yaml", "--rank=2", "--config=b.yaml", "--overwrite"]
-    first = ["-c", "a.yaml", "--config=b.yaml", "--ckpt_path", path, "--rank=2", "--overwrite"]
-    assert configured(given) == first
-    assert configured(["--rank", "2", "--help"]) == ["--help"]
+    first = ["--config", "a.yaml", "--config", "b.yaml", "--ckpt_path", path, "--rank=2", "--overwrite"]
+    assert configured(given, path) == first
 
 
 def test_the_adapters_are_those_of_the_checkpoint(export, llama_run, tmp_path):

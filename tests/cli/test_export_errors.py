@@ -11,27 +11,6 @@ from tests.cli import trained_runs as runs
 from tests.cli.trained_runs import refused, text
 from tests.run_helpers import QUICKSTART
 
-
-@pytest.fixture(scope="module")
-def small_sets(tmp_path_factory):
-    return runs.small_sets(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(scope="module")
-def llama_run(tmp_path_factory, llama, small_sets):
-    return runs.language_run(tmp_path_factory.mktemp("runs") / "llama", llama, small_sets)
-
-
-@pytest.fixture(scope="module")
-def vit_run(tmp_path_factory, vit):
-    return runs.image_run(tmp_path_factory.mktemp("runs") / "vit", vit)
-
-
-@pytest.fixture
-def export(pera, tmp_path):
-    return runs.exporter(pera, tmp_path / "out")
-
-
 WRONG = {
     "unknown format": (
         ["--format", "mergd"],

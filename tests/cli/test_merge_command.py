@@ -20,16 +20,6 @@ from tests.cli.trained_runs import refused
 LINE = re.compile(r"outputs changed by (\S+) \(relative, on (\d+) batch\w*\); loss (\S+) before, (\S+) after")
 
 
-@pytest.fixture(scope="module")
-def vit_run(tmp_path_factory, vit):
-    return runs.image_run(tmp_path_factory.mktemp("runs") / "vit", vit)
-
-
-@pytest.fixture(scope="module")
-def small_sets(tmp_path_factory):
-    return runs.small_sets(tmp_path_factory.mktemp("sets"))
-
-
 def measured(result):
     """Relative change of the outputs, batches, loss before and after."""
     assert result.code == 0, result.err

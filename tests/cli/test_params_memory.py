@@ -130,7 +130,10 @@ def test_the_device_decides_what_dropout_keeps(memory, small):
         (["--memory", "--answer_length", "0"], "answer_length=0: a positive integer is needed"),
         (["--memory", "--answer_length", "8"], "answer_length=8 acts on language models only"),
         (["--memory", "--trainer.precision", "bf16-true"], "--memory knows 32-true, bf16-mixed, 16-mixed; closest: bf"),
-        (["--memory", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"], "BoringModel has no dry_run"),
+        (
+            ["--memory", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"],
+            "BoringModel: params works on this package",
+        ),
         (
             ["--memory", "--data", "lightning.pytorch.demos.boring_classes.BoringDataModule", "--model.num_classes=5"],
             "--memory knows no batch of BoringDataModule for ImageClassificationModule",

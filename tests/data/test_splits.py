@@ -21,11 +21,11 @@ def _cut(count, labels=None, **changes):
     ("count", "fraction", "held"),
     [(3680, 0.1, 368), (8144, 0.1, 815), (50000, 0.1, 5000), (5640, 0.2, 1128), (4512, 0.1, 452), (3334, 0.1, 334)],
 )
-def test_the_held_out_part_is_rounded_up(count, fraction, held):
+def test_the_held_out_split_is_rounded_up(count, fraction, held):
     assert splits.held_out_size(count, fraction) == held
 
 
-def test_no_row_is_held_out_by_rounding_of_floats():
+def test_no_example_is_held_out_by_rounding_of_floats():
     assert all(splits.held_out_size(10 * n, 0.1) == n for n in range(1, 5000))
     assert all(splits.held_out_size(10 * n, 0.7) == 7 * n for n in range(1, 5000))
 
@@ -38,7 +38,7 @@ def test_splits_are_disjoint_complete_and_sorted():
     assert all((np.diff(rows) > 0).all() for rows in parts.values())
 
 
-def test_seed_decides_and_known_rows_stay():
+def test_seed_decides_and_known_examples_stay():
     assert _cut(20)["test"].tolist() == [2, 3, 11, 13]  # fixed for ever: published results rest on it
     assert _cut(20, seed=1)["test"].tolist() != [2, 3, 11, 13]
 
@@ -80,7 +80,7 @@ def test_every_class_gives_its_share():
     assert set(labels[parts["train"]]) == {0, 1, 2}
 
 
-def test_no_class_gives_its_last_row():
+def test_no_class_gives_its_last_example():
     labels = np.array([0] * 20 + list(range(1, 6)))
     for seed in range(20):
         assert set(labels[_cut(25, labels, seed=seed)["train"]]) == set(range(6))
@@ -88,7 +88,7 @@ def test_no_class_gives_its_last_row():
         _cut(6, np.arange(6))
 
 
-def test_too_few_rows():
+def test_too_few_examples():
     with pytest.raises(DataError, match="1 images cannot be split"):
         _cut(1)
 

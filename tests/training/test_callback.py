@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning import inject, load_adapted
 from pera_lightning.adapters import PERA, AdaptedLinear, HiRA, LoRA
-from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnusedLayerError
+from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnknownNameError, UnusedLayerError
 from tests.training.foreign import BuildsLate, Noisy, Plain, WithHook, train_loader, val_loader
 from tests.training.short_fits import HEAD, TARGETS, callback, fitted, trainer
 
@@ -125,7 +125,7 @@ def test_unused_layers_may_be_a_warning(tmp_path: Path) -> None:
     run = trainer(tmp_path, callback(targets=[*TARGETS, "extra"], on_unused="warn"))
     with pytest.warns(UserWarning, match="extra"):
         run.fit(Skips(True), train_loader(), val_loader())
-    with pytest.raises(ConfigurationError, match="'raise' or 'warn'"):
+    with pytest.raises(UnknownNameError, match="on_unused='ignore' does not exist; one of raise, warn"):
         callback(on_unused="ignore")
 
 

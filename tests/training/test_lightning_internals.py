@@ -64,7 +64,15 @@ def test_the_canary_names_the_function() -> None:
         raise AttributeError("gone")
 
 
-# --- loops ---
+# --- modules and loops ---
+
+
+def test_attached_trainer(tmp_path: Path) -> None:
+    with canary(internals.attached_trainer):
+        module, run = Plain(), trainer(tmp_path, enable_checkpointing=False)
+        assert internals.attached_trainer(module) is None
+        run.fit(module, train_loader())
+        assert internals.attached_trainer(module) is run
 
 
 def test_should_accumulate(tmp_path: Path) -> None:
@@ -279,3 +287,4 @@ def test_what_the_command_line_overrides() -> None:
         method = getattr(LightningCLI, name, None)
         assert method is not None, f"Lightning changed LightningCLI.{name}; look at cli/lightning_cli.py"
         assert list(inspect.signature(method).parameters) == arguments, f"Lightning changed LightningCLI.{name}"
+        assert f"self.{name}(" in inspect.getsource(LightningCLI), f"Lightning does not call LightningCLI.{name}"

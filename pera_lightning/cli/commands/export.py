@@ -51,14 +51,7 @@ def add_merging(parser: LightningArgumentParser, purpose: str) -> None:
 
 
 def run(args: Sequence[str]) -> None:
-    """Writes a trained run for others.
-
-    Args:
-        args: ``--ckpt_path``, ``--format``, ``--output`` and further options, see `ExportCLI`.
-
-    Raises:
-        PeraError: for wrong input; nothing is written then.
-    """
+    """Writes a trained run for others, by the options of `ExportCLI`; after a `PeraError` nothing is written."""
     cli = ExportCLI(args)
     given = chosen_options(cli.config)
     kind, output, overwrite = cli.config["format"], cli.config["output"], cli.config["overwrite"]
@@ -66,13 +59,15 @@ def run(args: Sequence[str]) -> None:
     trained = Trained(cli)
     if kind == "adapter":
         _export_adapter(trained, output, overwrite)
-    elif kind == "peft":
-        _export_peft(trained, output, given, overwrite)
-    elif kind == "diffusers":
-        _export_diffusers(trained, output, given, overwrite)
-    else:
-        options = merge_options(trained, given.get("mode"), given.get("batches"))
+        return
+    options = merge_options(trained, given.get("mode"), given.get("batches"))
+    if kind == "merged":
         write_merged(trained, output, overwrite=overwrite, **options)
+        return
+    # How updates are cut to a rank, and for whom.
+    options |= {name: given[name] for name in ("rank", "max_error", "target") if name in given}
+    options |= {"overwrite": overwrite, "forward": trained.module.outputs_and_loss}
+    (_export_peft if kind == "peft" else _export_diffusers)(trained, output, options)
 
 
 def chosen_options(config: Any) -> dict[str, Any]:
@@ -126,22 +121,13 @@ def _export_adapter(trained: Trained, output: str, overwrite: bool) -> None:
     _told(trained, f"Wrote {output} ({megabytes(size)})", f"pera_lightning.load_adapter(base, {output!r})")
 
 
-def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite: bool) -> None:
+def _export_peft(trained: Trained, output: str, options: dict[str, Any]) -> None:
     # Imported here since peft takes seconds, and need not be installed for the other formats.
     from pera_lightning.export.peft import export_peft
 
     module = trained.module
-    base = module.hparams["model_name"]
-    report = export_peft(
-        module.model,  # type: ignore[arg-type]
-        output,
-        base_name=base,
-        base_revision=module.hparams.get("revision"),
-        forward=module.outputs_and_loss,
-        overwrite=overwrite,
-        **_cutting(given),
-        **merge_options(trained, given.get("mode"), given.get("batches")),
-    )
+    base, revision = module.hparams["model_name"], module.hparams.get("revision")
+    report = export_peft(module.model, output, base_name=base, base_revision=revision, **options)  # type: ignore[arg-type]
     load = f"peft.PeftModel.from_pretrained(base, {output!r})"
     if report.max_lora_rank is not None:
         # vLLM takes adapters up to rank 16 unless told otherwise.
@@ -150,25 +136,12 @@ def _export_peft(trained: Trained, output: str, given: dict[str, Any], overwrite
     _told(trained, report, load)
 
 
-def _export_diffusers(trained: Trained, output: str, given: dict[str, Any], overwrite: bool) -> None:
+def _export_diffusers(trained: Trained, output: str, options: dict[str, Any]) -> None:
     from pera_lightning.export.diffusers import export_diffusers
 
-    module = trained.module
-    trained.notes += module.export_notes()
-    report = export_diffusers(
-        module.model,  # type: ignore[arg-type]
-        output,
-        forward=module.outputs_and_loss,
-        overwrite=overwrite,
-        **_cutting(given),
-        **merge_options(trained, given.get("mode"), given.get("batches")),
-    )
+    trained.notes += trained.module.export_notes()
+    report = export_diffusers(trained.module.model, output, **options)  # type: ignore[arg-type]
     _told(trained, report, f"pipe.load_lora_weights({output!r})")
-
-
-def _cutting(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that say how updates are cut to a rank, and for whom."""
-    return {name: given[name] for name in ("rank", "max_error", "target") if name in given}
 
 
 def _told(trained: Trained, report: Any, load: str) -> None:

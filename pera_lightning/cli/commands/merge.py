@@ -27,11 +27,7 @@ class MergeCLI(TrainedCLI):
 def run(args: Sequence[str]) -> None:
     """Merges a trained run in memory and prints what that changes; with ``--output`` it writes the merged weights.
 
-    Args:
-        args: ``--ckpt_path`` and further options, see `MergeCLI`.
-
-    Raises:
-        PeraError: for wrong input; nothing is written then.
+    After a `PeraError` nothing is written.
     """
     cli = MergeCLI(args)
     output, overwrite, count = cli.config["output"], cli.config["overwrite"], cli.config["batches"]

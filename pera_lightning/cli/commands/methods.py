@@ -16,7 +16,7 @@ NONE = "–"
 _HEAD = ("method", "merge", f"exact LoRA of rank={RANK}", "LoRA by SVD")
 _MERGE = {"exact": "exact", "approximate": "static or calibrated", "none": NONE}
 # The rank of the LoRA in terms of the method's own rank r.
-_RANKS = {"LoRA": "r *", "PERA": "r(r+3)/2 *", "AuroRA": "r *"}
+_RANKS = {"LoRA": "r *", "PERA": "r(r+3)/2 *", "AuroRA": "r *"}  # the star leads to the notes below the table
 _MEANING = """\
 exact: equal to rounding. static or calibrated: AuroRA with dynamic inference is
 not linear, and --mode says which linear map takes its place (with
@@ -27,14 +27,7 @@ linear r. AuroRA: of the merged map."""
 
 
 def run(args: Sequence[str]) -> None:
-    """Prints the table.
-
-    Args:
-        args: none, or ``--help``.
-
-    Raises:
-        ConfigurationError: for anything else.
-    """
+    """Prints the table; takes nothing but ``--help``."""
     if args and args[0] not in ("--help", "-h"):
         raise ConfigurationError(f"methods takes no options; given {' '.join(args)}")
     print(table(), flush=True)
@@ -49,7 +42,7 @@ def example(cls: type[Method], rank: int = RANK) -> Method:
 def capabilities(cls: type[Method]) -> tuple[str, str, str]:
     """The cells of a method's row after its name: merge, exact LoRA, LoRA by SVD."""
     method = example(cls)
-    rank = method.export_rank
+    rank = method.export_rank  # None: its update is no product of two low-rank matrices
     words = _RANKS.get(cls.__name__, "r" if rank == RANK else "")
     exact = NONE if rank is None else f"{rank} ({words})" if words else str(rank)
     return _MERGE[method.merging], exact, NONE if method.merging == "none" else "any rank"
@@ -58,14 +51,10 @@ def capabilities(cls: type[Method]) -> tuple[str, str, str]:
 def table() -> str:
     """All registered methods, and what the columns mean."""
     rows = [[name, *capabilities(cls)] for name, cls in registered_methods().items()]
-    return "\n".join([format_table(_HEAD, rows, text_columns=4), "", _MEANING, *_whole_model_lines()])
+    own = ", ".join(name for name, cls in registered_methods().items() if not issubclass(cls, LinearMethod))
+    return f"""\
+{format_table(_HEAD, rows, text_columns=4)}
 
-
-def _whole_model_lines() -> list[str]:
-    whole = [name for name, cls in registered_methods().items() if not issubclass(cls, LinearMethod)]
-    if not whole:
-        return []
-    return [
-        f"{', '.join(whole)}: the network's own weights are trained, so there is",
-        "nothing to merge or to export as a LoRA; `export --format merged` writes them.",
-    ]
+{_MEANING}
+{own}: the network's own weights are trained, so there is
+nothing to merge or to export as a LoRA; `export --format merged` writes them."""

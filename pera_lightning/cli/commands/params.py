@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
 from pera_lightning.errors import ConfigurationError
-from pera_lightning.injection.inject import injection_of
+from pera_lightning.training.module import AdapterModule
 from pera_lightning.validation import check_positive_int
 
 
@@ -29,44 +29,33 @@ class ParamsCLI(ConfiguredCLI):
 
 
 def run(args: Sequence[str]) -> None:
-    """Prints which layers a config adapts and how many parameters it trains, and the memory where it is asked for.
-
-    Args:
-        args: ``--config FILE`` and overrides, as for fit; ``--memory``, ``--devices``, ``--answer_length``.
-
-    Raises:
-        ConfigurationError: for a module that cannot be built without weights, or values that do not fit.
-    """
+    """Prints which layers a config adapts and how many parameters it trains, with ``--memory`` also what it needs."""
     cli = ParamsCLI(args)
-    module, injector = cli.model, cli.config_init["adapter"].injector()
-    if not hasattr(module, "dry_run"):
-        raise ConfigurationError(f"{type(module).__name__} has no dry_run: params works on this package's modules")
+    module = cli.model
+    if not isinstance(module, AdapterModule):
+        raise ConfigurationError(f"{type(module).__name__}: params works on this package's modules only")
     # The head's size is counted too; a fit would ask the data for it.
     if module.classes_argument and module.classes is None:
         if not hasattr(cli.datamodule, "expected_classes"):
             raise ConfigurationError(
                 f"the data do not tell how many classes there are: give --model.{module.classes_argument}"
             )
-        module.classes = cli.datamodule.expected_classes()
+        module.classes = cli.datamodule.expected_classes()  # without reading the data, where they tell
     given = {name: cli.config[name] for name in ("devices", "answer_length") if cli.config[name] is not None}
+    if given and not cli.config["memory"]:
+        raise ConfigurationError(f"--{next(iter(given))} acts with --memory only")
+    print(module.dry_run(cli.config_init["adapter"].injector()))
     if not cli.config["memory"]:
-        if given:
-            raise ConfigurationError(f"--{next(iter(given))} acts with --memory only")
-        print(module.dry_run(injector))
         return
     # Imported here since the plain report needs none of it.
     from pera_lightning.cli.commands.memory import memory_report
 
-    devices = device_counts(given.get("devices", "8,32"))
+    devices = device_counts(given.get("devices", "8,32"))  # a node, and four
     options = {name: value for name, value in given.items() if name == "answer_length"}
     if options:
         check_positive_int(options["answer_length"], "answer_length")
     if options and "answer_length" not in inspect.signature(module.example_batch).parameters:
         raise ConfigurationError(f"answer_length={options['answer_length']} acts on language models only")
-    # On the meta device: shapes and types, no weights.
-    module.adapter_injection = injector
-    module.build_injected(weights=False)
-    print(injection_of(module.model).report)
     batch, assumed = module.example_batch(cli.datamodule, **options)
     trainer = cli.config["trainer"]
     how = {"precision": trainer["precision"], "devices": devices, "cuda": trainer["accelerator"] != "cpu"}
@@ -78,4 +67,4 @@ def device_counts(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 1 for word in words):
         raise ConfigurationError(f"devices={text!r}: whole numbers from 2 on are needed, such as 8,32")
-    return tuple(dict.fromkeys(map(int, words)))
+    return tuple(dict.fromkeys(map(int, words)))  # each once

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pera_lightning.cli.lightning_cli import ConfiguredCLI, check_strategy
-from pera_lightning.cli.run_defaults import FOLDER, class_of, config_file, default_logger
+from pera_lightning.cli.run_defaults import FOLDER, class_of, default_logger
 from pera_lightning.cli.sweeps.folder import check_same, fit_finished, is_complete, locked, read_sweep
 from pera_lightning.cli.sweeps.plan import (
     Plan,
@@ -33,6 +33,7 @@ from pera_lightning.cli.sweeps.plan import (
 from pera_lightning.cli.sweeps.processes import Processes, program
 from pera_lightning.cli.sweeps.running import Sweep, going_on, run_words
 from pera_lightning.cli.sweeps.summary import COMPLETE
+from pera_lightning.cli.words import config_file
 from pera_lightning.errors import ConfigurationError, PeraError
 
 _ANY_SEED = 271828  # where a config is read for no run in particular

@@ -116,7 +116,7 @@ def test_a_download_that_was_changed_is_refused(server, tmp_path):
 def test_a_set_the_mirror_lacks(server, tmp_path):
     with pytest.raises(DataError) as error:
         downloading(server, tmp_path, train=["piqa"]).prepare_data()
-    one_line(error, f"{server.url}/dataset/piqa/train.json does not exist (404)")
+    one_line(error, f"{server.url}/dataset/piqa/train.json cannot be had (404 ")
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ def test_fields_that_are_not_needed_may_be_missing(tmp_path):
     [
         ("", ["has no examples"]),
         ("[]", ["has no examples"]),
-        ("[1, 2", ["is no JSON list"]),
-        ('{"instruction": "x", "output": "y"}\n{oops}', ["its line 2 no JSON"]),
-        ("instruction,output\na,b", ["its line 1 no JSON"]),
+        ("[1, 2", ["is not a JSON list"]),
+        ('{"instruction": "x", "output": "y"}\n{oops}', ["its line 2 is not JSON"]),
+        ("instruction,output\na,b", ["its line 1 is not JSON"]),
         ("[3]", ["example 0 of", "is int; an object with", "instruction, output"]),
         ('[{"instruction": "x"}]', ["example 0 of", "text is needed as 'output'", "there are instruction"]),
         ('[{"instruction": "x", "output": null}]', ["as 'output', which is None"]),

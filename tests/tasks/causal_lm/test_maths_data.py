@@ -120,7 +120,7 @@ def test_sources_that_are_none(hub, tmp_path):
         one_line(error, f"{argument}='gsm8k': a hub id like org/name")
     with pytest.raises(DataError) as error:
         MathsDataModule(train="meta/MetaMath").prepare_data()
-    one_line(error, "no data set meta/MetaMath on https://", "or give a file of JSON or JSON lines")
+    one_line(error, "data set meta/MetaMath on https://", "or give a file of JSON or JSON lines")
     with pytest.raises(DataError) as error:
         MathsDataModule(test=str(tmp_path / "none.json")).test_examples()
     one_line(error, "none.json cannot be read: No such file")

@@ -115,7 +115,7 @@ def test_a_damaged_file_and_a_folder_that_is_none(tmp_path):
     one_line(error, file.name, "is damaged", "delete it")
     with pytest.raises(DataError) as error:
         cached(examples_of(3), HIRA, byte_tokenizer(), file / "below")
-    one_line(error, "cannot be kept in", f"{file} is a file and no folder", "another cache_dir")
+    one_line(error, f"cannot be kept in {file}", "Not a directory", "another cache_dir")
 
 
 def test_the_folder_follows_that_of_datasets(monkeypatch, tmp_path):

@@ -113,7 +113,10 @@ NOT_FOUND = datasets.exceptions.DatasetNotFoundError
     ("error", "message"),
     [
         (ConnectionError("no route"), "http://hub.example cannot be reached.*HF_ENDPOINT.*local folder"),
-        (NOT_FOUND("Dataset 'x' doesn't exist"), "no data set org/name on http://hub.example.*hf auth login"),
+        (
+            NOT_FOUND("Dataset 'x' doesn't exist"),
+            "data set org/name on http://hub.example does not exist.*hf auth login",
+        ),
         (NOT_FOUND("Dataset 'x' is a gated dataset"), "is gated: ask for access .*hf auth login"),
         (ValueError('Unknown split "train". Should be one of\n [a]'), r"split 'train': Unknown split .* one of \[a\]"),
     ],

@@ -380,7 +380,7 @@ def test_one_name_has_one_value():
         def __init__(self, lr: float, **shared: Any) -> None:
             super().__init__(lr=2 * lr, **shared)
 
-    expected = r"Doubled was given lr=0.01 and hands on lr=0.02: hparams hold one value a name, so call its own arg"
+    expected = r"Doubled was given lr=0.01 and hands on lr=0.02: hparams hold one value a name, so rename its own arg"
     with pytest.raises(ConfigurationError, match=expected):
         Doubled(0.01)
 

@@ -168,7 +168,7 @@ def test_the_config_is_the_small_one():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--data.split_protocol", "half"], "unknown split protocol 'half'"),
+        (["--data.split_protocol", "half"], "split_protocol='half' does not exist"),
         (["--data.split_protocol", "own_test"], "has examples without label"),
         (["--data.task", "cola"], "has no column 'sentence'"),
         (["--model.num_labels", "3"], "num_labels=3, but the data has num_labels=2"),
