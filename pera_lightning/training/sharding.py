@@ -115,6 +115,8 @@ def _received(tensor: Tensor, *, device: torch.device, group: Any, source: int) 
 def _check_alike(network: nn.Module, group: Any) -> None:
     """Raises where a broadcast would mix up tensors: every process must have the same ones in the same order."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
+    if scalars := [name for name, value in network.named_parameters() if not value.dim()]:
+        raise ConfigurationError(f"FSDP cannot shard parameters without a dimension: {listed(scalars)}")
     # Without values: those of the others are on the meta device.
     own = {name: (tuple(value.shape), str(value.dtype), value.requires_grad) for name, value in tensors}
     ranks: list[Any] = [None] * dist.get_world_size(group)

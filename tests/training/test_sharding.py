@@ -194,6 +194,15 @@ def test_networks_that_differ_are_refused(tmp_path):
         assert "model.layers.3" in message
 
 
+def test_a_parameter_without_dimension_is_refused(tmp_path):
+    def build(rank):
+        network = llama()
+        network.scale = nn.Parameter(torch.tensor(1.0))
+        return refusal(lambda: shard(network, init_device_mesh("cpu", (2,)), CPU))
+
+    assert on_two(build, tmp_path) == ["FSDP cannot shard parameters without a dimension: scale"] * 2
+
+
 def test_a_parameter_of_two_blocks_is_refused(tmp_path):
     def build(rank):
         network = llama()
