@@ -201,15 +201,14 @@ class AdapterModule(LightningModule):
         return {}
 
     def data_description(self) -> Mapping[str, Any]:
-        """What the trainer's data module says of its data; of somebody else's the attributes of the names `asks`."""
-        data = self._attached_data()
+        """What the trainer's data module says of its data; somebody else's by its attributes `asks` and `protocol()`."""
+        data = getattr(internals.attached_trainer(self), "datamodule", None)
         describe = getattr(data, "description", None)
         if callable(describe):
             return describe()
-        return {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
-
-    def _attached_data(self) -> Any:
-        return getattr(internals.attached_trainer(self), "datamodule", None)
+        said = {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
+        protocol = getattr(data, "protocol", None)
+        return {**said, "protocol": protocol()} if callable(protocol) else said
 
     def agree_on(self, name: str, said: int | None) -> None:
         """Takes a hyperparameter from the data where it is not given, and compares where both say it.
@@ -219,12 +218,7 @@ class AdapterModule(LightningModule):
         given = self.hparams[name]
         if None not in (given, said) and given != said:
             raise ConfigurationError(f"{name}={given}, but the data has {name}={said}: leave it out, or match it")
-        self.hparams[name] = said if given is None else given  # saved, so that a checkpoint needs no data
-
-    def data_protocol(self) -> dict[str, Any] | None:
-        """What the data module says of itself for `results.json`; None where it says nothing."""
-        protocol = getattr(self._attached_data(), "protocol", None)
-        return protocol() if callable(protocol) else None
+        self.hparams[name] = said if given is None else given
 
     # --- merging and export: cli/commands/merge.py and cli/commands/export.py ---
 

@@ -151,8 +151,8 @@ class GLUEDataModule(TokenDataModule):
 
         Returns:
             ``tokenizer_name``, ``task``, ``num_labels``, ``class_names``, ``metrics``, ``selection``, ``test_sets``
-            (names of the sets by dataloader, [""] or MNLI's two), ``class_counts`` (training examples of each class)
-            and ``extremes``; the last two None where nothing was set up that tells.
+            (names of the sets by dataloader, [""] or MNLI's two), ``class_counts`` (training examples of each class),
+            ``extremes`` and ``protocol``; the last three None where nothing was set up that tells.
         """
         said: dict[str, Any] = {"tokenizer_name": self.tokenizer_name}
         if self.source.name == CUSTOM and not self._datasets:
@@ -169,6 +169,7 @@ class GLUEDataModule(TokenDataModule):
             "test_sets": list(task.sets),
             "class_counts": None if counts is None else counts.tolist(),
             "extremes": self.extremes(),
+            "protocol": self.protocol() if self._datasets else None,
         }
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class SequenceClassificationModule(TransformersModule):
         path, weights = self.hparams["mnli_checkpoint"], self.hparams["class_weights"]
         if path is not None and self.trainer.ckpt_path is None and not Path(path).exists():  # which comes instead
             raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
-        self.trained_with = self.data_protocol()  # kept in checkpoints
+        self.trained_with = self._data.get("protocol")  # kept in checkpoints
         self.check_extremes()
         if weights == "balanced":
             weights = balanced_weights(self._data.get("class_counts"), self._data.get("class_names", ()))
@@ -219,7 +219,7 @@ class SequenceClassificationModule(TransformersModule):
             "num_labels": self.hparams["num_labels"],
             "selection": next(iter(self.scores.values())).selection,
             "mnli_checkpoint": self.started_from,
-            "data": results.scored(self.data_protocol(), self.trained_with),
+            "data": results.scored(self._data.get("protocol"), self.trained_with),
             "training": self.trained_with,
         }
         facts = {"protocol": protocol, "n": n, "seconds": seconds, "inference": results.inference_stages(self)}

@@ -236,7 +236,7 @@ def test_a_cache_folder_that_is_a_file_is_named_as_one(folder, cache):
     (folder / "file").write_text("")
     with pytest.raises(DataError) as error:
         glue(folder, cache_dir=str(folder / cache))
-    one_line(error, f"{folder / 'file'} is a file", "cache_dir")
+    one_line(error, f"cannot be kept in {folder / cache}", "choose another cache_dir")
 
 
 @pytest.mark.parametrize("longer", ["sentence1", "sentence2"])
