@@ -201,7 +201,7 @@ class AdapterModule(LightningModule):
         return {}
 
     def data_description(self) -> Mapping[str, Any]:
-        """What the trainer's data module says of its data; somebody else's by its attributes `asks` and `protocol()`."""
+        """What the data module says of its data; somebody else's by its attributes `asks` and `protocol()`."""
         data = getattr(internals.attached_trainer(self), "datamodule", None)
         describe = getattr(data, "description", None)
         if callable(describe):
