@@ -16,7 +16,7 @@ from tests.run_helpers import ROOT
 from tests.tasks.dreambooth.config_words import words
 from tests.tasks.dreambooth.fits import CLASS, Randomise, base_fixture, data, fit, make_trainer, module, photos_fixture
 from tests.tasks.dreambooth.test_similarity import save_clip
-from tests.training.distributed.node_helpers import environment, run_together
+from tests.training.distributed.node_helpers import environment, free_port, run_together, torchrun_words
 
 TWO = {"devices": 2, "strategy": "ddp_fork"}
 
@@ -96,15 +96,16 @@ def test_fsdp2_trains_and_draws_as_ddp(base, photos, tmp_path):
     targets = "[to_q, to_k, to_v, to_out.0, q_proj, k_proj, v_proj, out_proj]"
     more = {"model__adapt_text_encoders": "true", "data__cache": "false", "adapter__targets": targets}
     prior = {"data__class_prompt": CLASS, "data__num_class_images": 3, "trainer__devices": 2, "data__repeats": 8}
-    ends = []
-    for strategy in ("ddp", "fsdp2"):
-        folder = tmp_path / strategy
-        more |= {**prior, "data__class_folder": folder / "class", "trainer__strategy": strategy}
-        command = [sys.executable, str(ROOT / "cli.py"), *words("fit", base, photos, folder, **more)]
-        (done,) = run_together([(command, environment())], tmp_path, 200)
-        assert done.code == 0, done.text[-3000:]
-        ends.append((load_file(folder / "pera" / "adapter" / "adapter.safetensors"), folder))
-    (plain, one), (sharded, other) = ends
+    one, other = tmp_path / "ddp", tmp_path / "fsdp2"
+    runs = []
+    for folder in (one, other):
+        more |= {**prior, "data__class_folder": folder / "class", "trainer__strategy": folder.name}
+        runs.append(words("fit", base, photos, folder, **more))
+    script = [sys.executable, str(ROOT / "tests" / "training" / "distributed" / "command_runs.py")]
+    command = torchrun_words(script, nodes=1, node=0, port=free_port(), processes=2)
+    (done,) = run_together([(command, environment(RUNS=json.dumps(runs)))], tmp_path, 200)
+    assert done.code == 0, done.text[-3000:]
+    plain, sharded = (load_file(folder / "pera" / "adapter" / "adapter.safetensors") for folder in (one, other))
     assert plain.keys() == sharded.keys()
     for name, value in plain.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4, msg=name)

@@ -123,6 +123,10 @@ def build(case):
 def run(case):
     """Fits or tests as a case says."""
     folder = Path(case["folder"])
+    if "forgets" in case and RANK == 0:  # the others wait for it where the network is sharded
+        files = sorted(folder.glob(case["forgets"]))
+        (folder / "answered.json").write_text(json.dumps([len(file.read_text().splitlines()) for file in files]))
+        files[-1].unlink()
     seed_everything(0, verbose=False)
     network, rows, targets, trainable = build(case)
     strategy = case["strategy"]

@@ -1,4 +1,4 @@
-"""One process, DDP and FSDP2 train alike, and a checkpoint of each goes on under every other."""
+"""One process, DDP and FSDP2 train and test alike, and a checkpoint of each goes on under every other."""
 
 import itertools
 import json
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tasks.causal_lm.evaluator_helpers import COUNTS, close, data, evaluate, left
+from tests.tasks.causal_lm.language_helpers import module
 from tests.training.distributed.ddp_helpers import assert_equal
 from tests.training.distributed.node_helpers import environment, run_together
 from tests.training.distributed.rounding import (
@@ -116,6 +118,9 @@ def matrix(tmp_path_factory, llama, vit, sets):
     two = [one for strategy in ("ddp", "fsdp2") for one in cases_of(strategy, root, networks, sets)]
     two += [one for strategy in ("ddp", "fsdp2") for one in carried_cases(strategy, root, llama, sets)]
     two.append(case(root / "model_parallel", "model_parallel", llama, sets))
+    test = {"command": "test", "protocol": "strict"}
+    two.append(case(root / "sharded", "fsdp2", llama, sets, dies=1, **test))
+    two.append(case(root / "sharded", "fsdp2", llama, sets, forgets="predictions/*.partial-*/rank*.jsonl", **test))
     launch(two, 2, root / "two")
     launch(carried_cases("single", root, llama, sets), 1, root / "to one")
     return root
@@ -195,3 +200,20 @@ def test_answers_are_the_same_under_every_strategy(matrix):
     }
     assert found["single", "single"]
     assert all(metrics == found["single", "single"] for metrics in found.values())
+
+
+@pytest.mark.timeout(900)
+def test_an_interrupted_sharded_test_goes_on(matrix, llama, sets, tmp_path):
+    """Ranks do as many forwards, or they would wait for each other; each question counts once, as if never stopped.
+
+    Of 7 and 4 questions in batches of two, each rank has batches of 2, 2 and 2; they stop after one. Then the answers
+    of the second are lost.
+    """
+    assert COUNTS == {"ARC-Easy": 7, "boolq": 4}
+    assert json.loads((matrix / "sharded" / "answered.json").read_text()) == [2, 2]
+    said = (matrix / "two" / "output0").read_text()
+    assert said.count("2 questions were answered by an interrupted run") == 1
+    resumed, undisturbed = left(matrix / "sharded"), evaluate(tmp_path, module(llama), data(sets, "strict"))
+    close(undisturbed.records, resumed["records"])
+    assert resumed["results"]["metrics"] == undisturbed.results["metrics"]
+    assert resumed["results"]["n"] == undisturbed.results["n"] == {"test": sum(COUNTS.values())}
