@@ -31,6 +31,8 @@ def explained(error: Exception, name: str, what: str) -> ConfigurationError:
         return ConfigurationError(f"{what} in folder {name}: {first}")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return ConfigurationError(f"{what} {name}: there is no such folder")
+    if not isinstance(error, OSError):  # it is there, and cannot be loaded
+        return ConfigurationError(f"{what} {name}: {first}")
     # Unknown, private or gated, or the hub cannot be reached: the error says which.
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return ConfigurationError(

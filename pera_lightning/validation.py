@@ -32,7 +32,7 @@ def renamed(old: str, new: str) -> Callable[[Function], Function]:
 
 
 def check_positive_int(value: Any, name: str) -> None:
-    """Raises `ConfigurationError` unless the argument `name` is an integer of at least 1; True is none."""
+    """Raises `ConfigurationError` unless the argument `name` is an integer of at least 1, and not a bool."""
     if not _is_int(value) or value < 1:
         raise ConfigurationError(f"{name}={value!r}: a positive integer is needed")
 

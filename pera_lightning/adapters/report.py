@@ -37,9 +37,11 @@ class InjectionReport:
 
     def __str__(self) -> str:
         lines = [f"Injected {self.method}"]
-        for (name, out, features, slices), count in self._kinds().items():
-            cells = [name, f"{count} x" if count > 1 else "", f"{out} x {features}", slices]
-            lines.append("  " + "  ".join(cell for cell in cells if cell))
+        # A line for each kind of layer, in columns as wide as their longest cell.
+        kinds = self._kinds().items()
+        table = [(name, f"{n} x" if n > 1 else "", f"{o} x {i}", slices) for (name, o, i, slices), n in kinds]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         # Modules trained in full, and the count of what is trained.
         heads = self.trainable_parameters - self.adapter_parameters
         if self.trained_modules:

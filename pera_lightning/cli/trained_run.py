@@ -12,7 +12,6 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -142,7 +141,7 @@ def checkpoint_path(words: Sequence[str]) -> str:
     if adapter is not None:
         raise ConfigurationError(f"{adapter} would not act: the adapters are those of the checkpoint; leave it out")
     given, _ = taken_out(words, ("--ckpt_path",))
-    if not given:
+    if not given or not given[-1].strip():
         raise ConfigurationError("no --ckpt_path: give a checkpoint of a run, or an adapter folder")
     return given[-1]  # as the parser, which takes the last
 
@@ -186,8 +185,12 @@ def attach(module: AdapterModule, data: LightningDataModule) -> None:
     """Gives a data module a trainer that runs nothing and writes nothing, from which it asks for the module."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     # What the trainer says of devices and of fast_dev_run is of no use here.
-    with patch.object(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "disabled", True):
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before, logger.disabled = logger.disabled, True
+    try:
         trainer = Trainer(accelerator="cpu", devices=1, fast_dev_run=True, **quiet)
+    finally:
+        logger.disabled = before
     # The handshake of module and data goes through the trainer, see `pera_lightning.data.base`.
     trainer.strategy.connect(module)
     trainer.state.fn = TrainerFn.FITTING  # data modules ask which stage they serve

@@ -2,8 +2,8 @@
 
 The handshake: what module and data module must agree on is exchanged here and nowhere else. From its `setup` on a data
 module asks for `requirements` (tokenizer, image size and mean …), which a module states in `data_requirements`. In its
-own `agree`, which comes afterwards, a module asks for `description` (number and names of the classes …).
-What goes into a result of a data module, a module asks by its `protocol`.
+own `agree`, which comes afterwards, a module asks for `description`: number and names of the classes, and under
+"protocol" what of the data goes into results.
 """
 
 from __future__ import annotations

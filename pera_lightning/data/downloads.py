@@ -55,7 +55,7 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
 
 
 def verified(path: Path, *, sha256: str | None = None) -> Path:
-    """Holds an existing file to its checksum, which is recorded if there is none yet.
+    """Holds an existing file to its checksum, which is recorded the first time.
 
     Args:
         path: the file.

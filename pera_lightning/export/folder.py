@@ -72,6 +72,8 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False, apart: Ite
         return
     if not overwrite:
         raise ConfigurationError(f"{path} exists; give another --output, or --overwrite")
+    if any(place.resolve().is_relative_to(target) for place in (Path.cwd(), Path.home())):
+        raise ConfigurationError(f"{path} holds the working directory or your home folder: give another --output")
     # Overwritten is an earlier export only: nobody's home, photos, code, nor an adapter that was trained.
     entries = sorted(target.iterdir()) if target.is_dir() else [target]
     foreign = [entry.name for entry in entries if not _exported(entry)]

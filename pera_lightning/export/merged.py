@@ -13,7 +13,7 @@ from typing import Unpack
 
 from torch import nn
 
-from pera_lightning.errors import ConfigurationError, megabytes
+from pera_lightning.errors import ConfigurationError, listed, megabytes
 from pera_lightning.export.folder import check_output_folder, output_folder
 from pera_lightning.merging.merge import MergeOptions, MergeReport, adapted_layers, merge, merge_and_unload
 from pera_lightning.validation import renamed
@@ -62,6 +62,8 @@ def export_merged(
     # Merged in place, since a second copy of a large model may not fit.
     if any(adapted_layers(model)):
         report = merge(model, keep_base=False, **options)
+    elif unknown := set(options) - set(MergeOptions.__annotations__):
+        raise TypeError(f"export_merged has no argument {listed(sorted(unknown))}")
     elif options.get("mode") is not None:
         raise ConfigurationError(f"mode={options['mode']!r} acts on AuroRA only, and no layers are adapted")
     else:

@@ -65,7 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {shorten(str(error))}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise CheckpointError(f"{file} was not written by peft: it has no peft_type; for our own use load_adapter")
+        raise CheckpointError(
+            f"{file} was not written by peft: it has no peft_type; for a folder of this package use load_adapter"
+        )
     return config
 
 
@@ -107,7 +109,7 @@ def _check_values(config: Mapping[str, Any], kind: Kind, file: Path) -> None:
         try:
             re.compile(expression)
         except re.error as error:
-            raise CheckpointError(f"{file} is damaged: {expression!r} is not an expression ({error})") from None
+            raise CheckpointError(f"{file} is damaged: {expression!r} is not a regular expression ({error})") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class Moments:
             N (r, in) and c (r,), float64; and the share of σ's variance (its mean square, without a constant) that
             they leave unexplained.
         """
-        # Second moments of x with itself and with σ, centred where there is a constant.
+        # Second moments of x with itself and with σ, centred if a constant is fitted.
         mean_x, mean_s = self.x / self.n * constant, self.s[index] / self.n * constant
         raw = self.xx / self.n
         G = raw - torch.outer(mean_x, mean_x)  # (in, in)

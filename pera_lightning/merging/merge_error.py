@@ -122,7 +122,7 @@ def unpadded(values: Tensor, batch: Any) -> Tensor:
 
 
 def merge_error(before: Measured, after: Measured) -> MergeError | None:
-    """The change from one measurement to another on the same batches; None where there were no batches."""
+    """The change from one measurement to another on the same batches; None without batches."""
     # Sums in float64: outputs of bfloat16 models are many, and their changes small.
     pairs = [(y.double(), other.double()) for y, other in zip(before.outputs, after.outputs, strict=True)]
     if not pairs:

@@ -109,9 +109,11 @@ def read_checkpoint(path: Any, load: Callable[[], Any] | None = None) -> dict[st
         checkpoint = (load or plain)()
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_others(local)}") from None
-    except Exception as error:  # torch, pickle and zipfile raise eight kinds for bytes that are no checkpoint
+    except Exception as error:  # torch, pickle and zipfile raise eight kinds of error for other bytes
         what = f"{type(error).__name__}: {shorten(str(error))[:200]}"
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({what}){_others(local)}") from error
+        raise CheckpointError(
+            f"checkpoint {path} is damaged, or another kind of file ({what}){_others(local)}"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
     return checkpoint

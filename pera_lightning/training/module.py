@@ -23,7 +23,7 @@ from pera_lightning.adapters.report import InjectionReport
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
 from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import METADATA, check_plain
+from pera_lightning.injection.state import METADATA, check_injection, check_plain, check_state, inject_spec
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.checkpoint_io import check_checkpoint
 from pera_lightning.training.fsdp2 import data_parallel_mesh
@@ -135,12 +135,9 @@ class AdapterModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Injects what the checkpoint describes into a network that is plain (`load_from_checkpoint`)."""
         if METADATA in checkpoint and self.model is not None:
-            self._inject_from(checkpoint, "the checkpoint")
-
-    def _inject_from(self, checkpoint: dict[str, Any], source: str) -> None:
-        inject_from(self, checkpoint)
-        keep_heads_float32(self.model)  # type: ignore[arg-type]
-        check_checkpoint(checkpoint, self, source)
+            inject_from(self, checkpoint)
+            keep_heads_float32(self.model)
+            check_checkpoint(checkpoint, self, "the checkpoint")
 
     def load_trained(self, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:
         """Builds the network with its base weights and loads what was trained, in eval mode.
@@ -154,10 +151,12 @@ class AdapterModule(LightningModule):
         self.settle(state)
         self.model = self.build_network()
         check_plain(self.model, state, spec, source, check_base=True)  # before the injection changes names
-        # From here on as Lightning reloads a checkpoint, whose names begin at the module.
-        named = {f"model.{name}": value for name, value in state.items()}
-        self._inject_from({"state_dict": named, METADATA: {**spec, "root": "model"}}, source)
-        self.load_state_dict(named)
+        inject_spec(self.model, spec)
+        keep_heads_float32(self.model)
+        # Compared by fingerprint and names before anything is loaded.
+        check_injection(spec, injection_of(self.model), source)  # type: ignore[arg-type]
+        check_state(self.model, state, source)
+        self.model.load_state_dict(state, strict=False)  # without the base, which is there
         self.eval()
 
     def on_fit_start(self) -> None:
@@ -173,7 +172,7 @@ class AdapterModule(LightningModule):
             raise ConfigurationError(
                 "nothing is trained: give AdapterInjection a method with adapters, or trainable=[…]"
             )
-        # Steps of the whole run, so that the schedule ends with it; Lightning knows accumulation and epochs.
+        # Steps of the entire run, so that the schedule ends with it; Lightning knows accumulation and epochs.
         optimizer = self.make_optimizer(groups)
         total = int(self.trainer.estimated_stepping_batches)  # builds the train loader, if nothing has yet
         warmup = warmup_length(total, steps=h["warmup_steps"], ratio=h["warmup_ratio"])
@@ -206,7 +205,8 @@ class AdapterModule(LightningModule):
         describe = getattr(data, "description", None)
         if callable(describe):
             return describe()
-        said = {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
+        given = {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
+        said = {name: value() if callable(value) else value for name, value in given.items()}
         protocol = getattr(data, "protocol", None)
         return {**said, "protocol": protocol()} if callable(protocol) else said
 

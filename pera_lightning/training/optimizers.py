@@ -44,13 +44,13 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
 
 
 def with_own_rate(
-    groups: Iterable[dict[str, Any]], part: Iterable[nn.Parameter], *, name: str, lr: float
+    groups: Iterable[dict[str, Any]], parameters: Iterable[nn.Parameter], *, name: str, lr: float
 ) -> list[dict[str, Any]]:
-    """Gives the parameters of a part of the network groups of their own, called "{name}_{group}", with their own `lr`.
+    """Gives some of the parameters groups of their own, called "{name}_{group}", with their own `lr`.
 
     Each non-empty group comes before what was taken out of it; parameters that are in no group are not trained.
     """
-    own = {id(parameter) for parameter in part}  # by identity: tensors have no truth value
+    own = {id(parameter) for parameter in parameters}  # by identity: tensors have no truth value
     found = []
     for group in groups:
         inside = [parameter for parameter in group["params"] if id(parameter) in own]

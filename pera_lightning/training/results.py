@@ -8,8 +8,8 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ _PACKAGES = ("torch", "lightning", "timm", "transformers", "datasets", "diffuser
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python, and the installed ones among those that matter to a result."""
-    installed = {package: version(package) for package in _PACKAGES if find_spec(package)}
-    return {"pera_lightning": __version__, "python": platform.python_version(), **installed}
+    found = {"pera_lightning": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def peak_memory() -> dict[str, int]:

@@ -26,7 +26,7 @@ def load_pretrained(
     attn_implementation: str | None = None,
     revision: str | None = None,
     weights: bool = True,
-    prepare: Callable[[PretrainedConfig], None] = lambda config: None,
+    prepare: Callable[[PretrainedConfig], None] | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model in `dtype`, and what transformers says of its loading.
@@ -54,13 +54,13 @@ def load_pretrained(
         own["attn_implementation"] = attn_implementation
     revision = revision or "main"
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        prepare(config)
+        if prepare is not None or not weights:  # else transformers finds it, also that of a PEFT folder's base
+            config = options["config"] = AutoConfig.from_pretrained(name, revision=revision)
+            if prepare is not None:
+                prepare(config)
         if not weights:  # on the meta device, say: no file but the configuration is read
             return auto_class.from_config(config, **own), {}
-        return auto_class.from_pretrained(
-            name, config=config, revision=revision, output_loading_info=True, **own, **options
-        )
+        return auto_class.from_pretrained(name, revision=revision, output_loading_info=True, **own, **options)
     except SafetensorError as error:
         raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:

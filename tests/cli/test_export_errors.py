@@ -79,7 +79,7 @@ def test_checkpoints_that_are_none(pera, export, llama_run, tmp_path):
     broken.write_bytes(llama_run.checkpoint.read_bytes()[:-200])
     config = ["--config", llama_run.run / "config.yaml"]
     assert "holds no adapters" in refused(export(bare, "merged", *config, code=2))
-    assert "is damaged or no checkpoint" in refused(export(broken, "merged", *config, code=2))
+    assert "is damaged, or another kind of file" in refused(export(broken, "merged", *config, code=2))
     missing = llama_run.run / "checkpoints" / "lst.ckpt"
     for more in ([], config):
         assert "lst.ckpt does not exist; " in refused(export(missing, "merged", *more, code=2))

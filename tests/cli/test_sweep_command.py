@@ -238,14 +238,14 @@ def test_one_sweep_at_a_time(play, tmp_path):
     with locked(tmp_path / "out"):
         done = play("--seeds", "1")
     assert (done.code, done.calls) == (2, [])
-    assert "is in use by another sweep, or by a run that one left behind (" in done.err
+    assert "is in use by another sweep, or by a run that one left behind: wait" in done.err
     assert play("--seeds", "1").code == 0
 
 
 def test_folders_that_are_no_sweep_s_are_refused(play, tmp_path):
     out = tmp_path / "out"
     out.write_text("")
-    assert "out holds no sweep but a file: give another" in play().err
+    assert "out is a file: give a folder" in play().err
     out.unlink()
     out.mkdir()
     (out / "thesis.tex").write_text("")

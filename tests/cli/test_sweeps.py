@@ -40,7 +40,9 @@ def test_a_sweep_s_words_are_told_from_those_of_its_runs():
         ("it's,x", ["it's", "x"]),
         ("[1,2", None),
         ('"a,b', None),
-        ("1,,2", None),
+        ("1,,2", ["1", "", "2"]),
+        ("a photo of {},a dog", ["a photo of {}", "a dog"]),
+        ("train[:10%],train[:20%]", ["train[:10%]", "train[:20%]"]),
         ("re:^a.*b$,attn.qkv", ["re:^a.*b$", "attn.qkv"]),
     ],
 )
@@ -63,8 +65,8 @@ WRONG = {
     "grid without a value": (["--grid"], "--grid: expected one argument"),
     "grid without =": (["--grid", "model.lr"], "--grid model.lr: a key and its values are needed, such as model.lr=0"),
     "an empty grid": (["--grid", "model.lr="], "--grid model.lr=: a key and its values are needed"),
-    "an empty value": (["--grid", "model.lr=1,,2"], "--grid model.lr=1,,2: values of YAML are needed"),
-    "a bracket left open": (["--grid", "a=[1,2"], "--grid a=[1,2: values of YAML are needed"),
+    "an empty value": (["--grid", "model.lr=1,,2"], "--grid model.lr=1,,2: one of its values is empty"),
+    "a bracket left open": (["--grid", "a=[1,2"], "--grid a=[1,2: one of its values is empty, or has brackets"),
     "a value twice": (["--grid", "model.lr=1e-3,0.001"], "--grid model.lr=1e-3,0.001: a value is given twice"),
     "a key twice": (["--grid", "model.lr=1", "model.init_args.lr=2"], "--grid model.lr is given twice"),
     "a key given and swept": (

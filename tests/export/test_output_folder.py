@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_the_earlier_export_stays_where_the_renaming_fails(tmp_path, monkeypatch
     assert names(tmp_path) == ["out"]
 
 
-def test_other_folders_are_never_replaced(tmp_path):
+def test_other_folders_are_never_replaced(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").write_text("x")
@@ -117,8 +118,10 @@ def test_other_folders_are_never_replaced(tmp_path):
     for path, what in ((photos, "a.jpg"), (code, "train.py"), (nested, "runs"), (text, "notes.txt"), (link, "data")):
         with pytest.raises(ConfigurationError, match=f"not an earlier export, for it holds {what}"):
             write(path, overwrite=True)
-    with pytest.raises(ConfigurationError, match="/ is not an earlier export"):
-        write("/", overwrite=True)
+    monkeypatch.chdir(export(tmp_path / "here"))
+    for path in (".", "..", "/", Path.home()):
+        with pytest.raises(ConfigurationError, match="holds the working directory or your home folder"):
+            write(path, overwrite=True)
     assert (photos / "a.jpg").exists()
 
 

@@ -147,7 +147,8 @@ def test_a_damaged_checkpoint(tmp_path: Path, share: float) -> None:
         lambda: load_adapted(Plain, cut),
     ):
         with pytest.raises(
-            CheckpointError, match=rf"cut.ckpt is damaged or no checkpoint \(\w+: .*\); {tmp_path} has best.ckpt$"
+            CheckpointError,
+            match=rf"cut.ckpt is damaged, or another kind of file \(\w+: .*\); {tmp_path} has best.ckpt$",
         ) as error:
             read()
         assert "\n" not in str(error.value)
@@ -256,6 +257,6 @@ def test_strict_loading_is_the_modules(tmp_path: Path) -> None:
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(torch.ones(2), tmp_path / "x.ckpt")
     (tmp_path / "y.ckpt").write_text("text")
-    for name, message in (("x", "holds a Tensor, not a Lightning"), ("y", "is damaged or no checkpoint")):
+    for name, message in (("x", "holds a Tensor, not a Lightning"), ("y", "is damaged, or another kind of file")):
         with pytest.raises(CheckpointError, match=message):
             trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / f"{name}.ckpt"))

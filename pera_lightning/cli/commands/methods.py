@@ -42,7 +42,7 @@ def example(cls: type[Method], rank: int = RANK) -> Method:
 def capabilities(cls: type[Method]) -> tuple[str, str, str]:
     """The cells of a method's row after its name: merge, exact LoRA, LoRA by SVD."""
     method = example(cls)
-    rank = method.export_rank  # None: its update is no product of two low-rank matrices
+    rank = method.export_rank  # None: its update has no low rank
     words = _RANKS.get(cls.__name__, "r" if rank == RANK else "")
     exact = NONE if rank is None else f"{rank} ({words})" if words else str(rank)
     return _MERGE[method.merging], exact, NONE if method.merging == "none" else "any rank"

@@ -198,17 +198,19 @@ def parse(request: Request, values: Mapping[str, str]) -> SweepCLI:
 def check_config(config: Any) -> None:
     """Raises `ConfigurationError` for a config whose runs would share files, or leave nothing to sum up."""
     trainer, callbacks = config["trainer"], config["trainer"]["callbacks"] or []
-    wrong = {
-        f"ckpt_path={config.get('ckpt_path')}, and a sweep chooses the checkpoints": config.get("ckpt_path"),
-        "trainer.fast_dev_run, which writes no checkpoint and no results": trainer["fast_dev_run"],
-        "trainer.enable_checkpointing=false, and a sweep tests checkpoints": trainer["enable_checkpointing"] is False,
-    }
+    wrong = []
+    if config.get("ckpt_path"):
+        wrong.append(f"ckpt_path={config['ckpt_path']}, and a sweep chooses the checkpoints")
+    if trainer["fast_dev_run"]:
+        wrong.append("trainer.fast_dev_run, which writes no checkpoint and no results")
+    if trainer["enable_checkpointing"] is False:
+        wrong.append("trainer.enable_checkpointing=false, and a sweep tests checkpoints")
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        path = (callback.get("init_args") or {}).get("dirpath")
-        name = callback["class_path"].rpartition(".")[2]
-        wrong[f"{name} with dirpath={path}, where the runs would write over each other's checkpoints"] = path
-    for what in (what for what, given in wrong.items() if given):
-        raise ConfigurationError(f"the config has {what}: leave it out")
+        if path := (callback.get("init_args") or {}).get("dirpath"):
+            name = callback["class_path"].rpartition(".")[2]
+            wrong.append(f"{name} with dirpath={path}, where the runs would write over each other's checkpoints")
+    if wrong:
+        raise ConfigurationError(f"the config has {wrong[0]}: leave it out")
 
 
 def config_seed(config: Any) -> int:
@@ -231,7 +233,7 @@ def loggers_of(config: Any) -> list[dict[str, Any]]:
     loggers = [one.as_dict() for one in (logger if isinstance(logger, list) else [logger])]
     # Checkpoints lie beside a sub_dir, not in it.
     first = loggers[0] if loggers else default_logger(FOLDER)
-    if not issubclass(class_of(first), (TensorBoardLogger, CSVLogger)) or first["init_args"].get("sub_dir"):
+    if not issubclass(class_of(first), (TensorBoardLogger, CSVLogger)) or (first.get("init_args") or {}).get("sub_dir"):
         name = first["class_path"].rpartition(".")[2]
         raise ConfigurationError(
             f"trainer.logger: {name} has a folder of its own making: give TensorBoardLogger or CSVLogger without "

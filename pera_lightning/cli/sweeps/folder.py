@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,14 +37,18 @@ def read_sweep(folder: Path, keys: Iterable[str]) -> dict[str, Any] | None:
         return None
     file = folder / FILE
     if not file.is_file():
-        others = ["a file"] if folder.is_file() else [p.name for p in folder.iterdir() if p.name != LOCK]
-        if others:
+        if folder.is_file():
+            raise ConfigurationError(f"--output {folder} is a file: give a folder")
+        # Besides the lock a sweep that was killed leaves an unfinished sweep.json.
+        if others := [path.name for path in folder.iterdir() if not path.name.startswith(".sweep.")]:
             raise ConfigurationError(f"--output {folder} holds no sweep but {listed(sorted(others))}: give another")
         return None
     try:
         sweep = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN of old
-        before, runs, _ = dict(sweep["grid"]), sweep["runs"], (dict(sweep["reference"]), dict(sweep["config"]))
-        _ = [(record["name"], record["status"]) for record in runs]
+        before = dict(sweep["grid"])
+        if not all(isinstance(sweep[key], dict) for key in ("reference", "config")):
+            raise TypeError("not a sweep's")
+        _ = [(record["name"], record["status"]) for record in sweep["runs"]]
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise DataError(f"{file} is damaged, or of something else: give another --output, or remove it") from error
     if before.keys() != {*keys}:
@@ -82,10 +87,11 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             flock(lock, LOCK_EX | LOCK_NB)  # the kernel's: it goes with the last process that holds it
         except OSError as error:
-            raise ConfigurationError(
-                f"{folder} is in use by another sweep, or by a run that one left behind ({error.strerror}): wait for "
-                "its end, end it, or give another --output"
-            ) from None
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others: some network disks have no locks
+                raise ConfigurationError(
+                    f"{folder} is in use by another sweep, or by a run that one left behind: wait for its end, or give "
+                    "another --output"
+                ) from None
         yield lock
 
 

@@ -33,11 +33,13 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
     files = sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
     if not files:
         raise CheckpointError(f"{folder} has no checkpoint to test: the trainer needs a ModelCheckpoint")
-    # The newest checkpoint says which file each callback holds for the best.
-    for key, state in (read_checkpoint(files[-1]).get("callbacks") or {}).items():
-        if not isinstance(state, Mapping) or not state.get("monitor") or state.get("best_model_score") is None:
+    # A checkpoint says which file each callback holds for the best; of several callbacks that of best.ckpt counts.
+    best = folder / "best.ckpt"
+    states = (read_checkpoint(best if best in files else files[-1]).get("callbacks") or {}).items()
+    for key, state in sorted(states, key=lambda item: _best_of(item[1]) != best.name):
+        if not _best_of(state):
             continue
-        best = folder / Path(state["best_model_path"]).name
+        best = folder / _best_of(state)
         # The callback's key in the file holds its options: ModelCheckpoint{'monitor': …, 'mode': 'max', …}.
         if best in files and (found := _KEEPER.fullmatch(key)):
             score, mode = float(state["best_model_score"]), literal_eval(found[1]).get("mode", "min")
@@ -45,6 +47,13 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
             return "best" if best.stem == "best" else str(best), chosen
     names = [name for name in ("best", "last") if folder / f"{name}.ckpt" in files]
     return names[0] if names else str(files[-1]), None
+
+
+def _best_of(state: Any) -> str:
+    """The name of the file that a ModelCheckpoint holds for the best by a metric, by its state; "" for others."""
+    if not isinstance(state, Mapping) or not state.get("monitor") or state.get("best_model_score") is None:
+        return ""
+    return Path(state["best_model_path"]).name
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
-
-import yaml
 
 from pera_lightning.errors import ConfigurationError
 
@@ -18,6 +15,7 @@ SEED = "{seed}"
 LARGEST_SEED = 2**32 - 1  # of NumPy, and so of `seed_everything`
 _NAME_LENGTH = 180  # file systems take 255 bytes, and temporary files add to a name
 _VALUE_LENGTH = 40
+_BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 # What each run gets from the sweep, and what to do instead of giving it.
 _SET_HERE = {
@@ -87,10 +85,11 @@ def read_request(words: Sequence[str]) -> Request:
                 request.seeds = read_seeds(values[0])
             elif option == "--output":
                 request.output = values[0]
-            for key, texts in map(read_grid, values if option == "--grid" else ()):
-                if key in request.grid:
-                    raise ConfigurationError(f"--grid {key} is given twice: give all its values at once")
-                request.grid[key] = texts
+            else:
+                for key, texts in map(read_grid, values):
+                    if key in request.grid:
+                        raise ConfigurationError(f"--grid {key} is given twice: give all its values at once")
+                    request.grid[key] = texts
         else:
             request.words.append(word)  # of the runs
     _check_words(request)
@@ -127,7 +126,9 @@ def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
         raise ConfigurationError(f"--grid {text}: a key and its values are needed, such as model.lr=0.001,0.01")
     parts = split_values(values)  # as they are written
     if parts is None or not all(parts):
-        raise ConfigurationError(f"--grid {text}: values of YAML are needed, with commas between; quote odd ones")
+        raise ConfigurationError(
+            f"--grid {text}: one of its values is empty, or has brackets or quotes that do not close"
+        )
     # 1e-3 and 0.001 are one value.
     if len({*map(canonical, parts)}) < len(parts):
         raise ConfigurationError(f"--grid {text}: a value is given twice")
@@ -135,16 +136,25 @@ def read_grid(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def split_values(text: str) -> list[str] | None:
-    """Divides a text at the commas outside brackets and quotes; None where it is not a list of YAML values."""
-    try:
-        nodes = yaml.compose(f"[{text}]").value
-    except yaml.YAMLError:
+    """Divides a text at the commas outside brackets and quotes; None where these do not close."""
+    values, open_, quote = [""], [], ""
+    for letter in text:
+        # A quote opens at the start of a value or inside of brackets: "it's" has none.
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and (open_ or not values[-1].strip()):
+            quote = letter
+        elif letter in _BRACKETS:
+            open_.append(_BRACKETS[letter])
+        elif open_ and letter == open_[-1]:
+            open_.pop()
+        elif letter == "," and not open_:
+            values.append("")
+            continue
+        values[-1] += letter
+    if open_ or quote:
         return None
-    # Each value as it is written, for the command line of its runs; a quoted one without its quotes.
-    return [
-        one.value if isinstance(one, yaml.ScalarNode) else text[one.start_mark.index - 1 : one.end_mark.index - 1]
-        for one in nodes
-    ]
+    return [re.sub(r"""^(["'])(.*)\1$""", r"\2", value.strip()) for value in values]
 
 
 def plain_key(key: str) -> str:
@@ -154,9 +164,10 @@ def plain_key(key: str) -> str:
 
 def canonical(text: str) -> str:
     """One form of the ways to write a number (1e-3, 0.001), so that a run is found again; else the text."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return str(kind(text))
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        return str(int(text))
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        return repr(float(text))
     return text
 
 

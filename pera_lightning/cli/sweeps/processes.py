@@ -37,7 +37,7 @@ class Processes:
 
     def __init__(self, lock: int) -> None:
         self.lock = lock
-        self.signal: signal.Signals | None = None  # the first that was sent
+        self.signal: signal.Signals | None = None  # the last that was sent
         self._child: subprocess.Popen | None = None
         self._before: dict[int, Any] = {}
 

@@ -97,7 +97,9 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def scores(record: Mapping[str, Any]) -> str:
     """A complete run's selection score and test metrics in a line."""
-    return ", ".join(f"{k} {'is not a number' if value is None else f'{value:.4f}'}" for k, value in _measured(record))
+    return ", ".join(
+        f"{name} {'is not a number' if value is None else f'{value:.4f}'}" for name, value in _measured(record)
+    )
 
 
 def without_number(records: Sequence[Mapping[str, Any]]) -> str:

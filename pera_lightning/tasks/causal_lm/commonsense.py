@@ -6,14 +6,17 @@ Prompts, decoding and the reading of answers are in `protocols/commonsense.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pera_lightning.data import downloads
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.examples import Example, read_examples
-from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, TASK
+from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, TASK, options
 from pera_lightning.validation import check_choice
 
 # The branch and no commit: of none could we establish that it has all these files. So the checksums of the first
@@ -68,7 +71,9 @@ class CommonsenseDataModule(TextDataModule):
         super().prepare_data()
 
     def training_examples(self) -> list[Example]:
-        return [one for name in self.train for one in self._read(name, "train", TRAINING_SETS.get(name))]
+        found = [one for name in self.train for one in self._read(name, "train", TRAINING_SETS.get(name))]
+        _warn_of_answers(found)
+        return found
 
     def test_examples(self) -> dict[str, list[Example]]:
         return {name: self._read(name, "test", SETS[name].count) for name in self.test}
@@ -100,6 +105,20 @@ class CommonsenseDataModule(TextDataModule):
                 return path
         what = f"has neither {short} nor {place}" if self.folder.is_dir() else "is not a folder"
         raise DataError(f"{self.folder} {what}; give the folder of LLM-Adapters' files, or none to download them")
+
+
+def _warn_of_answers(examples: list[Example]) -> None:
+    """Warns of training examples whose answer is not one of their options; they are trained on as they are."""
+    wrong = []
+    for one in examples:
+        with suppress(DataError):  # a training example need not say its options
+            if one.answer and one.answer not in (words := options(one)):
+                wrong.append(f"{one.id} has {one.answer!r}, of {'/'.join(words)}")
+    if wrong:
+        rank_zero_warn(
+            f"{len(wrong)} of {len(examples)} training examples have an answer that is not one of their options, and "
+            f"are trained on as they are: {wrong[0]}"
+        )
 
 
 def _place(name: str, split: str) -> str:

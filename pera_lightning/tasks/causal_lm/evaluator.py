@@ -143,8 +143,10 @@ class Evaluator:
             for stage in self.inference
         }
         # 2. Score: by stage the results of each set, and their average.
-        sets = {s: [self._of_set(name, own) for name, own in by_set(found).items()] for s, found in stages.items()}
-        sets = {stage: results_of_sets for stage, results_of_sets in sets.items() if results_of_sets}
+        sets: dict[str, list[dict[str, Any]]] = {}
+        for stage, found in stages.items():
+            if found:
+                sets[stage] = [self._of_set(name, answered) for name, answered in by_set(found).items()]
         metric = self.protocol.main_metric
         averages = {stage: average_of(own, metric) for stage, own in sets.items()}
         facts = {

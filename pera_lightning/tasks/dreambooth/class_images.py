@@ -47,12 +47,14 @@ class ClassImages:
         generated: whether the base model generates them, up to `count`.
 
     Raises:
-        DataError: a folder whose images are of another prompt, or whose record is damaged; fewer images of the user's
-            own than `count`; none at all where `count` is 0.
+        DataError: a folder that is a file, or whose images are of another prompt, or whose record is damaged; fewer
+            images of the user's own than `count`; none at all where `count` is 0.
     """
 
     def __init__(self, folder: str | Path, prompt: str, count: int) -> None:
         self.folder, self.prompt, self.count = Path(folder).expanduser(), prompt, count
+        if self.folder.is_file():
+            raise DataError(f"class_folder {folder} is a file; give a folder of class images, or one to be made")
         there = image_files(self.folder) if self.folder.is_dir() else []
         record = self._record()
         self.own = record is None and bool(there)  # images that nobody said were generated

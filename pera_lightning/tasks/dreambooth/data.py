@@ -62,7 +62,7 @@ class DreamBoothDataModule(TaskDataModule):
         crop: which part of a larger photograph is seen: the middle, or one at random.
         flip: whether photographs are mirrored at random.
         batch_size: photographs in a training batch, per process.
-        repeats: times that each photograph comes in an epoch; more where there are more class images.
+        repeats: times that each photograph comes in an epoch; more if class images outnumber them.
         cache: whether latents and embeddings are kept, in memory and in files, so that the encoders can go.
         cache_dir: folder of the files; by default in the cache of the library datasets.
         num_workers: processes that load images; those that are cached need none.

@@ -71,7 +71,7 @@ class DreamBoothModule(ImageStagesModule):
         revision: branch, tag or commit of the hub's repository.
         variant: variant of the weights' files, such as "fp16".
         sampling_steps: steps of the sampler for the images that are generated.
-        guidance_scale: scale of classifier-free guidance for them; 1 is none.
+        guidance_scale: scale of classifier-free guidance for them; 1 switches it off.
         dino: hub id or folder of the network that `test/dino` compares by; null leaves it out.
         clip: hub id or folder of the network that `test/clip_i` and `test/clip_t` compare by; null leaves them out.
     """

@@ -68,7 +68,7 @@ def sample(
         height: pixels, a multiple of 8.
         width: pixels, a multiple of 8.
         steps: steps of the sampler.
-        guidance_scale: scale of classifier-free guidance; up to 1 there is none.
+        guidance_scale: scale of classifier-free guidance; up to 1 it is off.
         device: the network's device.
         prediction_type: what the UNet predicts; by default as the repository's scheduler says.
         embeddings: embeds prompts, (B, 77, D) and pooled (B, P); by default the encoders do.

@@ -20,7 +20,7 @@ class TrainingExamples(Dataset):
 
     Pair i of an epoch is photograph i mod n, and class image i mod m. Stateless, so that any sampler serves.
 
-    Each photograph comes `repeats` times in an epoch, or more often where there are more class images. `load` gives
+    Each photograph comes `repeats` times in an epoch, or more often if class images outnumber them. `load` gives
     what a batch holds of an image and its caption: `load_pixels` or `look_up`.
     """
 

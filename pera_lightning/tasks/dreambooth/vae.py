@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pera_lightning.errors import ConfigurationError
 from pera_lightning.tasks.dreambooth.networks import loaded
-from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR, read
+from pera_lightning.tasks.dreambooth.pipeline_files import CHANNELS, FACTOR, INDEX, read
 
 
 def load_vae(name: str, part: str, *, dtype: torch.dtype, revision: str | None, variant: str | None) -> Any:
     """Loads the frozen VAE in a folder or hub repository `name`, in its folder `part` ("" for `name` itself)."""
     from diffusers import AutoencoderKL
 
+    if not part and (Path(name) / INDEX).is_file():
+        raise ConfigurationError(f"vae={name} is a pipeline: give {Path(name) / 'vae'}")
     # From its configuration, before any weights are fetched.
     try:
         config = read(name, f"{part}/config.json".lstrip("/"), revision)

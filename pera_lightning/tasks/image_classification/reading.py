@@ -34,7 +34,7 @@ class ImageDataset:
 
     @cached_property
     def kind(self) -> str:
-        """What the name means: "catalogue", "digits", "folder" or "hub"; a name that is none of them is refused."""
+        """What the name means: "catalogue", "digits", "folder" or "hub"; any other name is refused."""
         if canonical(self.name):
             kind = "catalogue"
         elif self.name.lower() == "digits":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.errors import DataError, shorten
+from pera_lightning.errors import DataError, listed, shorten
 from pera_lightning.tasks.sequence_classification.files import Columns
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, GLUETask
 
@@ -66,9 +66,8 @@ def to_examples(columns: Columns, task: GLUETask, *, label_column: str, unlabell
         if task.regression:
             found = _score(label, task.label_range)
         if found is None:
-            raise DataError(
-                f"row {number} of {columns.source}: label {_quoted(value)}; allowed: {task.labels_in_words}"
-            )
+            allowed = listed(known, 12) if own and not task.regression else task.labels_in_words
+            raise DataError(f"row {number} of {columns.source}: label {_quoted(value)}; allowed: {allowed}")
         labels[number] = found
     return Examples(texts, labels, _ids(columns), empty)
 

@@ -36,7 +36,7 @@ def check_weights(weights: Any, num_labels: int | None) -> None:
     if weights is None or (weights == "balanced" and num_labels != 1):
         return
     numbers = weights if isinstance(weights, (list, tuple)) and num_labels != 1 else ()
-    right = all(isinstance(w, (int, float)) and 0 < w < math.inf for w in numbers)
+    right = all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 < w < math.inf for w in numbers)
     if not numbers or not right or len(numbers) != (num_labels or len(numbers)):
         what = "a regression has no classes" if num_labels == 1 else f"there are {num_labels or 'some'} classes"
         raise ConfigurationError(

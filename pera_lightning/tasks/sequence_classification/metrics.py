@@ -79,7 +79,7 @@ def default_metrics(num_labels: int) -> tuple[str, ...]:
 
 def check_metrics(names: Sequence[str], selection: str, num_labels: int) -> None:
     """Raises `ConfigurationError` for metrics that do not exist, or not for so many labels."""
-    # F1 is that of label 1, as in GLUE, so there is none of three classes.
+    # F1 is that of label 1, as in GLUE, so three classes have none.
     fitting = REGRESSION if num_labels == 1 else [n for n in CLASSIFICATION if n != "f1" or num_labels == 2]
     for name in (*names, selection):
         if name not in fitting or name not in names:

@@ -128,7 +128,8 @@ class SequenceClassificationModule(TransformersModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         path, weights = self.hparams["mnli_checkpoint"], self.hparams["class_weights"]
-        if path is not None and self.trainer.ckpt_path is None and not Path(path).exists():  # which comes instead
+        # A checkpoint to go on from comes in its place.
+        if path is not None and self.trainer.ckpt_path is None and not Path(path).exists():
             raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
         self.trained_with = self._data.get("protocol")  # kept in checkpoints
         self.check_extremes()
@@ -137,11 +138,9 @@ class SequenceClassificationModule(TransformersModule):
         self.class_weights = None if weights is None else torch.as_tensor(weights).float().to(self.device)
 
     def on_train_start(self) -> None:
-        # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which wins.
+        # Not before, since only now it is known with every strategy whether a checkpoint was loaded, which comes first.
         path = self.hparams["mnli_checkpoint"]
-        if (
-            path is not None and self.started_from is None and self.trainer.ckpt_path is None
-        ):  # a checkpoint comes first
+        if path is not None and self.started_from is None and self.trainer.ckpt_path is None:
             task = start_from(self.model, path)  # type: ignore[arg-type]
             if task not in (None, "mnli"):
                 rank_zero_warn(f"mnli_checkpoint={path} was trained on {task}, and not on mnli")

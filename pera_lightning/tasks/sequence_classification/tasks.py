@@ -110,7 +110,7 @@ def custom_task(text_columns: Sequence[str], class_names: Sequence[str]) -> GLUE
     """The task of somebody's own files, with one text column or a pair, and no class names for regression."""
     if len(text_columns) not in (1, 2) or len({*text_columns}) < len(text_columns):
         raise ConfigurationError(f"text_columns={list(text_columns)}: one column, or the two of a pair, are needed")
-    if class_names:  # F1 is that of label 1, so there is none of three classes
+    if class_names:  # F1 is that of label 1, so three classes have none
         metrics = ("accuracy", "f1", "matthews") if len(class_names) == 2 else ("accuracy", "matthews")
     else:
         metrics = _CORRELATIONS

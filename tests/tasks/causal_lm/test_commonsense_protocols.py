@@ -247,7 +247,7 @@ def test_options_that_are_not_said(row: Example) -> None:
 def test_an_answer_that_is_no_option() -> None:
     check_example(ROW)
     wrong = dataclasses.replace(ROW, answer="answer4")
-    message = "example 7 of ARC-Easy: answer 'answer4' is none of its options answer1, answer2, answer3"
+    message = "example 7 of ARC-Easy: answer 'answer4' is not one of its options answer1, answer2, answer3"
     for name in NAMES:
         with pytest.raises(DataError, match=message):
             protocol("commonsense", name).check(wrong)

@@ -288,7 +288,7 @@ def test_data_that_cannot_serve(build, tmp_path):
     data = attached(ExamplesData((), {"ARC-Easy": bad}), fn="test")
     with pytest.raises(DataError) as error:
         data.setup("test")
-    one_line(error, "ARC-Easy/test/1", "'answer7' is none of its options answer1, answer2")
+    one_line(error, "ARC-Easy/test/1", "'answer7' is not one of its options answer1, answer2")
 
 
 def test_no_tokenizer_and_one_that_is_missing(tmp_path):

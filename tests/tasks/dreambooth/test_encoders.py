@@ -113,7 +113,7 @@ def test_vaes_that_do_not_fit_are_refused(folder, tmp_path):
         refused(words, encoders(folder, vae=str(tmp_path / name)).latents, pixels(), "cpu")
     refused("is a AutoencoderTiny", encoders(folder, vae=str(tmp_path / "other")).latents, pixels(), "cpu")
     refused("there is no such folder", encoders(folder, vae=str(tmp_path / "none")).latents, pixels(), "cpu")
-    refused("folder .* has no config.json", encoders(folder, vae=str(folder)).latents, pixels(), "cpu")
+    refused("is a pipeline: give .*vae", encoders(folder, vae=str(folder)).latents, pixels(), "cpu")
 
 
 def test_a_damaged_vae_is_named(tmp_path):

@@ -215,7 +215,7 @@ def test_validation_labels_that_training_lacks_are_named(tmp_path):
     made.files["validation"].write_text("text,label\na,x\nb,z\n")
     with pytest.raises(DataError) as error:
         made.examples("validation")
-    one_line(error, "row 1", "'z'", "0 (x), 1 (y)")
+    one_line(error, "row 1", "'z'", "allowed: x, y")
 
 
 def test_columns_are_listed_where_none_is_named(tmp_path):

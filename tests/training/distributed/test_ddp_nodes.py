@@ -103,7 +103,9 @@ def assert_each_file_by_one_process(single, written):
         assert {name: pids for name, pids in found.items() if len(pids) > 1} == {}
         assert sum("events.out" in name for name in found) == 1
     names = {path.relative_to(single.run).as_posix() for path in single.run.rglob("*") if path.is_file()}
-    of_a_test = {name for name in names if name == "results.json" or name.startswith("predictions")}
+    of_a_test = {
+        name for name in names if name in ("results.json", "config_test.yaml") or name.startswith("predictions")
+    }
     assert {"results.json", "checkpoints/last.ckpt", "config.yaml"} < names
     names = {name for name in names if "events.out" not in name} - (set() if "test" in written else of_a_test)
     assert {f"quickstart/{name}" for name in names} <= {name for found in written.values() for name in found}

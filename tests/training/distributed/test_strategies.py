@@ -29,8 +29,8 @@ METHODS = ["LoRA", "PERA", "HiRA", "HiRA svd", "HiLoRA", "PiSSA", "AuroRA"]
 PRECISIONS = {
     "float32": ("float32", "32-true", METHODS),
     "bf16-mixed": ("float32", "bf16-mixed", ["PERA", "HiRA"]),
-    "bf16 base": ("bfloat16", "32-true", ["HiRA svd", "PiSSA"]),
-    "bf16 base, bf16-mixed": ("bfloat16", "bf16-mixed", ["AuroRA", "HiLoRA"]),
+    "bf16 base": ("bfloat16", "32-true", ["PiSSA"]),
+    "bf16 base, bf16-mixed": ("bfloat16", "bf16-mixed", ["AuroRA"]),
 }
 
 pytestmark = pytest.mark.slow
@@ -63,9 +63,10 @@ def case(folder, strategy, network, sets, **more):
 IN_A_WINDOW = {"accumulate_grad_batches": 2, "val_check_interval": 1, "max_epochs": 1, "max_steps": -1}
 AT_VALIDATION = {"save_on_train_epoch_end": False}
 MORE = {
-    "clipped": {"trainer": {"gradient_clip_val": 0.05}},
-    "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
-    "checkpointed": {"module": {"activation_checkpointing": True}},
+    "clipped": {
+        "module": {"activation_checkpointing": True},
+        "trainer": {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2},
+    },
     "compiled": {"module": {"compile": True}},
     "images": {"kind": "vit", "method": "AuroRA"},
     "longer": {"trainer": {"max_steps": 5}},
@@ -103,8 +104,9 @@ def carried_cases(strategy, root, network, sets):
         options = {
             "step": {"ckpt": step, "trainer": {"max_steps": 5}},
             "window": {"ckpt": window, "trainer": IN_A_WINDOW, "keep": AT_VALIDATION, "batch": 2},
-            "test": {"ckpt": step, "command": "test", "protocol": "strict"},
         }
+        if source == "fsdp2":  # whose checkpoints are those of the others, see below
+            options["test"] = {"ckpt": step, "command": "test", "protocol": "strict"}
         folder = root / f"{source} to {strategy}"
         cases += [case(folder / name, strategy, network, sets, **more) for name, more in options.items()]
     return cases
@@ -193,13 +195,10 @@ def test_a_checkpoint_goes_on_under_another_strategy(matrix, source, strategy):
 
 @pytest.mark.timeout(900)
 def test_answers_are_the_same_under_every_strategy(matrix):
-    found = {
-        (source, strategy): json.loads((matrix / f"{source} to {strategy}" / "test" / "metrics.json").read_text())
-        for source in WORLDS
-        for strategy in WORLDS
-    }
-    assert found["single", "single"]
-    assert all(metrics == found["single", "single"] for metrics in found.values())
+    files = {strategy: matrix / f"fsdp2 to {strategy}" / "test" / "metrics.json" for strategy in WORLDS}
+    found = {strategy: json.loads(file.read_text()) for strategy, file in files.items()}
+    assert found["single"]
+    assert all(metrics == found["single"] for metrics in found.values())
 
 
 @pytest.mark.timeout(900)

@@ -70,7 +70,7 @@ def check_example(example: Example) -> None:
     words = options(example)
     if example.answer not in words:
         raise DataError(
-            f"example {example.id} of {example.set}: answer {example.answer!r} is none of its options "
+            f"example {example.id} of {example.set}: answer {example.answer!r} is not one of its options "
             f"{', '.join(words)}; correct the example or leave it out"
         )
 
