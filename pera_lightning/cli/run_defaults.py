@@ -1,7 +1,8 @@
 """What all runs share unless their config says otherwise: the logger, the checkpoints, the folder of a run.
 
 A config holds its experiment only. A run logs into ``runs/NAME``, named by its config's file, keeps ``best.ckpt`` by
-the `selection_metric` of its module and ``last.ckpt``, and notes the learning rates.
+the `selection_metric` of its module and ``last.ckpt``, and notes the learning rates. `PeraCLI` takes the logger from
+here before a config is parsed, and the rest, which depends on the config, after it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The handshake: what module and data module must agree on is exchanged here and nowhere else. From its `setup` on a data
 module asks for `requirements` (tokenizer, image size and mean …), which a module states in `data_requirements`. In its
 own `agree`, which comes afterwards, a module asks for `description`: number and names of the classes, and under
-"protocol" what of the data goes into results.
+"protocol" what of the data goes into results, as primitives (not to be confused with a language model's evaluation
+protocol, an object, nor with GLUE's split protocol).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from pera_lightning import __version__
 from pera_lightning.errors import CheckpointError, listed, shorten
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
+    FORMAT,
     METADATA,
     check_injection,
     check_state,
@@ -45,11 +46,13 @@ def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
 
 
 def check_has_adapters(checkpoint: dict[str, Any], source: Any) -> None:
-    """Raises `CheckpointError` where a checkpoint was written without `AdapterInjection`."""
+    """Raises `CheckpointError` where a checkpoint was written without `AdapterInjection`, or in another format."""
     if METADATA not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"{source} holds no adapters: it was written without AdapterInjection; give a checkpoint of this method"
         )
+    if (written := checkpoint[METADATA].get("format", FORMAT)) != FORMAT:
+        raise CheckpointError(f"{source} has format {written!r}, this version of pera_lightning reads {FORMAT}")
 
 
 def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:

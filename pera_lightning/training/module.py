@@ -226,7 +226,10 @@ class AdapterModule(LightningModule):
         """Takes hyperparameters that the network needs and that were left to the data from trained tensors, by name."""
 
     def outputs_and_loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs (N, C) for a training or validation batch and their mean loss; a `merge_error.Forward`."""
+        """Outputs (N, C) for a training or validation batch and their mean loss; a `merge_error.Forward`.
+
+        `network` is `self.model`, which merging hands over as it does to functions.
+        """
         raise ConfigurationError(f"{type(self).__name__} defines no outputs_and_loss, by which a merge is measured")
 
     def write_network(self, folder: Path, data: Any = None, class_names: Sequence[str] | None = None) -> list[str]:

@@ -184,6 +184,15 @@ def test_a_checkpoint_without_adapters(tmp_path: Path) -> None:
         load_adapted(Plain, tmp_path / "plain.ckpt")
 
 
+def test_a_checkpoint_of_a_later_format(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    content = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    content["pera_lightning"]["format"] = 2
+    torch.save(content, tmp_path / "best.ckpt")
+    with pytest.raises(CheckpointError, match="has format 2, this version of pera_lightning reads 1"):
+        load_adapted(Plain, tmp_path / "best.ckpt")
+
+
 def test_a_plain_module_still_loads_strictly(tmp_path: Path) -> None:
     """Only the frozen base may be missing; torch's own check stays on for the rest."""
     model, _ = fitted(tmp_path)

@@ -73,6 +73,7 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _F1, _CORRELATIONS = ("f1", "accuracy"), ("pearson", "spearman")
 
+# By default their files are those of nyu-mll/glue, see `sources.py`.
 _TASKS = (
     GLUETask(
         "cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "matthews", submission_files=("CoLA",)
