@@ -276,9 +276,10 @@ def test_class_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match="has 0 images of your own, and num_class_images=0: add some"):
         ClassImages(tmp_path / "none", "a photo of dog", 0)
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(DataError, match=r"file/.* cannot be written: .*; make room, or choose another folder"):
-            ClassImages(folder, "a photo of dog", 1).claim({})
+    with pytest.raises(DataError, match="file is a file; give a folder of class images"):
+        ClassImages(tmp_path / "file", "a photo of dog", 1)
+    with pytest.raises(DataError, match=r"deeper/.* cannot be written: .*; make room, or choose another folder"):
+        ClassImages(tmp_path / "file" / "deeper", "a photo of dog", 1).claim({})
 
 
 def test_a_writer_that_is_killed_leaves_no_image(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_nothing_is_warned_of_where_no_images_are_asked_for(base, photos, tmp_pa
 
 
 WRONG_VAE = {
-    "a pipeline": (lambda base: base, r"^vae of \S*: folder \S* has no config.json"),
+    "a pipeline": (lambda base: base, r"^vae=\S* is a pipeline: give \S*/vae$"),
     "a file": (lambda base: f"{base}/model_index.json", r"^vae of \S*model_index.json: .* is a file, and a folder"),
     "no folder": (lambda base: "nowhere/x", r"^vae of nowhere/x: "),
     "another part": (lambda base: f"{base}/unet", r"^the VAE of \S*unet is a UNet2DConditionModel"),
