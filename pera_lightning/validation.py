@@ -56,7 +56,7 @@ def check_in_range(
 
     The bounds are those of the operators: `ge` and `le` are allowed themselves, `gt` and `lt` are not.
     """
-    # NaN and infinity are within no range, True and False are no numbers.
+    # NaN, infinity, True and False are refused whatever the bounds.
     number = _is_int(value) or (not integer and isinstance(value, float) and math.isfinite(value))
     inside = number and (
         (ge is None or value >= ge)

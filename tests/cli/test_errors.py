@@ -27,7 +27,7 @@ def error_line(result):
 # ---- wrong input: found while the command line is read --------------------------------------------------------------
 
 PARSED = {
-    "rank that is no number": (["--adapter.method.rank", "two"], "adapter.method.rank: int is needed; given two"),
+    "rank that is a word": (["--adapter.method.rank", "two"], "adapter.method.rank: int is needed; given two"),
     "rank 0": (["--adapter.method.rank", "0"], "rank=0: a positive integer is needed"),
     "unknown model": (["--model", "ImageClassifier"], "closest: ImageClassificationModule"),
     "abbreviated option": (["--trainer.max_ep", "3"], "unknown option --trainer.max_ep"),
@@ -88,7 +88,7 @@ def pictures(folder, count=6):
 
 def test_a_broken_image_is_one_line(quick, tmp_path):
     pictures(tmp_path / "photos" / "cat")
-    (pictures(tmp_path / "photos" / "dog") / "3.png").write_bytes(b"this is no picture")
+    (pictures(tmp_path / "photos" / "dog") / "3.png").write_bytes(b"not an image")
     line = error_line(quick("--data.dataset", tmp_path / "photos", "--data.classes", "null", folder=tmp_path / "runs"))
     assert "1 broken image(s) under" in line
     assert "dog/3.png" in line

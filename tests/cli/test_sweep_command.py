@@ -89,7 +89,7 @@ def play(pera, tmp_path, monkeypatch, interruptible):
         result.calls = (tmp_path / "calls").read_text().splitlines()
         result.folder = out
         text = (out / "sweep.json").read_text() if (out / "sweep.json").is_file() else "null"
-        result.sweep = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+        result.sweep = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
         return result
 
     return run

@@ -51,7 +51,7 @@ def test_values_are_parted_at_the_outer_commas(text, parts):
 
 
 WRONG = {
-    "seeds that are no numbers": (
+    "seeds that are words": (
         ["--seeds", "a,b"],
         "--seeds a,b: different whole numbers from 0 to 4294967295 are needed",
     ),

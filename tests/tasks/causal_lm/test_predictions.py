@@ -81,7 +81,7 @@ def test_remove(tmp_path):
 
 
 def test_others_are_of_the_same_evaluation(tmp_path):
-    """What another evaluation left, a prediction by the same protocol too, is none of its business."""
+    """What another evaluation left, a prediction by the same protocol too, is not its business."""
     records = partial(tmp_path)
     assert records.others() == []
     records.append([A])

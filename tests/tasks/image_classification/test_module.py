@@ -56,7 +56,7 @@ def randomise(network):
 
 
 def run_test(folder, vit, method, *, classes, count=23, batch_size=8, logger=None):
-    """A module with random adapters, tested; count is no multiple of batch_size."""
+    """A module with random adapters, tested; count is not a multiple of batch_size."""
     network = module(vit, num_classes=classes)
     trainer = make_trainer(folder, method, logger=logger or CSVLogger(folder, name="", version=""))
     trainer.fit(network, loader(4, classes=classes))
