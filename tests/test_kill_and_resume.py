@@ -29,7 +29,7 @@ def script():
 
 @pytest.mark.slow
 def test_a_killed_quickstart(tmp_path: Path) -> None:
-    words = [sys.executable, str(SCRIPT), "--kills", "2", "--every", "2", "--output", str(tmp_path / "out")]
+    words = [sys.executable, str(SCRIPT), "--kills", "1", "--every", "2", "--output", str(tmp_path / "out")]
     words += ["--trainer.max_epochs", "3", "--trainer.limit_train_batches", "8"]
     process = subprocess.Popen(
         words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -112,9 +112,9 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
         check=True,
     )
     assert where.stdout.startswith(str(target))
-    assert "trainable 11,669" in pera("params", "--config", "configs/quickstart.yaml")
     options = [word for key, value in QUICK.items() for word in (f"--{key}", str(value))]
     printed = pera("fit", "--config", "configs/quickstart.yaml", *options)
     assert "Injected AuroRA" in printed
+    assert "trainable 11,669" in printed
     assert (work / "runs" / "quickstart" / "checkpoints" / "best.ckpt").is_file()
     assert sorted(p.name for p in work.iterdir()) == ["runs"]

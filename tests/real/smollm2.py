@@ -32,7 +32,7 @@ def build_smollm2(folder: Path) -> Path:
     return folder
 
 
-def write_questions(folder: Path, *, train: int = 160, test: int = 24) -> Path:
+def write_questions(folder: Path, *, train: int = 160, test: int = 12) -> Path:
     """A folder in LLM-Adapters' form, with questions such as "Which of these is an animal?" as its set ARC-Easy."""
     draw = random.Random(0)
     (folder / "ARC-Easy").mkdir(parents=True)

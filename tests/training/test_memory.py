@@ -1,7 +1,6 @@
 """Memory of a training step: what is computed without values against what real tensors, runs and processes hold."""
 
 import gc
-import time
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from pera_lightning.training.memory import (
 from pera_lightning.training.sharding import shard, units
 from tests.tasks.causal_lm import language_helpers as text
 from tests.tasks.image_classification import vision_helpers as vision
+from tests.training.distributed.forked import run_forked
 
 METHODS = {"LoRA": LoRA(rank=2), "PERA": PERA(rank=3), "HiRA": HiRA(rank=2), "AuroRA": AuroRA(rank=2)}
 DROPPING = {f"{n}, dropout": type(m)(rank=m.rank, dropout=0.1) for n, m in METHODS.items()}
@@ -268,10 +268,9 @@ def test_shards_are_filled_up(shape, shards, rows):
     assert shard_bytes(torch.empty(shape, dtype=torch.bfloat16), shards) == rows * 3 * 2
 
 
-def fsdp_step(rank, folder, method, results):
+def fsdp_step(folder, method, results):
     """Of one of two processes, for each base dtype: bytes of its shards and the most that a step allocated."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     found = {}
     for base_dtype in ("float32", "bfloat16"):
@@ -287,24 +286,15 @@ def fsdp_step(rank, folder, method, results):
         peak = min(allocated(lambda loss=loss: loss().backward())[1] for _ in range(5))
         found[base_dtype] = {"local": local, "held": memory.base + memory.adapters, "peak": peak}
         found[base_dtype]["computed"] = memory.gathered + memory.kept + memory.besides
-    if rank == 0:
-        torch.save(found, f"{results}/found.pt")
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, results / "found.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_of_fsdp2(tmp_path):
     folder = text.save_tiny(tmp_path / "model", hidden_size=256, intermediate_size=700, num_hidden_layers=6)
-    context = torch.multiprocessing.start_processes(
-        fsdp_step, (folder, PERA(rank=3), str(tmp_path)), nprocs=2, join=False, start_method="spawn", daemon=True
-    )
-    try:
-        end = time.monotonic() + 240
-        while not context.join(timeout=5):  # ends with each process too
-            assert time.monotonic() < end, "two processes did not end in time"
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_forked(lambda: fsdp_step(folder, PERA(rank=3), tmp_path), 2, tmp_path, 240)
     for base_dtype, found in torch.load(tmp_path / "found.pt").items():
         assert found["local"] == found["held"], base_dtype
         assert 0.9 * found["computed"] < found["peak"] < 1.02 * found["computed"], base_dtype

@@ -1,7 +1,6 @@
 """DreamBooth on two processes: the images, class images and cached batches of one; FSDP2 as DDP."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pera_lightning.adapters import AuroRA
-from tests.run_helpers import ROOT
+from pera_lightning.cli.main import main
 from tests.tasks.dreambooth.config_words import words
 from tests.tasks.dreambooth.fits import CLASS, Randomise, base_fixture, data, fit, make_trainer, module, photos_fixture
 from tests.tasks.dreambooth.test_similarity import save_clip
-from tests.training.distributed.node_helpers import environment, free_port, run_together, torchrun_words
+from tests.training.distributed.forked import run_forked
 
 TWO = {"devices": 2, "strategy": "ddp_fork"}
 
@@ -101,10 +100,7 @@ def test_fsdp2_trains_and_draws_as_ddp(base, photos, tmp_path):
     for folder in (one, other):
         more |= {**prior, "data__class_folder": folder / "class", "trainer__strategy": folder.name}
         runs.append(words("fit", base, photos, folder, **more))
-    script = [sys.executable, str(ROOT / "tests" / "training" / "distributed" / "command_runs.py")]
-    command = torchrun_words(script, nodes=1, node=0, port=free_port(), processes=2)
-    (done,) = run_together([(command, environment(RUNS=json.dumps(runs)))], tmp_path, 200)
-    assert done.code == 0, done.text[-3000:]
+    run_forked(lambda: [main(one) for one in runs], 2, tmp_path, 200)
     plain, sharded = (load_file(folder / "pera" / "adapter" / "adapter.safetensors") for folder in (one, other))
     assert plain.keys() == sharded.keys()
     for name, value in plain.items():

@@ -1,32 +1,24 @@
-"""A script of several fits and tests after each other in the same processes: ``strategy_runs.py PLAN.json``.
-
-Started by `torchrun`, or alone for one process. Lightning's launcher would start the script again for each trainer, and
-importing takes longer than the fits do.
-"""
+"""Fits and tests of the strategies, and what each of them keeps for the tests."""
 
 import json
 import os
-import sys
 from functools import partialmethod
 from pathlib import Path
 
 import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader, DistributedSampler
 
-torch.set_num_threads(1)
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
-
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything  # noqa: E402
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
-from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
-
-from pera_lightning import AdapterInjection  # noqa: E402
-from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, LoRA  # noqa: E402
-from pera_lightning.training.distributed import all_gather_object  # noqa: E402
-from pera_lightning.training.sharding import full_tensors, sharded_like  # noqa: E402
-from tests.tasks.causal_lm.evaluator_helpers import data  # noqa: E402
-from tests.tasks.causal_lm.language_helpers import QV, module  # noqa: E402
+from pera_lightning import AdapterInjection
+from pera_lightning.adapters import PERA, AuroRA, HiLoRA, HiRA, LoRA
+from pera_lightning.training.distributed import all_gather_object
+from pera_lightning.training.sharding import full_tensors, sharded_like
+from tests.tasks.causal_lm.evaluator_helpers import data
+from tests.tasks.causal_lm.language_helpers import QV, module
+from tests.tasks.image_classification.vision_helpers import Images
+from tests.tasks.image_classification.vision_helpers import module as image_module
 
 METHODS = {
     "LoRA": LoRA(rank=2),
@@ -37,8 +29,6 @@ METHODS = {
     "PiSSA": LoRA(rank=2, init="pissa"),  # changes the frozen weights at the injection
     "AuroRA": AuroRA(rank=2),
 }
-torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # inductor takes minutes
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Watch(Callback):
@@ -99,31 +89,39 @@ class Dealt(LightningDataModule):
     num_classes = 3
 
     def train_dataloader(self):
-        from tests.tasks.image_classification.vision_helpers import Images
+        images, (rank, world) = Images(16), own_rank()
+        sampler = DistributedSampler(images, num_replicas=world, rank=rank, seed=5)
+        return DataLoader(images, batch_size=4 // world, sampler=sampler)
 
-        images = Images(16)
-        sampler = DistributedSampler(images, num_replicas=WORLD, rank=RANK, seed=5)
-        return DataLoader(images, batch_size=4 // WORLD, sampler=sampler)
+
+def own_rank():
+    """This process's rank, and how many processes there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def build(case):
     """Network and data of a case."""
     options = {"weight_decay": 0.01, **case.get("module", {})}
     if case["kind"] == "vit":
-        from tests.tasks.image_classification.vision_helpers import module as image_module
-
         return image_module(case["network"], **options), Dealt(), ["attn.qkv[q,v]"], ["head"]
     protocol = case.get("protocol", "llm_adapters")
-    rows = data(
-        Path(case["sets"]), protocol, batch_size=case.get("batch", 4) // WORLD, eval_batch_size=2, validation_size=3
-    )
+    batch_size = case.get("batch", 4) // own_rank()[1]
+    rows = data(Path(case["sets"]), protocol, batch_size=batch_size, eval_batch_size=2, validation_size=3)
     return module(case["network"], **options), rows, QV, []
 
 
-def run(case):
+def run(cases):
+    """Runs cases after each other, in a process that does nothing else."""
+    # The other backends are slow, and tested elsewhere.
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="eager")
+    for case in cases:
+        run_case(case)
+
+
+def run_case(case):
     """Fits or tests as a case says."""
-    folder = Path(case["folder"])
-    if "forgets" in case and RANK == 0:  # the others wait for it where the network is sharded
+    folder, (rank, world) = Path(case["folder"]), own_rank()
+    if "forgets" in case and rank == 0:  # the others wait for it where the network is sharded
         files = sorted(folder.glob(case["forgets"]))
         (folder / "answered.json").write_text(json.dumps([len(file.read_text().splitlines()) for file in files]))
         files[-1].unlink()
@@ -131,13 +129,13 @@ def run(case):
     network, rows, targets, trainable = build(case)
     strategy = case["strategy"]
     if strategy == "model_parallel":
-        strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
     often = case.get("keep", {"every_n_train_steps": 1})
     keep = ModelCheckpoint(folder, filename="last", enable_version_counter=False, **often)
     dies = [Dies(case["dies"])] if "dies" in case else []
     trainer = Trainer(
         accelerator="cpu",
-        devices=WORLD,
+        devices=world,
         strategy=strategy,
         callbacks=[AdapterInjection(METHODS[case["method"]], targets, trainable), Watch(folder), *dies, keep],
         logger=False,
@@ -155,10 +153,3 @@ def run(case):
     if command != "fit" and trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({k: v.item() for k, v in trainer.callback_metrics.items()}))
-
-
-if __name__ == "__main__":
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run(case)
-        if RANK == 0:
-            print("done", case["folder"], flush=True)

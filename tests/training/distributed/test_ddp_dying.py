@@ -14,7 +14,6 @@ SOON = 60  # after the death
     ("launcher", "rank", "how"),
     [
         ("lightning", 1, "error"),
-        ("lightning", 1, "killed"),
         ("lightning", 0, "killed"),
         ("torchrun", 0, "killed"),
     ],
