@@ -18,7 +18,7 @@ from tests.cli.trained_runs import refused
 from tests.run_helpers import run_pera
 from tests.tasks.dreambooth.config_words import SIDE, words
 from tests.tasks.dreambooth.fits import base_fixture, injected, photos_fixture
-from tests.tasks.dreambooth.sdxl import save_tiny
+from tests.tasks.dreambooth.sdxl import SHALLOW, save_tiny
 
 MIB = 2**20
 
@@ -221,7 +221,9 @@ def test_params_counts_what_is_trained(pera, base, photos, tmp_path):
 def wide(tmp_path_factory):
     """A pipeline with enough in it to count in tenths of a MiB."""
     return str(
-        save_tiny(tmp_path_factory.mktemp("wide"), unet={"block_out_channels": (32, 64, 64), "norm_num_groups": 8})
+        save_tiny(
+            tmp_path_factory.mktemp("wide"), unet={**SHALLOW, "block_out_channels": (64, 96), "norm_num_groups": 8}
+        )
     )
 
 

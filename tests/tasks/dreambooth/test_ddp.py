@@ -14,6 +14,7 @@ from pera_lightning.adapters import AuroRA
 from pera_lightning.cli.main import main
 from tests.tasks.dreambooth.config_words import words
 from tests.tasks.dreambooth.fits import CLASS, Randomise, base_fixture, data, fit, make_trainer, module, photos_fixture
+from tests.tasks.dreambooth.sdxl import SHALLOW
 from tests.tasks.dreambooth.test_similarity import save_clip
 from tests.training.distributed.forked import run_forked
 
@@ -22,7 +23,7 @@ TWO = {"devices": 2, "strategy": "ddp_fork"}
 pytestmark = pytest.mark.filterwarnings("error:.*it is recommended to use .self.log.*sync_dist.*")
 
 
-base = base_fixture()
+base = base_fixture(unet=SHALLOW)
 photos = photos_fixture()
 
 

@@ -26,7 +26,7 @@ from tests.tasks.dreambooth.fits import (
     seeded_loss,
     trained,
 )
-from tests.tasks.dreambooth.sdxl import save_tiny
+from tests.tasks.dreambooth.sdxl import SHALLOW, save_tiny
 
 base = base_fixture()
 photos = photos_fixture()
@@ -133,7 +133,8 @@ def test_activations_that_are_computed_again_change_nothing(base):
 
 
 @pytest.mark.slow
-def test_compiled_it_computes_the_same(base, monkeypatch):
+def test_compiled_it_computes_the_same(tmp_path, monkeypatch):
+    base = str(save_tiny(tmp_path, unet=SHALLOW))
     original, compiled = torch.nn.Module.compile, []
 
     def quick(self, *args, **options):
