@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from pera_lightning.training.accumulated_gradients import GRADIENTS
 from tests.tasks.causal_lm.evaluator_helpers import COUNTS, close, data, evaluate, left
 from tests.tasks.causal_lm.language_helpers import module
 from tests.training.distributed import strategy_runs
@@ -50,7 +51,8 @@ def case(folder, strategy, network, sets, **more):
     return {**shared, "strategy": "auto" if strategy == "single" else strategy, "folder": str(folder), **more}
 
 
-IN_A_WINDOW = {"accumulate_grad_batches": 2, "val_check_interval": 1, "max_epochs": 1, "max_steps": -1}
+# Validation, and the checkpoint with it, after the first of the second step's two batches.
+IN_A_WINDOW = {"accumulate_grad_batches": 2, "val_check_interval": 3, "max_epochs": 1, "max_steps": -1}
 AT_VALIDATION = {"save_on_train_epoch_end": False}
 MORE = {
     "clipped": {
@@ -171,6 +173,8 @@ def test_a_checkpoint_goes_on_under_another_strategy(matrix, source, strategy):
 
     Bit for bit under the strategy that wrote it, to rounding under others.
     """
+    stopped = torch.load(matrix / source / "stopped" / "last.ckpt", weights_only=True)
+    assert all(stopped[GRADIENTS])  # of every process: it was written between the two batches of a step
     same = next(s for s in WORLDS if WORLDS[s] == WORLDS[source])
     for name, undisturbed in (("step", end(matrix / same / "longer")), ("window", end(matrix / same / "window"))):
         found = end(matrix / f"{source} to {strategy}" / name)
