@@ -81,8 +81,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         inject_spec(root, config)
     present = injection_of(root)
     if not check_base:  # take the model's own base for the right one
-        config = {**config, "fingerprint": present.fingerprint}  # type: ignore[union-attr]
-    check_injection(config, present, str(folder))  # type: ignore[arg-type]
+        config = {**config, "fingerprint": present.fingerprint, "rest_of_base": present.rest_of_base}  # type: ignore[union-attr]
+    check_injection(config, present, str(folder), held=state)  # type: ignore[arg-type]
     check_state(root, state, str(folder))
     root.load_state_dict(state, strict=False)  # the frozen base is not in it
     return model

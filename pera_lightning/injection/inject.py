@@ -6,6 +6,7 @@ One definition of "trained", by structure, serves freezing, counting, saving and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,9 +18,10 @@ from pera_lightning.adapters.adapted_layer import AdaptedLayer, base_weight
 from pera_lightning.adapters.base import LinearAdapter
 from pera_lightning.adapters.method import Method, Target
 from pera_lightning.adapters.report import InjectionReport
-from pera_lightning.errors import AlreadyInjectedError, ConfigurationError
-from pera_lightning.injection.fingerprint import fingerprint
+from pera_lightning.errors import AlreadyInjectedError, ConfigurationError, listed
+from pera_lightning.injection.fingerprint import fingerprint, rest_of_base
 from pera_lightning.injection.fused_projections import call_the_layer
+from pera_lightning.injection.new_layers import new_and_frozen
 from pera_lightning.injection.targets import match_modules, resolve
 
 _MARK = "_pera_injection"  # attribute of an injected model; a plain one, so it is in no state dict
@@ -36,7 +38,8 @@ class Injection:
     seed: int  # of the initial values
     layers: dict[str, tuple[str, ...]]  # path of each adapted layer to the names of its slices
     trained_modules: tuple[str, ...]  # paths of the modules trained in full
-    fingerprint: dict[str, str] = field(repr=False)  # path of a frozen weight to its shape and hash
+    fingerprint: dict[str, str] = field(repr=False)  # path of each adapted layer to its shape and hash
+    rest_of_base: dict[str, str] = field(repr=False)  # the same of all other frozen tensors, by name
     report: InjectionReport = field(repr=False)  # what is printed for people
 
     def spec(self) -> dict[str, Any]:
@@ -50,6 +53,7 @@ class Injection:
             "layers": {path: list(slices) for path, slices in self.layers.items()},
             "trained_modules": list(self.trained_modules),
             "fingerprint": dict(self.fingerprint),
+            "rest_of_base": dict(self.rest_of_base),
         }
 
 
@@ -127,6 +131,7 @@ def inject(
         parameter.requires_grad_(name in trained)
 
     # Remember what was done, and report it.
+    known = fingerprint(model, [target.path for target in resolved])
     mark = Injection(
         method=method,
         targets=targets,
@@ -135,10 +140,17 @@ def inject(
         seed=seed,
         layers={target.path: tuple(target.slices) for target in resolved},
         trained_modules=trained_modules,
-        fingerprint=fingerprint(model, [target.path for target in resolved]),
+        fingerprint=known,
+        rest_of_base=rest_of_base(model, known, trained, trained_modules),
         report=_report(model, method, resolved, trained_modules, notes),  # counts what is trained by now
     )
     setattr(model, _MARK, mark)
+    if new := new_and_frozen(model):
+        warnings.warn(
+            f"{listed(new)} of {type(model).__name__} is frozen, and neither a target nor in trainable: if new, it "
+            f"is random and stays so; trainable=[{', '.join([*trainable, *new])}] trains it",
+            stacklevel=2,
+        )
     return mark.report
 
 
@@ -157,9 +169,10 @@ def forget_injection(model: nn.Module) -> None:
     delattr(model, _MARK)
 
 
-def set_fingerprint(model: nn.Module, fingerprint: dict[str, str]) -> None:
+def set_fingerprint(model: nn.Module, fingerprint: dict[str, str], rest_of_base: dict[str, str]) -> None:
     """Replaces the fingerprint of an injected model whose weights were not there at the injection."""
-    setattr(model, _MARK, replace(injection_of(model), fingerprint=fingerprint))  # type: ignore[type-var]
+    mark = replace(injection_of(model), fingerprint=fingerprint, rest_of_base=rest_of_base)  # type: ignore[type-var]
+    setattr(model, _MARK, mark)
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

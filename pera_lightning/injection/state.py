@@ -7,16 +7,18 @@ base is told apart before a tensor is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, listed
-from pera_lightning.injection.fingerprint import differing, fingerprint_of
+from pera_lightning.injection.fingerprint import differing, fingerprint_of, not_comparable
 from pera_lightning.injection.inject import Injection, inject, injection_of, trained_parameter_names
 
 METADATA = "pera_lightning"
@@ -161,26 +163,60 @@ def check_plain(
     if absent := [path for path in config["layers"] if path not in modules]:
         raise CheckpointError(f"{source} adapts {listed(absent, 3)}, which {type(model).__name__} does not have")
     if check_base:
-        own = {path: fingerprint_of(model, path) for path in config["fingerprint"]}
-        check_same_base(config["fingerprint"], own, source)
+        own = {k: {p: fingerprint_of(model, p) for p in config.get(k, ())} for k in ("fingerprint", "rest_of_base")}
+        check_same_base(config, own["fingerprint"], own["rest_of_base"], source, held=state)
     present = model.state_dict()  # which has no adapters yet
     check_tensors({name: value for name, value in state.items() if name in present}, present, (), source)
 
 
-def check_same_base(saved: Mapping[str, str], present: Mapping[str, str], source: str) -> None:
-    """Raises `CheckpointError` where two fingerprints differ."""
-    if wrong := differing(saved, present):
-        count = f"{len(wrong)} of {len(present)} frozen weights differ, first {wrong[0]}"
-        raise CheckpointError(f"{source} was trained on another base: {count}")
+def check_same_base(
+    saved: Mapping[str, Any],
+    layers: Mapping[str, str],
+    rest: Mapping[str, str],
+    source: str,
+    *,
+    held: Container[str] = (),
+) -> None:
+    """Raises `CheckpointError` where a base is not the one trained on; warns of what could not be compared.
+
+    Args:
+        saved: what `Injection.spec` gave.
+        layers: the model's own `Injection.fingerprint`.
+        rest: the model's own `Injection.rest_of_base`.
+        source: where `saved` comes from, for the message.
+        held: names of the tensors that are loaded, and so need not be those of the base: buffers, what was unfrozen.
+    """
+    # The file of an earlier version says nothing of the rest.
+    then, now = ({**saved["fingerprint"], **saved.get("rest_of_base", rest)}, {**layers, **rest})
+    if wrong := [name for name in differing(then, now) if name not in held]:
+        hint = ""
+        if not {*wrong} & {*layers}:
+            hint = "; none of them is adapted: if they are new and random, fit again with their modules in trainable"
+        count = f"{len(wrong)} of {len(now)} frozen tensors differ: {listed(wrong, 3)}"
+        raise CheckpointError(f"{source} was trained on another base: {count}{hint}")
+    if "rest_of_base" not in saved and rest:
+        _warn(
+            f"{source} is of an earlier version and describes the adapted layers only: whether the {len(rest)} other "
+            "frozen tensors are those trained on could not be compared"
+        )
+    if unknown := not_comparable(then, now):
+        _warn(f"{source}: {len(unknown)} of {len(now)} frozen tensors could not be compared: {listed(unknown, 3)}")
 
 
-def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -> None:
+def _warn(message: str) -> None:
+    """Warns on the first process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        warnings.warn(message, stacklevel=2)
+
+
+def check_injection(saved: Mapping[str, Any], present: Injection, source: str, *, held: Container[str] = ()) -> None:
     """Raises `CheckpointError` where a saved injection is of another method, target set, head or base.
 
     Args:
         saved: what `Injection.spec` gave.
         present: the model's.
         source: where `saved` comes from, for the message.
+        held: names of the tensors that are loaded, see `check_same_base`.
     """
     # The method, but for what may differ at run time.
     method = method_from_spec(saved["method"])
@@ -198,7 +234,7 @@ def check_injection(saved: Mapping[str, Any], present: Injection, source: str) -
     if tuple(saved["trained_modules"]) != present.trained_modules:
         heads = f"{saved['trained_modules']} in full, the model {list(present.trained_modules)}"
         raise CheckpointError(f"{source} trains {heads}: give the same trainable")
-    check_same_base(saved["fingerprint"], present.fingerprint, source)
+    check_same_base(saved, present.fingerprint, present.rest_of_base, source, held=held)
 
 
 def _lasting(method: Method) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str)
         return
     present = injection_of(found[1])
     check_has_adapters(checkpoint, source)
-    check_injection(checkpoint[METADATA], present, source)  # type: ignore[arg-type]
+    held = {name.removeprefix(found[0]) for name in checkpoint["state_dict"]}
+    check_injection(checkpoint[METADATA], present, source, held=held)  # type: ignore[arg-type]
     strict = getattr(module, "strict_loading", True)  # as Lightning asks it
     check_state(module, checkpoint["state_dict"], source, strict=strict)
 

@@ -154,7 +154,7 @@ class AdapterModule(LightningModule):
         inject_spec(self.model, spec)
         keep_heads_float32(self.model)
         # Compared by fingerprint and names before anything is loaded.
-        check_injection(spec, injection_of(self.model), source)  # type: ignore[arg-type]
+        check_injection(spec, injection_of(self.model), source, held=state)  # type: ignore[arg-type]
         check_state(self.model, state, source)
         self.model.load_state_dict(state, strict=False)  # without the base, which is there
         self.eval()

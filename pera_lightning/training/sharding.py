@@ -63,9 +63,9 @@ def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
         fully_shard(unit, mesh=mesh)
     mark = injection_of(network)
     if mark is not None:  # the meta device had no values to take a fingerprint of
-        fingerprint = [mark.fingerprint]
+        fingerprint = [mark.fingerprint, mark.rest_of_base]
         dist.broadcast_object_list(fingerprint, source, group)
-        set_fingerprint(network, fingerprint[0])
+        set_fingerprint(network, *fingerprint)
 
 
 def _modules_of_units(network: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pera_lightning.adapters import PERA, AdaptedLinear, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA, Method
 from pera_lightning.errors import AlreadyInjectedError, ConfigurationError, NoTargetMatched, PeraError
-from pera_lightning.injection.fingerprint import differing, fingerprint, weight_hash
 from pera_lightning.injection.inject import adapter_parameter_names, inject, injection_of, trained_parameter_names
 
 
@@ -232,48 +231,6 @@ def test_the_mark_travels_with_copies() -> None:
     assert injection_of(other) == injection_of(model)
     assert isinstance(other.up, AdaptedLinear)
     assert trained_parameter_names(other) == trained_parameter_names(model)
-
-
-# --- fingerprint ---
-
-
-def test_fingerprint_tells_bases_apart() -> None:
-    torch.manual_seed(0)
-    model = Net()
-    other = copy.deepcopy(model)
-    saved = fingerprint(model, ["up", "down"])
-    assert set(saved) == {"up", "down"}
-    assert saved["up"].startswith("32x16:")
-    assert differing(saved, fingerprint(other, ["up", "down"])) == []
-    with torch.no_grad():
-        other.up.weight.mul_(1.02)  # an Instruct version of the same base
-    assert differing(saved, fingerprint(other, ["up", "down"])) == ["up"]
-    assert differing(saved, fingerprint(model, ["up"])) == ["down"]
-    assert differing(fingerprint(model, ["up"]), saved) == ["down"]
-
-
-def test_fingerprint_of_a_bfloat16_copy_agrees() -> None:
-    weight = torch.randn(50, 70)
-    for twin in (weight.bfloat16(), weight.half()):
-        assert differing({"a": weight_hash(weight)}, {"a": weight_hash(twin)}) == []
-        assert differing({"a": weight_hash(twin)}, {"a": weight_hash(weight)}) == []
-    assert differing({"a": weight_hash(weight)}, {"a": weight_hash(weight * 1.02)}) == ["a"]
-    assert weight_hash(weight, torch.zeros(weight.shape[0])) != weight_hash(weight, torch.ones(weight.shape[0]))
-    assert weight_hash(weight) != weight_hash(weight.T.contiguous())
-    assert weight_hash(torch.zeros(3, 4)) != weight_hash(torch.zeros(4, 3))
-
-
-def test_fingerprint_on_the_meta_device_knows_shapes_only() -> None:
-    real, meta = nn.Linear(4, 3), nn.Linear(4, 3, device="meta")
-    assert weight_hash(meta.weight) == "3x4:"
-    assert differing({"a": weight_hash(real.weight)}, {"a": weight_hash(meta.weight)}) == []
-    assert differing({"a": "4x4:"}, {"a": weight_hash(real.weight)}) == ["a"]
-
-
-def test_fingerprint_of_a_probe_is_of_the_frozen_matrices() -> None:
-    model = Net()
-    inject(model, LinearProbe(), trainable=["head"])
-    assert set(injection_of(model).fingerprint) == {"embed.weight", "qkv.weight", "up.weight", "down.weight"}
 
 
 # --- published parameter counts, on the meta device ---

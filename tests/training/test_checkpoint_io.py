@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_base(tmp_path: Path) -> None:
     other = Plain()
     with torch.no_grad():
         other.body[3].weight.mul_(1.1)
-    with pytest.raises(CheckpointError, match=r"another base: 1 of 2 frozen weights differ, first body.3"):
+    with pytest.raises(CheckpointError, match=r"another base: 1 of 7 frozen tensors differ: body.3"):
         trainer(tmp_path, callback()).test(other, val_loader(), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
 
 

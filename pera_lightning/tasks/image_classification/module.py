@@ -18,7 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pera_lightning.adapters.aurora import static_inference
 from pera_lightning.data.batching import IGNORE
-from pera_lightning.errors import ConfigurationError
+from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.injection.new_layers import modules_of
 from pera_lightning.tasks.image_classification import transforms
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.networks import create
@@ -66,6 +67,7 @@ class ImageClassificationModule(AdapterModule):
                 check_positive_int(self.hparams[name], name)
         self.class_names: list[str] | None = None  # by label, where the data have them
         self._data_config: dict[str, Any] | None = None
+        self._new: set[str] = set()  # names of the parameters that no file gave
         self._started = 0.0
         self._predicted: list[tuple[str, str, float]] = []
 
@@ -83,7 +85,9 @@ class ImageClassificationModule(AdapterModule):
     def build_network(self, weights: bool = True) -> nn.Module:
         network = self._create(pretrained=weights and self.hparams["pretrained"])
         # Always a new head: weights for another task with as many classes must not survive.
+        loaded = {id(p) for p in network.parameters()}
         network.reset_classifier(self.hparams["num_classes"])
+        self._new = {name for name, p in network.named_parameters() if id(p) not in loaded}
         return network.to(DTYPES[self.hparams["base_dtype"]])
 
     def configure_model(self) -> None:
@@ -93,8 +97,6 @@ class ImageClassificationModule(AdapterModule):
         if self.hparams["num_classes"] is None:
             raise ConfigurationError("num_classes is not given, and no data module with num_classes is there: give it")
         super().configure_model()
-        if self.adapter_injection is not None and not any(p.requires_grad for p in self._head_parameters()):
-            raise ConfigurationError("the new head is random and would stay so: name it, e.g. trainable=[head]")
         count = self.hparams["num_classes"]
         accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
         if count > 5:
@@ -127,10 +129,16 @@ class ImageClassificationModule(AdapterModule):
             self._data_config = config
         return self._data_config
 
-    def _head_parameters(self) -> list[nn.Parameter]:
-        head = self.model.get_classifier()  # type: ignore[union-attr,operator]
-        heads = head if isinstance(head, (tuple, list)) else [head]  # distilled networks have two
-        return [p for one in heads for p in one.parameters()]
+    def finish_network(self) -> None:
+        if self.adapter_injection is None:
+            return
+        # Distilled networks, and those with an auxiliary loss, have two heads.
+        if idle := {n for n in self._new if not self.model.get_parameter(n).requires_grad}:  # type: ignore[union-attr]
+            heads = ", ".join(modules_of(self.model, self._new))  # type: ignore[arg-type]
+            raise ConfigurationError(
+                f"{listed(modules_of(self.model, idle))} of {self.hparams['model_name']} is new and random and would "  # type: ignore[arg-type]
+                f"stay so: give trainable=[{heads}]"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, classes)."""

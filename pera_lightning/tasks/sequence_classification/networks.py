@@ -184,7 +184,10 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     taken = {name: value for name, value in state.items() if not name.startswith(heads)}
     own = tuple(f"{module}." for module in mark.trained_modules)
     kept = {name: value for name, value in network.state_dict().items() if name.startswith(own)}
-    check_injection({**spec, "trained_modules": list(mark.trained_modules)}, mark, path)
+    spec = {**spec, "trained_modules": list(mark.trained_modules)}
+    if "rest_of_base" in spec:  # what only one of the two trains in full is in no comparison
+        spec["rest_of_base"] = {name: spec["rest_of_base"].get(name, own) for name, own in mark.rest_of_base.items()}
+    check_injection(spec, mark, path, held=taken)
     check_state(network, {**taken, **kept}, path)
     present = network.state_dict()  # its tensors, which FSDP2 may have sharded already
     with torch.no_grad():

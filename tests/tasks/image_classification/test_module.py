@@ -275,7 +275,7 @@ def test_a_checkpoint_reloads_without_data(vit, tmp_path, how, dtype):
 def test_a_checkpoint_of_another_base_does_not_reload(vit, tmp_path):
     _, path = saved(tmp_path, vit)
     save_tiny_vit(tmp_path / "other", seed=1)
-    with pytest.raises(CheckpointError, match="trained on another base: 2 of 2 frozen weights differ"):
+    with pytest.raises(CheckpointError, match=r"trained on another base: .* frozen tensors differ"):
         ImageClassificationModule.load_from_checkpoint(path, model_name=str(tmp_path / "other"))
 
 

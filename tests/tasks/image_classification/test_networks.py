@@ -1,11 +1,17 @@
 """The image module's networks: their names, weights, input size and number of classes."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 
+from pera_lightning import inject
+from pera_lightning.adapters import LoRA
 from pera_lightning.errors import ConfigurationError
+from pera_lightning.tasks.image_classification.module import ImageClassificationModule
 from pera_lightning.tasks.image_classification.networks import timm_name
 from tests.tasks.image_classification.vision_helpers import CLASSES, ForeignData, fit, loader, module
 
@@ -129,3 +135,17 @@ def test_without_either_it_says_so(vit, tmp_path):
         fit(tmp_path, module(vit, num_classes=None))
     with pytest.raises(ConfigurationError, match="num_classes is not given"):
         module(vit, num_classes=None).configure_model()
+
+
+def test_both_heads_of_a_distilled_network_are_trained_or_refused(tmp_path):
+    """The second head takes part in the logits: it would be random, and other numbers in the next process."""
+    shape = {"img_size": 32, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    save_for_hf(timm.create_model("deit_tiny_distilled_patch16_224", **shape), tmp_path, model_args=shape)
+    network = ImageClassificationModule(str(tmp_path), num_classes=4)
+    network.adapter_injection = partial(inject, method=LoRA(rank=1), targets=["qkv"], trainable=["head"])
+    with pytest.raises(
+        ConfigurationError, match=r"head_dist of .* new and random .* give trainable=\[head, head_dist\]"
+    ):
+        network.configure_model()
+    network.adapter_injection.keywords["trainable"].append("head_dist")
+    network.configure_model()
