@@ -33,6 +33,7 @@ from pera_lightning.cli.run_defaults import complete, default_folder, default_lo
 from pera_lightning.errors import PeraError, UnknownNameError, closest
 from pera_lightning.training._lightning_internals import hpc_resume_path
 from pera_lightning.training.callback import AdapterInjection
+from pera_lightning.training.module import AdapterModule
 
 # Short class names (AuroRA, ImageDataModule) are found where the classes are loaded.
 _PUBLIC = [name for name in pera_lightning.__all__ if name.endswith("Module")]
@@ -137,6 +138,8 @@ class PeraCLI(LightningCLI):
         elif subcommand == "fit" and given == "last":
             warn_without_last(self.trainer)
         check_checkpoint_exists(arguments.get("ckpt_path"), self.trainer.log_dir)
+        if subcommand in EVALUATIONS and isinstance(self.model, AdapterModule):
+            self.model.evaluated_checkpoint = arguments.get("ckpt_path")
         return arguments
 
     def _written_before_requeue(self) -> str | None:

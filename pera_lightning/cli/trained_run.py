@@ -91,7 +91,9 @@ class Trained:
 
     def class_names(self) -> list[str] | None:
         """Names of the classes, of data that are read anyway or as the fit wrote them down; None if unknown."""
-        # Nothing is read for names alone: the fit wrote them into splits/.
+        if (names := self.module.trained_class_names()) is not None:
+            return names
+        # A checkpoint of an earlier version has none. Nothing is read for names alone: the fit wrote them into splits/.
         if self._ready and hasattr(self.data, "class_names"):
             return [str(name) for name in self.data.class_names]
         for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():

@@ -3,8 +3,9 @@
 The handshake: what module and data module must agree on is exchanged here and nowhere else. From its `setup` on a data
 module asks for `requirements` (tokenizer, image size and mean …), which a module states in `data_requirements`. In its
 own `agree`, which comes afterwards, a module asks for `description`: number and names of the classes, and under
-"protocol" what of the data goes into results, as primitives (not to be confused with a language model's evaluation
-protocol, an object, nor with GLUE's split protocol).
+"protocol" what of the data goes into checkpoints and results, as primitives (not to be confused with a language model's
+evaluation protocol, an object, nor with GLUE's split protocol). A data module with class names also has
+`number_classes`, by which it takes a checkpoint's order of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -42,6 +44,10 @@ class TaskDataModule(LightningDataModule):
     def description(self) -> dict[str, Any]:
         """What a module must know of these data, after `setup`: ``class_names``, ``num_classes`` and the like."""
         return {}
+
+    def example_hashes(self, split: str) -> np.ndarray | None:
+        """A hash of each example of "train" or "test", (n,) int64, by its content; None where that is not known."""
+        return None
 
     def find_tokenizer(self, module: str) -> Any:
         """The tokenizer that is named, else the one that the trainer's module requires.

@@ -18,6 +18,7 @@ from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     FORMAT,
     adapter_state_dict,
+    adopt_training_data,
     check_injection,
     check_plain,
     check_state,
@@ -85,6 +86,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     check_injection(config, present, str(folder), held=state)  # type: ignore[arg-type]
     check_state(root, state, str(folder))
     root.load_state_dict(state, strict=False)  # the frozen base is not in it
+    adopt_training_data(root, config)
     return model
 
 

@@ -41,6 +41,10 @@ class Injection:
     fingerprint: dict[str, str] = field(repr=False)  # path of each adapted layer to its shape and hash
     rest_of_base: dict[str, str] = field(repr=False)  # the same of all other frozen tensors, by name
     report: InjectionReport = field(repr=False)  # what is printed for people
+    # Of the data it was trained with, as far as they say it; see `pera_lightning.training.training_data`.
+    class_names: tuple[str, ...] | None = None  # by label
+    trained_on: dict[str, Any] | None = field(default=None, repr=False)  # data set, split, seed, digest …
+    trained_examples: torch.Tensor | None = field(default=None, repr=False, compare=False)  # (n,) int64, their hashes
 
     def spec(self) -> dict[str, Any]:
         """Primitives that `inject` can be repeated from."""
@@ -54,6 +58,8 @@ class Injection:
             "trained_modules": list(self.trained_modules),
             "fingerprint": dict(self.fingerprint),
             "rest_of_base": dict(self.rest_of_base),
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "trained_on": self.trained_on,
         }
 
 
@@ -169,10 +175,9 @@ def forget_injection(model: nn.Module) -> None:
     delattr(model, _MARK)
 
 
-def set_fingerprint(model: nn.Module, fingerprint: dict[str, str], rest_of_base: dict[str, str]) -> None:
-    """Replaces the fingerprint of an injected model whose weights were not there at the injection."""
-    mark = replace(injection_of(model), fingerprint=fingerprint, rest_of_base=rest_of_base)  # type: ignore[type-var]
-    setattr(model, _MARK, mark)
+def update_injection(model: nn.Module, **changes: Any) -> None:
+    """Replaces fields of what is remembered of an injection: what was not known when it was made."""
+    setattr(model, _MARK, replace(injection_of(model), **changes))  # type: ignore[type-var]
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -19,7 +19,13 @@ from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, listed
 from pera_lightning.injection.fingerprint import differing, fingerprint_of, not_comparable
-from pera_lightning.injection.inject import Injection, inject, injection_of, trained_parameter_names
+from pera_lightning.injection.inject import (
+    Injection,
+    inject,
+    injection_of,
+    trained_parameter_names,
+    update_injection,
+)
 
 METADATA = "pera_lightning"
 FORMAT = 1
@@ -80,8 +86,21 @@ def metadata(model: nn.Module, version: str) -> dict[str, Any]:
     found = find_injected(model)
     if found is None:
         return {}
-    spec = injection_of(found[1]).spec()  # type: ignore[union-attr]
-    return {"format": FORMAT, "version": version, "root": found[0].removesuffix("."), **spec}
+    mark = injection_of(found[1])
+    examples = mark.trained_examples  # type: ignore[union-attr]  # a tensor, so in no adapter folder's JSON
+    about = {"format": FORMAT, "version": version, "root": found[0].removesuffix("."), **mark.spec()}  # type: ignore[union-attr]
+    return about if examples is None else {**about, "trained_examples": examples}
+
+
+def adopt_training_data(root: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Takes over what a file says of the data its adapters were trained with, once they are loaded into `root`."""
+    names = saved.get("class_names")
+    update_injection(
+        root,
+        class_names=None if names is None else tuple(names),
+        trained_on=saved.get("trained_on"),
+        trained_examples=saved.get("trained_examples"),
+    )
 
 
 def inject_spec(model: nn.Module, spec: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
 from pera_lightning.training.seed_per_rank import seed_ranks_apart, share_first_ranks_generators
+from pera_lightning.training.training_data import note_training_data
 from pera_lightning.training.unused_layers import UnusedLayers
 
 HOOK = "adapter_injection"
@@ -121,6 +122,7 @@ class AdapterInjection(Callback):
             )
         rank_zero_only(print)(injection_of(found[1]).report, flush=True)  # type: ignore[union-attr]
         check_before_fit(trainer, pl_module)
+        note_training_data(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         load_loader_states(trainer)

@@ -21,6 +21,7 @@ from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     FORMAT,
     METADATA,
+    adopt_training_data,
     check_injection,
     check_state,
     find_injected,
@@ -30,6 +31,7 @@ from pera_lightning.injection.state import (
     without,
 )
 from pera_lightning.training.checkpoint_files import local_file, with_atomic_writes
+from pera_lightning.training.training_data import number_classes_alike
 
 # Where a checkpoint may hold a state dict: Lightning's own, and WeightAveraging's second copy.
 _STATES = ("state_dict", "current_model_state")
@@ -81,7 +83,11 @@ class AdapterCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, partial(self.inner.load_checkpoint, path, *args, **kwargs))
+        # The classes first: where there are more or fewer, the head does not fit either, and its shape says less.
+        number_classes_alike(self.module, training_data(checkpoint), str(path))
         check_checkpoint(checkpoint, self.module, str(path))
+        if (found := find_injected(self.module)) is not None:
+            adopt_training_data(found[1], training_data(checkpoint))
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -129,6 +135,12 @@ def _others(file: Path | None) -> str:
     return f"; {file.parent} has {listed(names)}" if names else ""  # type: ignore[union-attr]
 
 
+def training_data(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained with, as `adopt_training_data` takes it."""
+    # Earlier versions kept the protocol elsewhere.
+    return {"trained_on": checkpoint.get("training_protocol"), **(checkpoint.get(METADATA) or {})}
+
+
 def allow_missing_base(module: LightningModule) -> None:
     """Lets a LightningModule load state dicts that lack its frozen base."""
     # Once: a module is set up for each fit and test.
@@ -140,6 +152,6 @@ def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Adapters, heads and buffers of a checkpoint by their names in the network, and the injection's description."""
     checkpoint = read_checkpoint(path)
     check_has_adapters(checkpoint, path)
-    spec = checkpoint[METADATA]
+    spec = training_data(checkpoint)  # all that its description has
     prefix = f"{spec['root']}." if spec["root"] else ""  # of the network within the module
     return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec

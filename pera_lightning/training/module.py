@@ -23,15 +23,23 @@ from pera_lightning.adapters.report import InjectionReport
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
 from pera_lightning.export.merged import MergedReport, export_merged
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import METADATA, check_injection, check_plain, check_state, inject_spec
+from pera_lightning.injection.state import (
+    METADATA,
+    adopt_training_data,
+    check_injection,
+    check_plain,
+    check_state,
+    inject_spec,
+)
 from pera_lightning.training import _lightning_internals as internals
-from pera_lightning.training.checkpoint_io import check_checkpoint
+from pera_lightning.training.checkpoint_io import check_checkpoint, read_checkpoint, training_data
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import parameter_groups
 from pera_lightning.training.precision import DTYPES, check_trained_float32, keep_heads_float32
 from pera_lightning.training.reloading import inject_from
 from pera_lightning.training.schedules import SCHEDULES, lr_factor, warmup_length
 from pera_lightning.training.sharding import reads_weights, shard
+from pera_lightning.training.training_data import description_of, injection_in, number_classes_alike
 from pera_lightning.validation import check_choice, check_in_range, check_positive
 
 
@@ -56,6 +64,8 @@ class AdapterModule(LightningModule):
     adapter_injection: Callable[[nn.Module], Any] | None = None
     asks: tuple[str, ...] = ()  # names in `data_description` that the module uses
     selection_metric: tuple[str, str] | None = None  # metric that chooses the best checkpoint, and "max" or "min"
+    # Which checkpoint a test or prediction will load: a trainer says so only when the network is built.
+    evaluated_checkpoint: str | None = None
     classes_argument: str | None = None  # name of the argument that says how many classes the new head has
 
     def __init__(
@@ -86,6 +96,7 @@ class AdapterModule(LightningModule):
         self._set_by_subclass = [name for name in acting if name not in self.hparams]
         self.hparams.update(acting)
         self.model: nn.Module | None = None
+        self._read_names: tuple[Any, list[str] | None] = (None, None)  # of a checkpoint by its path
 
     @abstractmethod
     def build_network(self, weights: bool = True) -> nn.Module:
@@ -138,6 +149,7 @@ class AdapterModule(LightningModule):
             inject_from(self, checkpoint)
             keep_heads_float32(self.model)
             check_checkpoint(checkpoint, self, "the checkpoint")
+            adopt_training_data(self.model, training_data(checkpoint))
 
     def load_trained(self, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:
         """Builds the network with its base weights and loads what was trained, in eval mode.
@@ -157,6 +169,7 @@ class AdapterModule(LightningModule):
         check_injection(spec, injection_of(self.model), source, held=state)  # type: ignore[arg-type]
         check_state(self.model, state, source)
         self.model.load_state_dict(state, strict=False)  # without the base, which is there
+        adopt_training_data(self.model, spec)
         self.eval()
 
     def on_fit_start(self) -> None:
@@ -191,6 +204,28 @@ class AdapterModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.agree()
+        if stage != "fit" and (mark := injection_in(self)) is not None:  # loaded before, with no checkpoint of this run
+            number_classes_alike(self, mark.spec(), type(self).__name__)
+
+    def trained_class_names(self) -> list[str] | None:
+        """Names of the classes that the adapters were trained on; until they are loaded, of `evaluated_checkpoint`.
+
+        None where they are not known, and in a fit that starts from the beginning.
+        """
+        if (mark := injection_in(self)) is not None and mark.class_names is not None:
+            return list(mark.class_names)
+        if self.evaluated_checkpoint is None:
+            return None
+        if self.evaluated_checkpoint != self._read_names[0]:
+            saved = read_checkpoint(self.evaluated_checkpoint).get(METADATA)
+            self._read_names = self.evaluated_checkpoint, saved.get("class_names") if isinstance(saved, dict) else None
+        return self._read_names[1]
+
+    @property
+    def trained_with(self) -> dict[str, Any] | None:
+        """What the adapters were trained with, as their data describe it; None where that is not known."""
+        mark = injection_in(self)
+        return None if mark is None else mark.trained_on
 
     def agree(self) -> None:
         """Takes from `data_description` what the module must know of its data; called before the network is built."""
@@ -201,14 +236,7 @@ class AdapterModule(LightningModule):
 
     def data_description(self) -> Mapping[str, Any]:
         """What the data module says of its data; somebody else's by its attributes `asks` and `protocol()`."""
-        data = getattr(internals.attached_trainer(self), "datamodule", None)
-        describe = getattr(data, "description", None)
-        if callable(describe):
-            return describe()
-        given = {name: value for name in self.asks if (value := getattr(data, name, None)) is not None}
-        said = {name: value() if callable(value) else value for name, value in given.items()}
-        protocol = getattr(data, "protocol", None)
-        return {**said, "protocol": protocol()} if callable(protocol) else said
+        return description_of(getattr(internals.attached_trainer(self), "datamodule", None), self.asks)
 
     def agree_on(self, name: str, said: int | None) -> None:
         """Takes a hyperparameter from the data where it is not given, and compares where both say it.

@@ -67,17 +67,13 @@ class NormalisedLossModule(AdapterModule):
     """Base of the modules whose batches weigh by their number of labelled tokens, examples or images.
 
     Attributes:
-        trained_with: description of the training data (protocol, sizes); kept in checkpoints.
         counted: key of the counts of an unfinished step in checkpoints.
-        trained: key of `trained_with` there.
     """
 
     counted = "step_counts"
-    trained = "training_protocol"
 
     def __init__(self, **shared: Any) -> None:
         super().__init__(**shared)
-        self.trained_with: dict[str, Any] | None = None
         self._normalised = NormalisedLoss()
 
     def normalised_loss(self, summed: Tensor, own: Tensor, batch_idx: int) -> Tensor:
@@ -103,9 +99,7 @@ class NormalisedLossModule(AdapterModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[self.counted] = self._normalised.state()
-        checkpoint[self.trained] = self.trained_with
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._normalised.load(checkpoint.get(self.counted, [0, 0]))
-        self.trained_with = checkpoint.get(self.trained)

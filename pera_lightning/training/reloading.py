@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
-from pera_lightning.injection.state import METADATA, find_injected, inject_spec
+from pera_lightning.injection.state import METADATA, adopt_training_data, find_injected, inject_spec
 from pera_lightning.training.checkpoint_io import (
     allow_missing_base,
     check_checkpoint,
     check_has_adapters,
     read_checkpoint,
+    training_data,
 )
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
@@ -46,6 +47,7 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
     inject_from(module, checkpoint)
     check_checkpoint(checkpoint, module, str(path))
     module.load_state_dict(checkpoint["state_dict"])  # strict, but for the base
+    adopt_training_data(find_injected(module)[1], training_data(checkpoint))  # type: ignore[index]
     return module.eval()
 
 

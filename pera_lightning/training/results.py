@@ -24,6 +24,7 @@ from pera_lightning.adapters.aurora import acting_layers
 from pera_lightning.files import atomic_write
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import find_injected
+from pera_lightning.training.training_data import trained_on_at_test
 
 FILE = "results.json"
 _PACKAGES = ("torch", "lightning", "timm", "transformers", "datasets", "diffusers", "torchmetrics")
@@ -127,7 +128,7 @@ def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) 
     folder = trainer.log_dir  # asked on every rank
     if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
         return None
-    result = collect(module, metrics, **facts)
+    result = collect(module, metrics, **facts, **trained_on_at_test(module))
     print(f"Results: {write(Path(folder), result)}", flush=True)
     return result
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.injection.inject import injection_of, set_fingerprint
+from pera_lightning.injection.inject import injection_of, update_injection
 from pera_lightning.injection.state import find_injected
 
 
@@ -63,9 +63,9 @@ def shard(network: nn.Module, mesh: Any, device: torch.device) -> None:
         fully_shard(unit, mesh=mesh)
     mark = injection_of(network)
     if mark is not None:  # the meta device had no values to take a fingerprint of
-        fingerprint = [mark.fingerprint, mark.rest_of_base]
+        fingerprint = [{"fingerprint": mark.fingerprint, "rest_of_base": mark.rest_of_base}]
         dist.broadcast_object_list(fingerprint, source, group)
-        set_fingerprint(network, *fingerprint)
+        update_injection(network, **fingerprint[0])
 
 
 def _modules_of_units(network: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:

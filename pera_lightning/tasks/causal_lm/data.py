@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, splits
 from pera_lightning.data.distributed_sampler import padded_shard
+from pera_lightning.data.example_hashes import as_array, hash_texts
 from pera_lightning.data.token_data import TokenDataModule
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError, DataError
@@ -75,6 +76,7 @@ class TextDataModule(TokenDataModule):
         self._questions: dict[str, list[Question]] = {}
         self._record: dict[str, Any] = {}
         self._digests: dict[str, str] = {}
+        self._hashes: dict[str, list[int]] = {}  # of "train" and "test": each example's question
         self._test_ids: list[str] = []
 
     # ---- what a subclass reads --------------------------------------------------------------------------------------
@@ -121,6 +123,10 @@ class TextDataModule(TokenDataModule):
             "left_out": {name: split.dropped for name, split in self._datasets.items()},
             "sha256": dict(self._digests),
         }
+
+    def example_hashes(self, split: str) -> np.ndarray | None:
+        """A hash of each question of "train" or "test", of all test sets, (n,) int64."""
+        return as_array(self._hashes[split]) if split in self._hashes else None
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -191,6 +197,7 @@ class TextDataModule(TokenDataModule):
         held, rest = order[: self.validation_size], order[self.validation_size :]
         rest = rest[: splits.held_out_size(len(rest), self.train_fraction)]
         chosen = {"train": np.sort(rest), "validation": np.sort(held)}  # numbers in the order of the file
+        self._hashes["train"] = [_question_hash(examples[k]) for k in chosen["train"]]
         table = self._tokenised(examples)
         for name, indices in chosen.items():
             split = TokenDataset(table, indices, self.max_length)
@@ -223,6 +230,7 @@ class TextDataModule(TokenDataModule):
             examples = examples[: self.test_limit]
             self._digests[f"test {name}"] = digest(examples)
             self._test_ids += [one.id for one in examples]
+            self._hashes.setdefault("test", []).extend(map(_question_hash, examples))
             questions = make_questions(self.evaluation, self.tokenizer, examples)
             # Longest first: similar lengths share a batch, and running out of memory shows in the first one.
             self._questions[name] = sorted(questions, key=lambda q: -len(q.prompt))
@@ -234,6 +242,10 @@ class TextDataModule(TokenDataModule):
 
     def collate_function(self) -> partial:
         return partial(batching.collate_padded, pad_id=pad_token_id(self.tokenizer))
+
+
+def _question_hash(example: Example) -> int:
+    return hash_texts(example.instruction, example.input)
 
 
 def _without_label(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,6 @@ class CausalLMModule(TransformersModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.trained_with = self._data.get("protocol")
         self._check_network()
         if self._data.get("packed"):
             check_packing(self.model)  # type: ignore[arg-type]

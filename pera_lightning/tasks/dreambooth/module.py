@@ -173,10 +173,6 @@ class DreamBoothModule(ImageStagesModule):
             stated |= {"generator": self.generator, "is_trained": self.trained_steps > 0}
         return stated
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.trained_with = self._about_data.get("protocol")
-
     def on_train_start(self) -> None:
         """Frees the encoders' memory: class images are generated, and what is cached is encoded."""
         # Not in on_fit_start: with max_epochs=-1 Lightning makes the train loader, which encodes, only after that.

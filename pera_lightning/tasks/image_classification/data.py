@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from pera_lightning.data import splits
 from pera_lightning.data.base import TaskDataModule, draw_batches
 from pera_lightning.data.distributed_sampler import padded_shard
+from pera_lightning.data.example_hashes import as_array
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.image_classification import datasets, sources, transforms
 from pera_lightning.tasks.image_classification.reading import ImageDataset
@@ -56,8 +58,9 @@ class ImageDataModule(TaskDataModule):
             tenth.
         test_fraction: share of the training examples for a test split that the source lacks; by default a fifth.
         split_seed: seed of the cuts, and of nothing else.
-        predict_folder: predict on all images under this folder, at any depth, in place of the test split. A folder
-            on their path that is called like a class is their label.
+        predict_folder: predict on all images under this folder, at any depth, or on these files, in place of the test
+            split. A folder on their path that is called like a class is their label. With a checkpoint that has the
+            names of the classes, the data set itself need not be there.
         config_name: configuration of a data set of the hub.
         image_column: image column of a data set of the hub, by default ``image``.
         label_column: label column of a data set of the hub, by default ``label``.
@@ -88,7 +91,7 @@ class ImageDataModule(TaskDataModule):
         validation_fraction: float | None = None,
         test_fraction: float | None = None,
         split_seed: int = 0,
-        predict_folder: str | None = None,
+        predict_folder: str | list[str] | None = None,
         config_name: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
@@ -116,16 +119,24 @@ class ImageDataModule(TaskDataModule):
         self._indices: dict[str, np.ndarray] = {}  # of each split, indices in its source
         self._kept: list[int] = []  # original numbers of the classes, in their new order
         self._to_predict: sources.FolderSource | None = None
+        self._hashes: dict[str, np.ndarray] = {}  # by split
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, by label. Known after `setup`."""
-        if not self._sources:
-            raise ConfigurationError(f"the classes of {self.dataset} are known after setup(); call it first")
-        names = self._sources["train"].class_names
-        return [names[label] for label in self._kept]
+        if self._sources:
+            names = self._sources["train"].class_names
+            return [names[label] for label in self._kept]
+        if names := self._names_without_data():
+            return names
+        raise ConfigurationError(f"the classes of {self.dataset} are known after setup(); call it first")
+
+    def _names_without_data(self) -> list[str]:
+        """The checkpoint's class names where `predict_folder` needs no other data, else none."""
+        predicts = getattr(getattr(self.trainer, "state", None), "fn", None) == TrainerFn.PREDICTING
+        return self.requirements().get("class_names") or [] if predicts and self.predict_folder is not None else []
 
     @property
     def num_classes(self) -> int:
@@ -134,7 +145,22 @@ class ImageDataModule(TaskDataModule):
 
     def description(self) -> dict[str, Any]:
         """What a module must know of these data, after `setup`: number and names of the classes, and the protocol."""
+        if not self._sources:
+            return {}  # nothing was read
         return {"num_classes": self.num_classes, "class_names": self.class_names, "protocol": self.protocol()}
+
+    def number_classes(self, names: list[str]) -> None:
+        """Numbers the classes in another order, a checkpoint's; `names` are those of `class_names`."""
+        own = self.class_names
+        self._kept = [self._kept[own.index(name)] for name in names]
+        self._to_predict = None  # its labels are numbers
+
+    def example_hashes(self, split: str) -> np.ndarray:
+        """A hash of the content of each image of a split, (n,) int64; of files, by size, beginning and end."""
+        if split not in self._hashes:
+            source, indices = self._sources.get(split, self._sources["train"]), self._indices[split]
+            self._hashes[split] = as_array(source.hashes(indices))
+        return self._hashes[split]
 
     def expected_classes(self) -> int:
         """How many classes there are; for the catalogue and for chosen classes without reading any data."""
@@ -153,16 +179,20 @@ class ImageDataModule(TaskDataModule):
 
     def prepare_data(self) -> None:
         """Downloads, on one process, what the hub holds; keeps nothing."""
+        if self._names_without_data():
+            return
         self._check_fractions(self._read.hub_splits())
         self._read.tables()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads labels and file names and makes the splits, once; for "predict" (or None) also `predict_folder`."""
-        if not self._sources:
+        predicts = self.predict_folder is not None and stage in ("predict", None)
+        if not self._sources and not (predicts and self._names_without_data()):
             self._build()
-        if self.predict_folder is not None and stage in ("predict", None) and self._to_predict is None:
+        if predicts and self._to_predict is None:
             self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
-        splits.record_run(self.trainer, self._read.short_name, self.split_record)  # each run has its own folder
+        if self._sources:
+            splits.record_run(self.trainer, self._read.short_name, self.split_record)  # each run has its own folder
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented ``(images, labels)``."""
@@ -186,9 +216,10 @@ class ImageDataModule(TaskDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """``(images, labels, ids)`` of `predict_folder`, else of the test split."""
-        if self._to_predict is None:
+        if self.predict_folder is None:
             return self._evaluated(self._images("test", with_identifier=True))
-        source, transform = self._to_predict, transforms.build(self.transform, self.preprocessing(), training=False)
+        source = self._to_predict or sources.predict_source(self.predict_folder, self.class_names)
+        transform = transforms.build(self.transform, self.preprocessing(), training=False)
         every = np.arange(len(source.files))  # all files, in the order of their names
         return self._evaluated(sources.ImageExamples(source, every, source.labels, transform, with_identifier=True))
 

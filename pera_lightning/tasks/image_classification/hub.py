@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pera_lightning.data.example_hashes import hash_bytes, hash_file
 from pera_lightning.data.image_files import to_rgb
 from pera_lightning.errors import DataError, listed
 from pera_lightning.tasks.image_classification.sources import same_classes
@@ -35,6 +38,16 @@ class HubSource:
     def identifier(self, index: int) -> str:
         """The index in the table."""
         return str(index)
+
+    def hashes(self, indices: np.ndarray) -> Iterator[int]:
+        """A hash of each image as it is stored."""
+        import datasets
+
+        stored = self.table.cast_column(self.column, datasets.Image(decode=False))
+        for index in indices.tolist():
+            image = stored[index][self.column] or {}
+            path, data = image.get("path"), image.get("bytes")
+            yield hash_file(Path(path)) if data is None and path else hash_bytes(data or b"")
 
 
 def _words(kind: object) -> str:

@@ -69,18 +69,19 @@ class ImageClassificationModule(AdapterModule):
         self._data_config: dict[str, Any] | None = None
         self._new: set[str] = set()  # names of the parameters that no file gave
         self._started = 0.0
-        self._predicted: list[tuple[str, str, float]] = []
+        self._predicted: list[tuple[str, str, float, str]] = []
 
     # --- the network ---
 
     def agree(self) -> None:
         """Takes number and names of the classes from the data."""
         data = self.data_description()
-        self.agree_on("num_classes", data.get("num_classes"))
-        self.class_names = [str(name) for name in data["class_names"]] if data.get("class_names") else None
+        names = data.get("class_names") or self.trained_class_names() or ()
+        self.class_names = [str(name) for name in names] or None
+        self.agree_on("num_classes", data.get("num_classes") or len(names) or None)
 
     def data_requirements(self) -> dict[str, Any]:
-        return {"data_config": self.data_config}
+        return {"data_config": self.data_config, "class_names": self.trained_class_names()}
 
     def build_network(self, weights: bool = True) -> nn.Module:
         network = self._create(pretrained=weights and self.hparams["pretrained"])
@@ -257,9 +258,14 @@ class ImageClassificationModule(AdapterModule):
         probability, label = self(batch[0]).float().softmax(-1).max(-1)
         prefix = f"{self.global_rank}_" if self.trainer.world_size > 1 else ""
         ids = list(batch[2]) if len(batch) > 2 else [f"{prefix}{batch_idx}_{k}" for k in range(len(label))]
-        labels = [self.class_names[k] if self.class_names else str(k) for k in label.tolist()]
-        self._predicted += zip(ids, labels, probability.tolist(), strict=True)
+        known = batch[1] if len(batch) > 1 else torch.full_like(label, -1)
+        names = ([self._name(k) for k in of.tolist()] for of in (label, known))
+        self._predicted += zip(ids, next(names), probability.tolist(), next(names), strict=True)
         return {"id": ids, "label": label, "probability": probability}
+
+    def _name(self, label: int) -> str:
+        """The name of a class by its label; nothing for an unknown one."""
+        return "" if label < 0 else self.class_names[label] if self.class_names else str(label)
 
     def on_predict_end(self) -> None:
         write_predictions(self.trainer, {"predictions.csv": self._predicted}, as_csv)
@@ -278,10 +284,10 @@ class ImageClassificationModule(AdapterModule):
         return self._shared_step(batch, self.hparams["label_smoothing"])[0]
 
 
-def as_csv(predicted: Sequence[tuple[str, str, float]]) -> str:
-    """The text of `predictions.csv` for ids, labels and probabilities."""
+def as_csv(predicted: Sequence[tuple[str, str, float, str]]) -> str:
+    """The text of `predictions.csv` for ids, labels, probabilities and known labels."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("id", "label", "probability"))
-    writer.writerows((name, label, f"{probability:.6f}") for name, label, probability in predicted)
+    writer.writerow(("id", "label", "probability", "known_label"))
+    writer.writerows((name, label, f"{probability:.6f}", known) for name, label, probability, known in predicted)
     return text.getvalue()

@@ -5,6 +5,7 @@ Sources hold no open files and pickle, so that DataLoader workers of any start m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset, default_collate
 
 from pera_lightning.data.batching import IGNORE
+from pera_lightning.data.example_hashes import hash_bytes, hash_file
 from pera_lightning.data.image_files import SUFFIXES, check_headers, image_files, require_folder, to_rgb
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed, shorten
 
@@ -44,6 +46,10 @@ class ImageSource(Protocol):
         """What an example is called in predictions and split files."""
         ...
 
+    def hashes(self, indices: np.ndarray) -> Iterable[int]:
+        """A hash of each image's content."""
+        ...
+
 
 @dataclass
 class FolderSource:
@@ -63,6 +69,9 @@ class FolderSource:
     def identifier(self, index: int) -> str:
         return self.files[index]
 
+    def hashes(self, indices: np.ndarray) -> Iterable[int]:
+        return (hash_file(self.root / self.files[index]) for index in indices)
+
 
 @dataclass
 class ArraySource:
@@ -79,6 +88,9 @@ class ArraySource:
 
     def identifier(self, index: int) -> str:
         return str(index)
+
+    def hashes(self, indices: np.ndarray) -> Iterable[int]:
+        return (hash_bytes(self.pixels[index].tobytes()) for index in indices)
 
 
 class ImageExamples(Dataset):
@@ -206,12 +218,23 @@ def same_classes(where: str, names: list[str], training: list[str]) -> None:
         raise DataError(f"{where} and training differ in {listed(differing)}; every split needs the same classes")
 
 
-def predict_source(folder: str, class_names: list[str]) -> FolderSource:
-    """All images under a folder, at any depth; a folder on their path that is called like a class is their label."""
-    root = require_folder(folder)
-    files = image_files(root)
+def predict_source(given: str | list[str], class_names: list[str]) -> FolderSource:
+    """Images to predict on: of one folder all at any depth, or several folders and files.
+
+    A folder on the path of an image that is called like a class is its label.
+    """
+    places = [given] if isinstance(given, str) else given
+    root, files = Path(), []
+    if len(places) == 1 and not Path(places[0]).expanduser().is_file():
+        root = require_folder(places[0])  # files are called by their path within it
+        files = image_files(root)
+    else:
+        for place in (Path(place).expanduser() for place in places):
+            found = [place.name] if place.is_file() else image_files(require_folder(str(place)))
+            above = place.parent if place.is_file() else place
+            files += [(above / name).as_posix() for name in found]
     if not files:
-        raise DataError(f"predict_folder {folder} has no images ({', '.join(SUFFIXES)}) at any depth")
+        raise DataError(f"predict_folder {given} has no images ({', '.join(SUFFIXES)}) at any depth")
     check_headers(root, files)
     number = {name: label for label, name in enumerate(class_names)}
     # The outermost folder that is called like a class counts.

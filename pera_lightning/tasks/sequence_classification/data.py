@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from pera_lightning.data import batching, length_grouping, splits
 from pera_lightning.data.distributed_sampler import padded_shard
+from pera_lightning.data.example_hashes import as_array, hash_texts
 from pera_lightning.data.token_data import TokenDataModule
 from pera_lightning.data.tokenization import pad_token_id
 from pera_lightning.errors import ConfigurationError
@@ -127,6 +128,7 @@ class GLUEDataModule(TokenDataModule):
         # By the source's splits: the tokenised table, its examples without their texts, and their digest.
         self._tables: dict[str, tuple[datasets.Dataset, Examples]] = {}
         self._digests: dict[str, str] = {}
+        self._hashes: dict[str, np.ndarray] = {}  # of the texts of each example
         self._subsets: dict[str, Subset] = {}  # by the run's splits: what they are made of
         self._recorded = False
 
@@ -141,6 +143,24 @@ class GLUEDataModule(TokenDataModule):
     def class_names(self) -> list[str]:
         """Names of the classes by label; none for regression."""
         return list(self.task.class_names)
+
+    def number_classes(self, names: list[str]) -> None:
+        """Numbers the classes of a custom task in another order, a checkpoint's; `names` are those of `class_names`."""
+        place = np.array([names.index(name) for name in self.class_names])  # by the label that they had
+
+        def moved(labels: np.ndarray) -> np.ndarray:
+            return np.where(labels == batching.IGNORE, labels, place[np.maximum(labels, 0)])
+
+        self.source = replace(self.source, class_names=tuple(names))
+        for split, (table, examples) in self._tables.items():
+            self._tables[split] = table, replace(examples, labels=moved(examples.labels))
+        for dataset in self._datasets.values():
+            dataset.labels = moved(dataset.labels)
+
+    def example_hashes(self, split: str) -> np.ndarray | None:
+        """A hash of the texts of each example of "train" or "test", of all its sets, (n,) int64."""
+        subsets = [s for name, s in self._subsets.items() if name.partition("_")[0] == split]
+        return np.concatenate([self._hashes[s.split][s.numbers] for s in subsets]) if subsets else None
 
     def expected_classes(self) -> int:
         """Outputs of the head, for counting parameters; GLUE's need no data."""
@@ -259,6 +279,7 @@ class GLUEDataModule(TokenDataModule):
             path = self.cache_folder / f"{name}-{split}"
             table = tokenised(examples.texts, self.tokenizer, self.max_length, path)
             self._digests[split] = digest(examples)
+            self._hashes[split] = as_array(hash_texts(*texts) for texts in zip(*examples.texts, strict=True))
             self._tables[split] = table, replace(examples, texts=())  # which the table holds as tokens
         return self._tables[split]
 

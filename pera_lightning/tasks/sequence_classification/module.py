@@ -131,7 +131,6 @@ class SequenceClassificationModule(TransformersModule):
         # A checkpoint to go on from comes in its place.
         if path is not None and self.trainer.ckpt_path is None and not Path(path).exists():
             raise CheckpointError(f"mnli_checkpoint={path} does not exist; give a checkpoint or an adapter folder")
-        self.trained_with = self._data.get("protocol")  # kept in checkpoints
         self.check_extremes()
         if weights == "balanced":
             weights = balanced_weights(self._data.get("class_counts"), self._data.get("class_names", ()))

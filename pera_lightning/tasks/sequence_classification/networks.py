@@ -20,8 +20,7 @@ from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.adapter_folder import read_adapter
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import check_injection, check_state
-from pera_lightning.training.checkpoint_io import checkpoint_adapters, read_checkpoint
-from pera_lightning.training.normalised_loss import NormalisedLossModule
+from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.sharding import sharded_like
 from pera_lightning.training.transformers_models import check_complete, load_pretrained
 
@@ -169,7 +168,7 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
         path: Lightning checkpoint or adapter folder of that run.
 
     Returns:
-        The task that it was trained on, where a checkpoint says so.
+        The task that it was trained on, where it says so.
 
     Raises:
         CheckpointError: for a path without such adapters, or with those of another method or base.
@@ -193,5 +192,4 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     with torch.no_grad():
         for name, value in taken.items():
             present[name].copy_(sharded_like(value.to(present[name].dtype), present[name]))
-    trained_with = None if folder else read_checkpoint(path).get(NormalisedLossModule.trained)
-    return (trained_with or {}).get("task")
+    return (spec.get("trained_on") or {}).get("task")

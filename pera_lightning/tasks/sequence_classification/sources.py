@@ -28,6 +28,7 @@ class GLUESource:
     text_columns: tuple[str, ...] | None  # of a custom task
     label_column: str
     regression: bool  # whether a custom task's labels are numbers to predict
+    class_names: tuple[str, ...] = ()  # of a custom task in a checkpoint's order; by default those of its training file
 
     def __post_init__(self) -> None:
         if self.name != CUSTOM:
@@ -51,7 +52,7 @@ class GLUESource:
         if not self.text_columns:
             there = ", ".join(columns.values)
             raise ConfigurationError(f"text_columns is not given; name one or two of {columns.source}: {there}")
-        names = [] if self.regression else class_names_of(columns, self.label_column)
+        names = [] if self.regression else self.class_names or class_names_of(columns, self.label_column)
         return custom_task(self.text_columns, names)
 
     @property

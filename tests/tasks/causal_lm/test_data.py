@@ -308,3 +308,12 @@ def test_loaders_before_setup():
         with pytest.raises(ConfigurationError) as error:
             loader()
         one_line(error, "there after setup(); call it first")
+
+
+def test_a_question_is_the_same_in_training_and_test(build):
+    data = build(10, validation_size=2)
+    data.tests = {"ARC-Easy": examples_of(12, split="test")}
+    data.setup("test")
+    train, test = data.example_hashes("train"), data.example_hashes("test")
+    assert (len(train), len(test)) == (8, 12)
+    assert len({*train} & {*test}) == 8

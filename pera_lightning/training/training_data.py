@@ -1,0 +1,117 @@
+"""What adapters were trained with, kept in their checkpoints, and whether the data of a run agree with it.
+
+The names of the classes in their order, what the data say of themselves (data set, split, seed), and a hash of each
+training example. Without them a test whose folders are called otherwise, or whose split was drawn otherwise, would give
+a number like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from pera_lightning.errors import CheckpointError, listed
+from pera_lightning.injection.inject import Injection, injection_of, update_injection
+from pera_lightning.injection.state import find_injected
+from pera_lightning.training import _lightning_internals as internals
+
+
+def injection_in(module: nn.Module) -> Injection | None:
+    """What was injected into a module, or a part of it."""
+    found = find_injected(module)
+    return injection_of(found[1]) if found else None
+
+
+def description_of(data: Any, asks: Iterable[str] = ("class_names",)) -> Mapping[str, Any]:
+    """What a data module says of its data; somebody else's by the attributes `asks` and ``protocol()``."""
+    describe = getattr(data, "description", None)
+    if callable(describe):
+        return describe()
+    given = {name: value for name in asks if (value := getattr(data, name, None)) is not None}
+    said = {name: value() if callable(value) else value for name, value in given.items()}
+    protocol = getattr(data, "protocol", None)
+    return {**said, "protocol": protocol()} if callable(protocol) else said
+
+
+def note_training_data(trainer: Trainer, module: LightningModule) -> None:
+    """Keeps what a fit is trained with, for its checkpoints; says where a resumed fit goes on with other examples."""
+    found = find_injected(module)
+    if found is None:
+        return
+    data = getattr(trainer, "datamodule", None)
+    said = description_of(data)
+    protocol, names = said.get("protocol"), said.get("class_names")
+    hashes = data.example_hashes("train") if hasattr(data, "example_hashes") else None
+    examples = None if hashes is None else torch.from_numpy(hashes).unique()
+    before = injection_of(found[1])
+    if trainer.ckpt_path is not None and before is not None:
+        _compare_examples(before.trained_examples, examples)
+    update_injection(
+        found[1],
+        class_names=tuple(map(str, names)) if names else None,
+        trained_on=None if protocol is None else dict(protocol),
+        trained_examples=examples,
+    )
+
+
+def _compare_examples(before: torch.Tensor | None, now: torch.Tensor | None) -> None:
+    if before is None or now is None or torch.equal(before, now):
+        return
+    new = int((~torch.isin(now, before)).sum())
+    rank_zero_warn(
+        f"this fit goes on with other training examples than its checkpoint's: {new} of {len(now)} are new, and "
+        f"{len(before) - len(now) + new} of {len(before)} are left out"
+    )
+
+
+def number_classes_alike(module: nn.Module, saved: Mapping[str, Any], source: str) -> None:
+    """Has the data of a run number the classes as a checkpoint does, by their names.
+
+    Args:
+        module: the run's module; without a trainer and a data module that has class names nothing is done.
+        saved: the checkpoint's description of its injection.
+        source: where it comes from, for the message.
+
+    Raises:
+        CheckpointError: where the data have other classes, naming them.
+    """
+    data = getattr(internals.attached_trainer(module), "datamodule", None)  # type: ignore[arg-type]
+    names, renumber = saved.get("class_names"), getattr(data, "number_classes", None)
+    own = [str(name) for name in description_of(data).get("class_names") or ()]
+    if not names or not own or own == list(names):
+        return
+    new, missing = [n for n in own if n not in names], [n for n in names if n not in own]
+    if new or missing:
+        parts = [f"the data have {listed(map(repr, new))}, which it does not know"] if new else []
+        parts += [f"{'and ' if new else 'the data '}lack {listed(map(repr, missing))}"] if missing else []
+        raise CheckpointError(f"{source} was trained on other classes: {' '.join(parts)}; give them the same names")
+    if renumber is None:
+        raise CheckpointError(
+            f"{source} numbers the classes {listed(map(repr, names), 4)}, the data {listed(map(repr, own), 4)}: give "
+            "them in the same order"
+        )
+    renumber(list(names))
+    if hasattr(module, "agree"):
+        module.agree()
+
+
+def trained_on_at_test(module: LightningModule) -> dict[str, Any]:
+    """What a result says of the training: the data, and how many of the examples tested on were trained on."""
+    mark = injection_in(module)
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    known = None if mark is None else mark.trained_examples
+    hashes = data.example_hashes("test") if known is not None and hasattr(data, "example_hashes") else None
+    count = None if hashes is None else int(torch.isin(torch.from_numpy(hashes), known).sum())
+    if count:
+        rank_zero_warn(
+            f"{count} of {len(hashes)} test examples were trained on: the checkpoint's split is another, or the data "
+            "have examples twice; results.json says so too"
+        )
+    names = None if mark is None or mark.class_names is None else list(mark.class_names)
+    trained_on = None if mark is None else mark.trained_on
+    return {"class_names": names, "trained_on": trained_on, "test_examples_trained_on": count}
