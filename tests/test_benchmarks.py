@@ -179,3 +179,17 @@ def test_the_merges_of_aurora(tmp_path, capsys):
     again = json.loads((tmp_path / "results.json").read_text())["3"]
     assert best.stat().st_mtime_ns == written
     assert [row["accuracy"] for row in again.values()] == [row["accuracy"] for row in rows.values()]
+
+
+# ---- the fingerprint ------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_reads_a_few_values_of_each_tensor(tmp_path):
+    from tests.tasks.causal_lm.language_helpers import save_tiny
+
+    own, large = load("fingerprint_cost").main(["--model", str(save_tiny(tmp_path / "tiny")), "--repeats", "1"])[
+        "results"
+    ]
+    assert own["bytes_read"] <= own["tensors"] * 64 * 2
+    assert (large["tensors"], round(large["bytes"] / 1e9, 2)) == (291, 16.06)
+    assert large["bytes_read"] == 291 * 64 * 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,17 @@ def _sample(tensor: Tensor) -> Tensor:
         tensor = tensor.to(torch.bfloat16)
     if not (tensor.dim() and tensor.numel()):
         return tensor.reshape(-1).cpu()
-    # Positions in float64 on the CPU: they must be the same on every device, also beyond 2**24 elements.
-    index = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), dtype=torch.float64, device="cpu")
-    # By row and column, since flattening would copy a transposed weight.
-    return tensor[torch.unravel_index(index.long().to(tensor.device), tensor.shape)].cpu()
+    return tensor[tuple(index.to(tensor.device) for index in _positions(tensor.shape))].cpu()
+
+
+@lru_cache(maxsize=64)  # the layers of a network have few shapes
+def _positions(shape: torch.Size) -> tuple[Tensor, ...]:
+    """Indices of evenly spaced elements, by dimension: flattening would copy a transposed weight."""
+    count = shape.numel()
+    # In float64 on the CPU: they must be the same on every device, also beyond 2**24 elements.
+    with torch.device("cpu"):
+        index = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
+        return torch.unravel_index(index, shape)
 
 
 def _digest(sample: Tensor) -> str:
