@@ -87,9 +87,10 @@ def number_classes_alike(module: nn.Module, saved: Mapping[str, Any], source: st
         return
     new, missing = [n for n in own if n not in names], [n for n in names if n not in own]
     if new or missing:
-        parts = [f"the data have {listed(map(repr, new))}, which it does not know"] if new else []
-        parts += [f"{'and ' if new else 'the data '}lack {listed(map(repr, missing))}"] if missing else []
-        raise CheckpointError(f"{source} was trained on other classes: {' '.join(parts)}; give them the same names")
+        parts = [f"have {listed(map(repr, new))}, which it does not know"] if new else []
+        parts += [f"lack {listed(map(repr, missing))}"] if missing else []
+        differ = f"the data {', and '.join(parts)}"
+        raise CheckpointError(f"{source} was trained on other classes: {differ}; give them the same names")
     if renumber is None:
         raise CheckpointError(
             f"{source} numbers the classes {listed(map(repr, names), 4)}, the data {listed(map(repr, own), 4)}: give "
