@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pera_lightning.errors import DataError, closest
 
@@ -23,13 +26,34 @@ _ABANDONED = 24 * 3600  # seconds after which an unfinished folder belongs to no
 
 
 def read_text(path: Path) -> str:
-    """A file as text; `DataError` where it is missing, or not in UTF-8."""
+    """A file as text; `DataError` where it is missing, no regular file, or not in UTF-8."""
     try:
+        require_regular(path)
         return path.read_text(encoding="utf-8-sig")  # a byte order mark does not belong to the text
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raises `OSError` for what is missing, and for pipes, sockets and devices: reading one could wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, the system's own message says it
+        raise OSError("it is a pipe, a socket or a device, and a regular file is needed")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON; every failure is a `ValueError`, also nesting that is too deep and numbers that are too long."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def nfc(text: str) -> str:
+    """Composes a name's accents: tools of macOS write "é" as two characters, and it is to be the same name."""
+    return unicodedata.normalize("NFC", text)
 
 
 def closest_beside(path: Path) -> str:

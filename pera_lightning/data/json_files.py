@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pera_lightning.errors import DataError
-from pera_lightning.files import read_text
+from pera_lightning.files import parse_json, read_text
 
 
 def read_json(path: Path) -> list[Any]:
@@ -16,14 +15,16 @@ def read_json(path: Path) -> list[Any]:
     entries, where = [], ""
     try:
         if text.lstrip().startswith("["):
-            entries = json.loads(text)
+            entries = parse_json(text)
         else:
             # Not splitlines(), which also splits at characters that JSON lets stand inside a text, such as U+2028.
             for number, line in enumerate(text.split("\n"), start=1):
                 where = f", and its line {number} is not JSON"
-                entries += [json.loads(line)] if line.strip() else []
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not a JSON list{where}: {error.msg if where else error}") from error
+                entries += [parse_json(line)] if line.strip() else []
+    except ValueError as error:
+        # Of a number of more digits than Python converts it is no JSONDecodeError; its advice is a programmer's.
+        what = getattr(error, "msg", None) if where else None
+        raise DataError(f"{path} is not a JSON list{where}: {what or str(error).partition(';')[0]}") from error
     if not entries:
         raise DataError(f"{path} has no examples; give a file with at least one")
     return entries

@@ -5,7 +5,6 @@ Shapes: in, out features of a layer; r its rank.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pera_lightning.errors import CheckpointError, listed, shorten
 from pera_lightning.export.peft_names import CONFIG_FILE, PICKLE_FILE, PREFIX, WEIGHTS_FILE
-from pera_lightning.files import closest_beside
+from pera_lightning.files import closest_beside, parse_json
 
 # Settings of peft's configs that are used below, or that change nothing of a loaded adapter.
 _READ = {"peft_type", "r", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern"}
@@ -61,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         missing = f"has no {CONFIG_FILE}" if folder.is_dir() else f"does not exist{closest_beside(folder)}"
         raise CheckpointError(f"{folder} {missing}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {shorten(str(error))}") from None
     if not isinstance(config, dict) or "peft_type" not in config:

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from pera_lightning.errors import ConfigurationError, listed, shorten
+from pera_lightning.files import parse_json
 from pera_lightning.pretrained import explained
 
 INDEX = "model_index.json"
@@ -44,7 +45,7 @@ def pipeline_files(
     if not index.is_file():
         raise ConfigurationError(f"{base} is not a pipeline of diffusers: it has no {INDEX}")
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries = parse_json(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigurationError(f"{index} is damaged: {shorten(str(error))}") from None
     # An entry [library, class] is a component; one of nulls is an optional one that this pipeline does without.

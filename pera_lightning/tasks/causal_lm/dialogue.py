@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from pera_lightning.data.json_files import read_json
-from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.files import read_text
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.examples import Example
@@ -79,9 +81,10 @@ class DialogueDataModule(TextDataModule):
 
     def _find(self, argument: str, given: Path | None, usual: tuple[str, ...]) -> Path:
         places = [given] if given is not None else [self.folder / name for name in usual] if self.folder else []
-        for path in places:
-            if path.is_file():
-                return path
+        if found := [path for path in places if path.is_file()]:
+            if more := [path.name for path in found[1:]]:
+                rank_zero_warn(f"{listed(more)} of {found[0].parent} is not read: {found[0].name} is; see {argument}=")
+            return found[0]
         tried = ", ".join(map(str, places)) or "folder is not given either"
         raise DataError(f"{argument}: no such file ({tried}). {_ORIGIN}")
 

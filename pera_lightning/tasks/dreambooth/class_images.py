@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pera_lightning.data.image_files import image_files
+from pera_lightning.data.image_files import image_files, warn_of_other_files
 from pera_lightning.errors import DataError, listed
-from pera_lightning.files import atomic_write, png
+from pera_lightning.files import atomic_write, parse_json, png
 from pera_lightning.tasks.dreambooth.generate import ImageGenerator
 from pera_lightning.tasks.dreambooth.latent_cache import together, writing
 from pera_lightning.tasks.dreambooth.photographs import Photograph, read_photographs
@@ -62,6 +62,8 @@ class ClassImages:
         if record is not None:
             self._check({_PROMPT: prompt}, record)  # before anything takes long
             there = [name for name in there if _NUMBER.fullmatch(name)]  # a grid laid beside them is not one
+        if not self.own and self.folder.is_dir():  # of the user's own `read_photographs` says it
+            warn_of_other_files(self.folder, {*there, RECORD})
         if (not self.generated and len(there) < count) or not (there or count):
             has = f"has {len(there)} images of your own, and num_class_images={count}"
             raise DataError(f"class_folder {folder} {has}: add some, or give an empty folder to have all of them made")
@@ -111,7 +113,7 @@ class ClassImages:
     def _record(self) -> dict[str, Any] | None:
         path = self.folder / RECORD
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_text(encoding="utf-8"))
             return {_PROMPT: record[_PROMPT], **record}
         except (FileNotFoundError, NotADirectoryError):  # not made by us, or not made yet
             return None

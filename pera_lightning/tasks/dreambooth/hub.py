@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pera_lightning.data.image_files import SUFFIXES
 from pera_lightning.errors import DataError, shorten
-from pera_lightning.tasks.dreambooth.photographs import METADATA
+from pera_lightning.tasks.dreambooth.captions import BESIDE, METADATA
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -19,9 +19,10 @@ def local_folder(name: str, argument: str) -> str:
         return name
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]  # no other files are fetched
+    patterns = [f"*{suffix}" for kind in SUFFIXES for suffix in (kind, kind.upper())]
+    patterns += [f"*{ending}" for ending in (*BESIDE, *METADATA)]  # at any depth
     try:
-        return snapshot_download(name, repo_type="dataset", allow_patterns=[*patterns, "*.txt", METADATA])
+        return snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # of the hub's client and the HTTP library of that: no common base
         hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         what = f"{argument} {name} is not a folder, and as a data set of {hub} it cannot be had"

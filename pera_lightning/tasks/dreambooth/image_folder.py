@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from pera_lightning.data.image_files import open_lazily
 from pera_lightning.errors import DataError, shorten
-from pera_lightning.files import atomic_write, png, read_text
+from pera_lightning.files import atomic_write, parse_json, png, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,7 @@ def read_images(folder: str | Path) -> GeneratedImages:
     file = Path(folder) / FILE
     text = read_text(file)  # a missing or foreign file is refused there
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         images = tuple(GeneratedImage(**one) for one in found.pop("images"))
         generated = GeneratedImages(**found, images=images)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -119,7 +120,7 @@ def read_images(folder: str | Path) -> GeneratedImages:
 def read_image(path: Path, side: int | None = None) -> Image.Image:
     """Reads a generated image into memory, its longer side scaled down to `side` pixels."""
     try:
-        with Image.open(path) as image:
+        with open_lazily(path) as image:
             image.load()  # now, so that damage is told here
             if side is not None:
                 image.thumbnail((side, side), Image.Resampling.LANCZOS)

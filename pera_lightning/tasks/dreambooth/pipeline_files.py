@@ -7,7 +7,6 @@ folder there ("" for `name` itself), `variant` that of the weights' files, such 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pera_lightning.errors import ConfigurationError, listed
+from pera_lightning.files import parse_json
 from pera_lightning.pretrained import explained
 
 INDEX = "model_index.json"
@@ -50,7 +50,7 @@ def read(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """Reads a JSON file of a folder or repository; see `find`."""
     path = find(name, file, revision)
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        return {**parse_json(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(f"{path} is damaged: {error}; fetch it again") from error
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pera_lightning.data.image_files import to_rgb
+from pera_lightning.data.image_files import open_lazily, to_rgb
 from pera_lightning.errors import ConfigurationError, DataError, shorten
 from pera_lightning.tasks.dreambooth.pipeline_files import FACTOR
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CROPS = ("center", "random")
-_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # EXIF's tag, and its values that swap height and width
 
 
 def sides(resolution: int | Sequence[int]) -> tuple[int, int]:
@@ -34,18 +33,10 @@ def sides(resolution: int | Sequence[int]) -> tuple[int, int]:
     return given[0], given[1]
 
 
-def size_of(image: Image.Image) -> tuple[int, int]:
-    """Gives height and width in pixels of an opened image once it is upright; reads its header only."""
-    width, height = image.size  # as stored
-    return (width, height) if image.getexif().get(_ORIENTATION) in _SIDEWAYS else (height, width)
-
-
 def open_image(path: Path) -> Image.Image:
     """Reads an image: upright, RGB, of an animation the first frame."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with open_lazily(path) as image:
             return to_rgb(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error …
         raise DataError(f"image {path} cannot be read ({shorten(str(error))}); replace or remove it") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pera_lightning.data.example_hashes import hash_bytes, hash_file
-from pera_lightning.data.image_files import to_rgb
+from pera_lightning.data.image_files import open_lazily, to_rgb
 from pera_lightning.errors import DataError, listed
+from pera_lightning.files import nfc
 from pera_lightning.tasks.image_classification.sources import same_classes
 
 if TYPE_CHECKING:
@@ -30,10 +32,12 @@ class HubSource:
 
     def image(self, index: int) -> Image.Image:
         """The image at an index, upright and RGB."""
-        image = self.table[index][self.column]
-        if image is None:
+        encoded = self.table[index][self.column] or {}  # bytes, or the path of a file in the cache
+        if encoded.get("bytes") is None and encoded.get("path") is None:
             raise ValueError("the example has no image")
-        return to_rgb(image)
+        content = encoded.get("bytes")
+        with open_lazily(Path(encoded["path"]) if content is None else io.BytesIO(content)) as image:
+            return to_rgb(image)
 
     def identifier(self, index: int) -> str:
         """The index in the table."""
@@ -41,13 +45,10 @@ class HubSource:
 
     def hashes(self, indices: np.ndarray) -> Iterator[int]:
         """A hash of each image as it is stored."""
-        import datasets
-
-        stored = self.table.cast_column(self.column, datasets.Image(decode=False))
         for index in indices.tolist():
-            image = stored[index][self.column] or {}
-            path, data = image.get("path"), image.get("bytes")
-            yield hash_file(Path(path)) if data is None and path else hash_bytes(data or b"")
+            encoded = self.table[index][self.column] or {}
+            path, content = encoded.get("path"), encoded.get("bytes")
+            yield hash_file(Path(path)) if content is None and path else hash_bytes(content or b"")
 
 
 def _words(kind: object) -> str:
@@ -76,11 +77,12 @@ def hub_source(
     if not len(table):
         raise DataError(f"{where} has no examples")
     kind = table.features[image_column]
-    # Images that were saved as plain bytes are decoded too.
-    if kind == datasets.Value("binary") or (isinstance(kind, dict) and "bytes" in kind):
-        table = table.cast_column(image_column, datasets.Image())
-    elif not isinstance(kind, datasets.Image):
+    # Images that were saved as plain bytes are taken too.
+    plain = kind == datasets.Value("binary") or (isinstance(kind, dict) and "bytes" in kind)
+    if not (plain or isinstance(kind, datasets.Image)):
         raise DataError(f"{where}: column {image_column!r} holds no images but {_words(kind)}; give image_column")
+    # Decoded here: datasets would take any format that Pillow knows.
+    table = table.cast_column(image_column, datasets.Image(decode=False))
     labels, names = read_labels(table, label_column, training_names, where)
     return HubSource(table.select_columns([image_column]), image_column, labels, names)
 
@@ -100,11 +102,14 @@ def read_labels(
     kind = table.features[column]
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()  # reads no image
     if isinstance(kind, datasets.ClassLabel):
-        own = list(kind.names)
+        own = [nfc(name) for name in kind.names]
+        if twice := sorted({name for name in own if own.count(name) > 1}):
+            raise DataError(f"{where}: column {column!r} has the classes {listed(twice)} twice; give label_column")
         if training_names is not None:
             same_classes(where, own, training_names)
         values = [None if value is None or value < 0 else own[value] for value in values]
     elif isinstance(kind, datasets.Value) and (kind.dtype == "string" or kind.dtype.startswith(("int", "uint"))):
+        values = [nfc(value) if isinstance(value, str) else value for value in values]
         known = {value for value in values if value is not None and (isinstance(value, str) or value >= 0)}
         own = [str(value) for value in sorted(known)]
         values = [str(value) if value in known else None for value in values]

@@ -15,8 +15,17 @@ from torch.utils.data import Dataset, default_collate
 
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.data.example_hashes import hash_bytes, hash_file
-from pera_lightning.data.image_files import SUFFIXES, check_headers, image_files, require_folder, to_rgb
+from pera_lightning.data.image_files import (
+    SUFFIXES,
+    check_headers,
+    image_files,
+    open_lazily,
+    require_folder,
+    to_rgb,
+    warn_of_other_files,
+)
 from pera_lightning.errors import ConfigurationError, DataError, closest, listed, shorten
+from pera_lightning.files import nfc
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +70,11 @@ class FolderSource:
     class_names: list[str]
 
     def image(self, index: int) -> Image.Image:
-        from PIL import Image
-
-        with Image.open(self.root / self.files[index]) as image:
+        with open_lazily(self.root / self.files[index]) as image:
             return to_rgb(image)
 
     def identifier(self, index: int) -> str:
-        return self.files[index]
+        return nfc(self.files[index])
 
     def hashes(self, indices: np.ndarray) -> Iterable[int]:
         return (hash_file(self.root / self.files[index]) for index in indices)
@@ -151,8 +158,8 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
     numeric = all(name.isdecimal() for name in names)
     found = []
     for one in wanted:
-        if str(one) in names and (isinstance(one, str) or numeric):
-            found.append(names.index(str(one)))
+        if (name := nfc(str(one))) in names and (isinstance(one, str) or numeric):
+            found.append(names.index(name))
         elif isinstance(one, int) and not numeric and 0 <= one < len(names):
             found.append(one)
         else:
@@ -167,7 +174,8 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(found, key=lambda path: nfc(path.name))
 
 
 def read_class_folders(folder: Path, *, root: Path) -> FolderSource:
@@ -176,16 +184,20 @@ def read_class_folders(folder: Path, *, root: Path) -> FolderSource:
     if len(classes) < 2:
         found = f"only {classes[0].name}/" if classes else "none"
         raise DataError(f"{folder} must hold a folder of images for each of at least two classes; it holds {found}")
+    names = [nfc(path.name) for path in classes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{folder} has {listed(twice)} twice, written in two forms of Unicode; join the folders")
     files: list[str] = []
     labels: list[int] = []
     for label, path in enumerate(classes):  # numbered by name
         own = image_files(path)
         if not own:
-            raise DataError(f"class folder {path} has no images ({', '.join(SUFFIXES)}); add some or remove it")
+            has = listed(sorted(one.name for one in path.iterdir()), 3) or "nothing"
+            what = f"has no images ({', '.join(SUFFIXES)}); it has {has}"
+            raise DataError(f"class folder {path} {what}: add some or remove it")
         files += [(path / name).relative_to(root).as_posix() for name in own]
         labels += [label] * len(own)
-    check_headers(root, files)
-    return FolderSource(root, files, np.array(labels, dtype=np.int64), [path.name for path in classes])
+    return FolderSource(root, files, np.array(labels, dtype=np.int64), names)
 
 
 def folder_sources(folder: str) -> dict[str, ImageSource]:
@@ -199,17 +211,25 @@ def folder_sources(folder: str) -> dict[str, ImageSource]:
     # Either every folder is a split, or every folder is a class.
     splits = {name: split for split, known in SPLIT_FOLDERS.items() for name in known}
     if not any(name in splits for name in names):
-        return {"train": read_class_folders(root, root=root)}
+        return _checked(root, {"train": read_class_folders(root, root=root)})
     folders = {splits.get(name, ""): name for name in names}
     if "" in folders or len(folders) < len(names) or "train" not in folders:
         known = "train/ and no others than validation/ (or val/, valid/) and test/, each once"
         raise DataError(f"{root} has the folders {listed(names)}; needed are {known}")
-    found: dict[str, ImageSource] = {}
+    found: dict[str, FolderSource] = {}
     for split in SPLIT_FOLDERS:
         if split in folders:
             found[split] = read_class_folders(root / folders[split], root=root)
             same_classes(f"{root}: {split}", found[split].class_names, found["train"].class_names)
-    return found
+    return _checked(root, found)
+
+
+def _checked(root: Path, found: dict[str, FolderSource]) -> dict[str, ImageSource]:
+    """Names the images of all splits that are broken, and the files that are in none."""
+    files = [name for source in found.values() for name in source.files]
+    check_headers(root, files)
+    warn_of_other_files(root, {*files})
+    return {**found}
 
 
 def same_classes(where: str, names: list[str], training: list[str]) -> None:
@@ -228,6 +248,7 @@ def predict_source(given: str | list[str], class_names: list[str]) -> FolderSour
     if len(places) == 1 and not Path(places[0]).expanduser().is_file():
         root = require_folder(places[0])  # files are called by their path within it
         files = image_files(root)
+        warn_of_other_files(root, {*files})
     else:
         for place in (Path(place).expanduser() for place in places):
             found = [place.name] if place.is_file() else image_files(require_folder(str(place)))
@@ -238,5 +259,5 @@ def predict_source(given: str | list[str], class_names: list[str]) -> FolderSour
     check_headers(root, files)
     number = {name: label for label, name in enumerate(class_names)}
     # The outermost folder that is called like a class counts.
-    labels = [next((number[name] for name in Path(file).parts[:-1] if name in number), -1) for file in files]
+    labels = [next((number[name] for name in Path(nfc(file)).parts[:-1] if name in number), -1) for file in files]
     return FolderSource(root, files, np.array(labels, dtype=np.int64), class_names)

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pera_lightning.data.batching import IGNORE
 from pera_lightning.errors import DataError, listed, shorten
+from pera_lightning.files import nfc
 from pera_lightning.tasks.sequence_classification.files import Columns
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, GLUETask
 
 _INDEX = "idx"  # what GLUE calls the numbers of its examples
-_NUMBER = re.compile(r"[-+]?\d{1,18}(\.\d*)?")  # longer ones are names: Python refuses to read very many digits
+_NUMBER = re.compile(r"[-+]?\d{1,18}(\.\d*)?")  # longer ones are text: Python refuses to read very many digits
+_WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -54,42 +57,47 @@ def to_examples(columns: Columns, task: GLUETask, *, label_column: str, unlabell
     values = columns.values.get(label_column)
     if values is None and not unlabelled:
         columns.column(label_column, "label_column")  # which raises
-    own = task.name == CUSTOM  # names are looked up; GLUE's labels are numbers
-    known = {name if own else k: k for k, name in enumerate(task.class_names)}
+    named = task.name == CUSTOM and not task.regression  # names are looked up; GLUE's labels are numbers
+    known = {name if named else k: k for k, name in enumerate(task.class_names)}
     labels = np.full(len(columns), IGNORE, np.float32 if task.regression else np.int64)
     for number, value in enumerate(values or ()):
-        label = _canonical(value)
+        label = class_name(value) if named else _number(value)
         # -1 says "unlabelled" in GLUE's files, but is a value of a regression whose range holds it.
-        if unlabelled and (label is None or (label == -1 and not (task.regression and task.label_range[0] <= -1))):
+        if unlabelled and (
+            label in (None, "-1", -1) and not (label == -1 and task.regression and task.label_range[0] <= -1)
+        ):
             continue
-        found = None if label is None else known.get(str(label) if own else label)
-        if task.regression:
-            found = _score(label, task.label_range)
+        found = _score(label, task.label_range) if task.regression else known.get(label)
         if found is None:
-            allowed = listed(known, 12) if own and not task.regression else task.labels_in_words
+            allowed = listed(known, 12) if named else task.labels_in_words
             raise DataError(f"row {number} of {columns.source}: label {_quoted(value)}; allowed: {allowed}")
         labels[number] = found
     return Examples(texts, labels, _ids(columns), empty)
 
 
 def class_names_of(columns: Columns, label_column: str) -> list[str]:
-    """The classes in a table of training examples: numbers in their order, else names in theirs.
+    """The classes in a table of training examples: whole numbers in their order, else names in theirs.
 
     Raises:
-        DataError: for labels that are missing, fractions, or all the same.
+        DataError: for labels that are missing, fractions of JSON, or all the same.
     """
     labels = []
     for number, value in enumerate(columns.column(label_column, "label_column")):
-        label = _canonical(value)
-        if label is None or label == -1 or isinstance(label, float):
+        label = class_name(value)
+        if label in (None, "-1"):
             raise DataError(
                 f"row {number} of {columns.source}: label {_quoted(value)} is not a class; number classes from 0 or "
                 "give them names, leave unlabelled rows out, or set regression=True to predict numbers"
             )
         labels.append(label)
     # Numbers stay in their order, so that the classes of somebody's 0, 1, 2 are 0, 1, 2; one name makes all names.
-    numbers = all(isinstance(label, int) for label in labels)
-    names = [str(label) for label in sorted(set(labels), key=None if numbers else str)]
+    numbers = all(map(_WHOLE.fullmatch, labels))
+    names = sorted(set(labels), key=(lambda name: (int(name), name)) if numbers else None)
+    if not numbers and all(map(_NUMBER.fullmatch, names)):  # CSV has no types: versions and scores look alike
+        rank_zero_warn(
+            f"{columns.source}: the labels {listed(names, 4)} are taken as the names of {len(names)} classes; set "
+            "regression=True if they are numbers to predict"
+        )
     # A column of texts, taken for classes: most labels would differ.
     if len(names) < 2 or (not numbers and len(names) > max(100, len(labels) // 2)):
         raise DataError(
@@ -119,21 +127,31 @@ def _texts(columns: Columns, task: GLUETask) -> tuple[tuple[list[str], ...], int
     return tuple([*column] for column in texts), empty
 
 
-def _canonical(value: Any) -> int | float | str | None:
-    """A label of a file: a whole number however it is written, a fraction, a name, or None for nothing."""
+def class_name(value: Any) -> str | None:
+    """A label of a file as the name of a class; None for nothing, fractions, lists and objects.
+
+    Text stays as it is but for spaces around it and the form of its Unicode: "01", "1" and "1.10" are three names. Of
+    JSON, 1 and 1.0 are "1" (tools write whole numbers as either), true is "true".
+    """
+    if isinstance(value, str):
+        return nfc(value.strip()) or None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int) else None
+
+
+def _number(value: Any) -> int | float | str | None:
+    """A label of a file as a number, however it is written; text that is none stays text, None is nothing."""
     if isinstance(value, str):
         value = value.strip()
-        if value.lower() in ("true", "false"):  # as JSON's booleans are called here: other tools write True
-            return value.lower()
-        # CSV has no types: what looks like a number is one, so that 1, "1" and 1.0 are the same class.
         if not _NUMBER.fullmatch(value):
             return value or None
         value = float(value) if "." in value else int(value)
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value
-    return value if value is None or isinstance(value, int) else str(value)
+    return value if value is None or type(value) is int else str(value)  # a bool is no number here
 
 
 def _score(label: int | float | str | None, label_range: tuple[float, float]) -> float | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pera_lightning.data.csv_files import read_csv
+from pera_lightning.data.folder_files import warn_of_unread
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import DataError, closest, listed
-from pera_lightning.files import read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 
@@ -47,11 +46,24 @@ def split_file(folder: Path, split: str) -> Path:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give one with {split}.jsonl, or none to use the hub")
-    for suffix in SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return folder / f"{split}{suffix}"
+    if found := _of_split(folder, split):
+        return found
     there = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise DataError(f"{folder} has no {split}.jsonl (or .json, .csv, .tsv); it has {there}")
+
+
+def _of_split(folder: Path, split: str) -> Path | None:
+    places = (folder / f"{split}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in places if path.is_file()), None)
+
+
+def warn_of_other_files(folder: Path, splits: Iterable[str]) -> None:
+    """Warns of files in a folder that belong to none of the splits, or lie beside one of another kind that is read."""
+    splits = list(splits)
+    read = [_of_split(folder, split) for split in splits]
+    others = sorted(path.name for path in folder.iterdir() if path.is_file() and path not in read)
+    what = f"{', '.join(splits)} are read, each from the first that is there of {', '.join(SUFFIXES)}"
+    warn_of_unread(folder, [name for name in others if not name.startswith(".")], what)
 
 
 def read_columns(path: Path) -> Columns:
@@ -80,25 +92,11 @@ def _json_columns(path: Path) -> Columns:
         json.dumps(entries, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # JSON can say it; UTF-8 and tokenizers cannot
         raise DataError(f"{path} holds half a character ({error.object[error.start]!r}, a lone surrogate)") from None
+    except RecursionError:
+        raise DataError(f"{path} is nested too deeply; texts and labels are no lists of lists") from None
     return Columns(str(path), {name: [entry.get(name) for entry in entries] for name in names})
 
 
 def _separated_columns(path: Path, suffix: str) -> Columns:
-    # GLUE's own .tsv has quotes as characters of the text.
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
-    reader = csv.reader(io.StringIO(read_text(path)), strict=True, **options)
-    rows: list[list[str]] = []
-    try:
-        for row in filter(None, reader):
-            rows.append(row)
-            if len(row) != len(rows[0]):  # which the csv module takes, and columns would shift
-                raise DataError(
-                    f"line {reader.line_num} of {path} has {len(row)} fields, and its header {len(rows[0])}; correct "
-                    "the line, or quote fields that hold the separator"
-                )
-    except csv.Error as error:
-        raise DataError(f"{path} is damaged at line {reader.line_num}: {error}") from error
-    header = rows.pop(0) if rows else []
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise DataError(f"{path} has the column {listed(sorted(twice))} twice; rename one")
+    header, rows = read_csv(path, tabs=suffix == ".tsv")
     return Columns(str(path), {name: [row[k] for row in rows] for k, name in enumerate(header)})

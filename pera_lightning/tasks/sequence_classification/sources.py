@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 from pera_lightning.data import hub
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.tasks.sequence_classification.examples import Examples, class_names_of, to_examples
-from pera_lightning.tasks.sequence_classification.files import Columns, read_columns, split_file
+from pera_lightning.tasks.sequence_classification.files import (
+    Columns,
+    read_columns,
+    split_file,
+    warn_of_other_files,
+)
 from pera_lightning.tasks.sequence_classification.tasks import CUSTOM, REPOSITORY, GLUETask, custom_task, find_task
 
 if TYPE_CHECKING:
@@ -69,7 +74,10 @@ class GLUESource:
         if self.on_hub:
             return Columns(f"{REPOSITORY}, {self.name}, split {split!r}", self.table(split).to_dict())
         if self.folder is not None:
-            return read_columns(split_file(self.folder, split))
+            path = split_file(self.folder, split)
+            of_task = (self.task.named(kind, name) for kind in ("validation", "test") for name in self.task.sets)
+            warn_of_other_files(self.folder, ["train", *of_task])
+            return read_columns(path)
         if split not in self.files:
             raise ConfigurationError(f"this run needs the {split} examples of the custom task: give {split}_file")
         return read_columns(self.files[split])

@@ -73,6 +73,51 @@ def test_captions_come_from_either_file_and_else_from_the_prompt(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metadata.csv", 'file_name,text\n00.png,"sks, asleep"\nmore/00.png,sks awake\n'),
+        ("../metadata.csv", 'file_name,text\nsub/00.png,"sks, asleep"\nsub/more/00.png,sks awake\n'),
+        ("more/metadata.jsonl", None),
+        ("00.caption", "sks, asleep\n"),
+    ],
+)
+def test_captions_as_other_tools_write_them(tmp_path, file, content):
+    root = tmp_path / "sub"
+    fill(root, 1)
+    fill(root / "more", 1)
+    if content is None:
+        metadata(root / "more", row("00.png", "sks awake"))
+        metadata(root, row("00.png", "sks, asleep"))
+    else:
+        (root / file).write_text(content)
+    if file == "00.caption":
+        (root / "more" / "00.caption").write_text("sks awake")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of it is left unread
+        found = {
+            one.path.relative_to(root).as_posix(): one.caption for one in read(root if file[0] != "." else tmp_path)
+        }
+    assert found == {"00.png": "sks, asleep", "more/00.png": "sks awake"}
+
+
+def test_captions_of_names_that_a_mac_wrote(tmp_path):
+    photograph(16, 16).save(tmp_path / "cafe\u0301.png")
+    photograph(16, 16).save(tmp_path / "the\u0301.png")
+    metadata(tmp_path, row("caf\u00e9.png", "a"))
+    (tmp_path / "th\u00e9.txt").write_text("b")
+    assert [one.caption for one in read(tmp_path)] == ["a", "b"]
+
+
+def test_photographs_and_captions_that_are_not_read_are_named(tmp_path):
+    fill(tmp_path, 2)
+    for name in ("IMG_1.HEIC", "IMG_2.HEIC", "03.txt", "metadata.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 .txt \(03.txt\), 2 .heic \(IMG_1.HEIC, IMG_2.HEIC\), 1 .parquet") as notes:
+        read(tmp_path)
+    assert len(notes) == 1
+
+
 def test_no_note_where_all_or_none_have_captions(tmp_path):
     fill(tmp_path, 1)
     with warnings.catch_warnings():
@@ -88,7 +133,7 @@ def test_no_note_where_all_or_none_have_captions(tmp_path):
     ("rows", "beside", "message"),
     [
         ([row("05.png", "a"), row("00.png", "b")], None, r"names 1 image\(s\) that are not there: 05.png"),
-        ([row("00.png", "a"), row("00.png", "b")], None, "00.png has two captions in .*metadata.jsonl; keep one"),
+        ([row("00.png", "a"), row("00.png", "b")], None, "00.png has two captions, in .*metadata.jsonl; keep one"),
         ([row("00.png", "a")], "b", "00.png has two captions, in .*metadata.jsonl and in .*00.txt"),
         ([row("00.png", " ")], None, "entry 0 of .* neither empty; it has file_name, text, other"),
         ([{"file_name": "00.png", "caption": "a"}], None, "needs a file_name and a text.* has file_name, caption"),

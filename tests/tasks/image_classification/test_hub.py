@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+from PIL import Image
 
 from pera_lightning.errors import DataError
 from pera_lightning.tasks.image_classification.data import ImageDataModule
@@ -104,6 +105,16 @@ def test_images_as_plain_bytes_are_decoded(hub, tmp_path):
     table = datasets.Dataset.from_dict({"image": [row] * 10, "label": [0, 1] * 5}, features=features)
     hub.tables["org/name", "train"] = table
     assert next(iter(image_module("org/name").train_dataloader()))[0].shape == (7, 3, 8, 8)
+
+
+def test_other_formats_are_not_opened_from_the_hub_either(hub, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.ico")
+    images = [{"bytes": (tmp_path / "a.ico").read_bytes(), "path": None}] * 20
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 10})
+    table = table.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    hub.tables["org/name", "train"] = table
+    with pytest.raises(DataError, match=r"image \d+ cannot be read \(cannot identify"):
+        next(iter(image_module("org/name").val_dataloader()))
 
 
 NOT_FOUND = datasets.exceptions.DatasetNotFoundError

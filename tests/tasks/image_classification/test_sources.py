@@ -119,10 +119,8 @@ def _saved(path, image, **options):
 
 def test_every_mode_becomes_upright_rgb(tmp_path):
     red = Image.new("RGB", (4, 2), (255, 0, 0))
-    palette = red.quantize(4)
-    palette.info["transparency"] = bytes([255, 0, 0, 0])
     for index, (image, suffix) in enumerate(
-        [(red, "png"), (red.convert("RGBA"), "png"), (red.quantize(4), "gif"), (palette, "png")]
+        [(red, "png"), (red.convert("RGBA"), "png"), (red.quantize(4), "gif"), (red.quantize(4), "png")]
     ):
         turned = image_sources.to_rgb(_saved(tmp_path / f"{index}.{suffix}", image))
         assert turned.mode == "RGB"
@@ -130,17 +128,47 @@ def test_every_mode_becomes_upright_rgb(tmp_path):
     cyan = image_sources.to_rgb(_saved(tmp_path / "c.jpg", Image.new("CMYK", (8, 8), (255, 0, 0, 0))))
     assert cyan.getpixel((4, 4))[0] < 30
     assert cyan.getpixel((4, 4))[1] > 200
-    for mode in ("L", "LA", "1"):
+    for mode in ("L", "1"):
         assert image_sources.to_rgb(Image.new(mode, (2, 2), 0)).getpixel((0, 0)) == (0, 0, 0)
-    deep = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
-    deep = image_sources.to_rgb(_saved(tmp_path / "deep.png", deep))
-    assert [deep.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
-    with pytest.raises(ValueError, match="mode F has no known range"):
-        image_sources.to_rgb(Image.new("F", (2, 2)))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     upright = image_sources.to_rgb(_saved(tmp_path / "turned.jpg", red, exif=exif))
     assert upright.size == (2, 4)
+
+
+def test_files_that_are_not_read_are_counted_by_kind_once(tmp_path):
+    split_folders(tmp_path)
+    for name in ("train/cat/IMG_1.HEIC", "train/dog/IMG_2.HEIC", "test/dog/a.jfif", "labels.csv", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match="are not read") as notes:
+        image_module(tmp_path)
+    unread = [str(note.message) for note in notes if "are not read" in str(note.message)]
+    assert len(unread) == 1
+    assert (
+        f"4 file(s) under {tmp_path} are not read: 1 .csv (labels.csv), 1 .jfif (test/dog/a.jfif), 2 .heic" in unread[0]
+    )
+    assert "images are read from .jpg, .jpeg" in unread[0]
+    (tmp_path / "new").mkdir()
+    fill(tmp_path / "new", 1)
+    (tmp_path / "new" / "a.avif").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 .avif"):
+        image_sources.predict_source(str(tmp_path / "new"), ["cat", "dog"])
+
+
+def test_a_class_of_a_folder_made_on_a_mac_is_the_same_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for name in ("zoo", composed):
+        fill(tmp_path / "train" / name, 8)
+    for name in ("zoo", decomposed):
+        fill(tmp_path / "test" / name, 1)
+    data = image_module(tmp_path, classes=["zoo", decomposed])
+    assert data.class_names == ["zoo", composed]
+    assert sorted(data._images("test").labels.tolist()) == [0, 1]
+    fill(tmp_path / "test" / "new" / decomposed, 1)
+    assert image_sources.predict_source(str(tmp_path / "test" / "new"), [composed, "zoo"]).labels.tolist() == [0]
+    fill(tmp_path / "train" / decomposed, 1)
+    with pytest.raises(DataError, match=f"train has {composed} twice, written in two forms of Unicode"):
+        image_module(tmp_path)
 
 
 def test_predict_folder(flat, tmp_path):

@@ -1,5 +1,6 @@
 """Tasks, files and examples of GLUE's data: what is read, and what is refused in a line that says which row and why."""
 
+import csv
 import json
 
 import numpy as np
@@ -67,6 +68,13 @@ def test_csv_has_quoted_fields_and_tsv_takes_quotes_as_they_are(tmp_path):
     assert plain.examples("train").texts == (['"unbalanced', 'd"'],)
 
 
+def test_a_field_of_a_csv_may_be_long(tmp_path):
+    text = "word " * 50_000  # the csv module refuses more than 131,072 characters
+    made = custom(tmp_path, f"text,label\n{text}end,1\nb,0\n")
+    assert made.examples("train").texts == ([f"{text}end", "b"],)
+    assert csv.field_size_limit() == 131_072  # of the process, and others'
+
+
 def test_json_may_hold_line_separators_in_a_text(tmp_path):
     rows = "".join(
         json.dumps({"text": t, "label": k}, ensure_ascii=False) + "\n" for k, t in enumerate(["a\u2028b", "c"])
@@ -75,22 +83,34 @@ def test_json_may_hold_line_separators_in_a_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "names"),
+    ("values", "found", "names"),
     [
-        (["10", "2", "10"], ("2", "10")),
-        (["1.0", "0", "1"], ("0", "1")),
-        ([True, False, True], ("false", "true")),
-        ([True, "False", "True", "TRUE"], ("false", "true")),
-        (["b", "a", 3], ("3", "a", "b")),
-        ([2.0, 1, 2], ("1", "2")),
+        (["10", "2", "10"], ["10", "2", "10"], ["2", "10"]),
+        # Texts are names, whatever numbers they look like.
+        (["01", "1", "001", "02"], ["01", "1", "001", "02"], ["001", "01", "1", "02"]),
+        (["1.10", "1.1", "v1"], ["1.10", "1.1", "v1"], ["1.1", "1.10", "v1"]),
+        ([" b ", "a", 3], ["b", "a", "3"], ["3", "a", "b"]),
+        # Numbers of JSON are whole however they are written.
+        ([2.0, 1, "2"], ["2", "1", "2"], ["1", "2"]),
+        ([True, False, "True"], ["true", "false", "True"], ["True", "false", "true"]),
+        # As a Mac writes it and others do.
+        (["cafe\u0301", "caf\u00e9", "tea"], ["caf\u00e9", "caf\u00e9", "tea"], ["caf\u00e9", "tea"]),
     ],
 )
-def test_classes_are_those_of_training_in_their_order(tmp_path, values, names):
+def test_classes_are_those_of_training_in_their_order(tmp_path, values, found, names):
     made = custom(tmp_path, [{"text": "t", "label": value} for value in values], ".jsonl")
-    assert made.task.class_names == names
-    assert [names[k] for k in made.examples("train").labels] == [
-        {"1.0": "1", "2.0": "2"}.get(str(value), str(value).lower()) for value in values
-    ]
+    assert [*made.task.class_names] == names
+    assert [names[k] for k in made.examples("train").labels] == found
+
+
+def test_numbers_with_a_fraction_are_names_in_a_csv_which_is_said(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"labels 1\.10, 2\.0 are taken as the names of 2 classes; set regression=True"
+    ):
+        made = custom(tmp_path, "text,label\na,1.10\nb,2.0\n").task
+    assert made.class_names == ("1.10", "2.0")
+    with pytest.raises(DataError, match=r"label 1\.5 is not a class.*regression=True"):
+        _ = custom(tmp_path, [{"text": "t", "label": label} for label in (1.5, 2)], ".jsonl").task
 
 
 def test_metrics_of_a_custom_task(tmp_path):
@@ -184,7 +204,6 @@ def test_a_row_that_cannot_be_used_is_named_with_what_is_allowed(tmp_path, chang
         (f"text,label\na,{'9' * 5000}\nb,1\n", {"regression": True}, ["row 0", "label '999", "finite"]),
         ("text,label\na,1e39\nb,1\n", {"regression": True}, ["row 0", "'1e39'", "32 bits"]),
         ("text,label\na,nan\nb,1\n", {"regression": True}, ["row 0", "'nan'", "finite"]),
-        ("text,label\na,0.5\nb,0\n", {}, ["row 0", "'0.5'", "regression=True"]),
         ("text,label\na,1\nb,1\n", {}, ["1 different labels in 2 rows", "two classes or more"]),
         ("text,label\na,x\nb,2\n", {"regression": True}, ["row 0", "'x'", "finite numbers"]),
         ("text,label\na,-100\nb,2\n", {"regression": True}, ["row 0", "except -100"]),
@@ -237,6 +256,15 @@ def test_a_folder_without_the_file_lists_what_it_has(tmp_path, files, words):
     with pytest.raises(DataError) as error:
         source(tmp_path, "rte").examples("validation")
     one_line(error, *words)
+
+
+def test_files_of_a_folder_that_nothing_reads_are_named(tmp_path):
+    for name in ("train.jsonl", "train.csv", "validation.csv", "dev.tsv", "test.parquet"):
+        write(tmp_path / name, pairs(4))
+    with pytest.warns(
+        UserWarning, match="3 file.s. under .* are not read: 1 .tsv .dev.tsv., 1 .parquet .*1 .csv .train"
+    ):
+        source(tmp_path, "rte").examples("train")
 
 
 def test_missing_folders_files_and_odd_kinds(tmp_path):
