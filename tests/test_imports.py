@@ -19,7 +19,8 @@ OURS = "pera_lightning"
 # and from itself, never from another of its row. Imports for type checkers count too.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "validation", "pretrained"),
+    ("files", "validation"),
+    ("pretrained",),
     ("adapters",),
     ("injection",),
     ("merging",),

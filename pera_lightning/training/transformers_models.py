@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.pretrained import explained
+from pera_lightning.pretrained import NO_CUSTOM_CODE, loading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -53,18 +52,15 @@ def load_pretrained(
     if attn_implementation is not None:
         own["attn_implementation"] = attn_implementation
     revision = revision or "main"
-    try:
+    with loading(name, "model"):
         if prepare is not None or not weights:  # else transformers finds it, also that of a PEFT folder's base
-            config = options["config"] = AutoConfig.from_pretrained(name, revision=revision)
+            config = options["config"] = AutoConfig.from_pretrained(name, revision=revision, **NO_CUSTOM_CODE)
             if prepare is not None:
                 prepare(config)
         if not weights:  # on the meta device, say: no file but the configuration is read
             return auto_class.from_config(config, **own), {}
+        own |= NO_CUSTOM_CODE
         return auto_class.from_pretrained(name, revision=revision, output_loading_info=True, **own, **options)
-    except SafetensorError as error:
-        raise ConfigurationError(f"model {name}: a file of its weights is damaged ({error}); fetch it again") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise explained(error, name, "model") from error
 
 
 def check_complete(name: str, missing: Iterable[str]) -> None:

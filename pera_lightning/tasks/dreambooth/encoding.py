@@ -80,6 +80,7 @@ def encode_photographs(
     image_keys = {}
     for one in photographs:
         content = {"sha256": digests.get(one.id) or file_sha256(one.path), "size": list(size), "crop": "center"}
+        content["transparency"] = "white"  # earlier versions dropped it: their latents are of other pixels
         image_keys[one.id] = cache.cache_key("image", content, settings["images"])
     prompt_keys = {
         one.caption: cache.cache_key("prompt", {"text": one.caption}, settings["prompts"]) for one in photographs

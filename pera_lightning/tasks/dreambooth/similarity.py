@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pera_lightning.errors import ConfigurationError, listed
-from pera_lightning.pretrained import explained
+from pera_lightning.pretrained import NO_CUSTOM_CODE, loading
 from pera_lightning.tasks.dreambooth.networks import check_complete
 
 if TYPE_CHECKING:
@@ -143,9 +142,5 @@ def _tensor(features: Any) -> Tensor:
 
 def _had(load: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
     """Calls a loader of transformers, whose errors become one line."""
-    try:
-        return load(name, **options)
-    except SafetensorError as error:
-        raise ConfigurationError(f"{what} {name}: a file of its weights is damaged; fetch it again") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise explained(error, name, what) from error
+    with loading(name, what):
+        return load(name, **NO_CUSTOM_CODE, **options)

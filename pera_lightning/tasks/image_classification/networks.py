@@ -8,6 +8,8 @@ from torch import nn
 
 from pera_lightning.errors import ConfigurationError, closest, shorten
 
+_WEIGHTS = "model.safetensors"
+_PICKLED = (".bin", ".pth", ".pt", ".tar")
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
@@ -44,13 +46,28 @@ def create(model_name: str, *, pretrained: bool, image_size: int | None) -> nn.M
     import timm
 
     name = timm_name(model_name)
+    if pretrained and name.startswith("local-dir:"):
+        _refuse_pickled(model_name, Path(name.removeprefix("local-dir:")))
     options = {} if image_size is None else {"img_size": image_size}  # not all architectures take one
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         if image_size is not None and "img_size" in str(error):
             raise ConfigurationError(f"image_size={image_size}: {name} takes any size, leave it out") from None
-        raise
-    except (OSError, RuntimeError) as error:
-        why = f"cannot be loaded: {shorten(str(error))[:200]}"
-        raise ConfigurationError(f"model_name={model_name!r} {why}; give a timm folder, or set HF_ENDPOINT") from None
+        raise _unloadable(model_name, error) from error
+    except Exception as error:  # timm checks little of what a folder's files say
+        raise _unloadable(model_name, error) from error
+
+
+def _unloadable(model_name: str, error: Exception) -> ConfigurationError:
+    why = f"cannot be loaded: {shorten(str(error))[:200] or type(error).__name__}"
+    return ConfigurationError(f"model_name={model_name!r} {why}; give a timm folder, or set HF_ENDPOINT")
+
+
+def _refuse_pickled(model_name: str, folder: Path) -> None:
+    """Refuses a folder whose weights are pickled: older versions of timm run what such a file says."""
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    if pickled and not (folder / _WEIGHTS).is_file():  # which timm prefers
+        raise ConfigurationError(
+            f"model_name={model_name!r}: {pickled[0]} is pickled and may run code; save its weights as {_WEIGHTS}"
+        )

@@ -262,7 +262,7 @@ def test_photographs_of_the_hub_are_its_files_and_a_folder_goes_first(photos, tm
 
     def download(name, *, repo_type, allow_patterns):
         asked.append((name, repo_type))
-        assert {"*.jpg", "*.PNG", "*.txt", "metadata.jsonl"} <= set(allow_patterns)
+        assert {"*.jpg", "*.PNG", "*.txt", "*.caption", "*metadata.jsonl", "*metadata.csv"} <= set(allow_patterns)
         return str(photos)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

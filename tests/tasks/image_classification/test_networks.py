@@ -1,5 +1,6 @@
 """The image module's networks: their names, weights, input size and number of classes."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -73,6 +74,25 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
         ConfigurationError, match="'hf-hub:org/name' cannot be loaded: no route to the hub; give a timm"
     ):
         module("hf-hub:org/name").configure_model()
+
+
+def test_pickled_weights_of_a_folder_are_refused_before_timm_sees_them(vit, tmp_path, monkeypatch):
+    folder = shutil.copytree(vit, tmp_path / "vit")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    module(folder).configure_model()  # timm takes the safetensors
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(timm, "create_model", None)
+    with pytest.raises(ConfigurationError, match=r"pytorch_model.bin is pickled and may run code; save its weights as"):
+        module(folder).configure_model()
+
+
+@pytest.mark.parametrize("content", ["null", "{", "{}", '{"architecture": 5}', '{"architecture": "no_such_model"}'])
+def test_a_damaged_config_of_a_folder_is_one_line(vit, tmp_path, content):
+    folder = shutil.copytree(vit, tmp_path / "vit")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigurationError, match="cannot be loaded: ") as error:
+        module(folder).configure_model()
+    assert "\n" not in str(error.value)
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------

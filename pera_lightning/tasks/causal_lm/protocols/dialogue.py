@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pera_lightning.errors import ConfigurationError, DataError, shorten
+from pera_lightning.errors import ConfigurationError, DataError
+from pera_lightning.pretrained import NO_CUSTOM_CODE, load_tokenizer, loading
 from pera_lightning.tasks.causal_lm.examples import Example
 from pera_lightning.tasks.causal_lm.protocols import prompts
 from pera_lightning.tasks.causal_lm.protocols.base import Decoding, Protocol, register
@@ -116,13 +117,13 @@ def bertscore(predictions: Sequence[Mapping[str, Any]], model: str) -> float:
         ConfigurationError: if the model cannot be loaded.
     """
     from torchmetrics.functional.text.bert import bert_score
+    from transformers import AutoConfig
 
-    try:
+    with loading(model, "BERTScore model"):
+        # First without a question: torchmetrics leaves it to transformers' default, which asks to run custom code.
+        AutoConfig.from_pretrained(model, **NO_CUSTOM_CODE)
+        load_tokenizer(model)
         scores = bert_score(*_texts(predictions), model_name_or_path=model)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"BERTScore cannot load {model!r}; give a folder or hub id of an encoder: {shorten(str(error))}"
-        ) from None
     return 100 * float(scores["f1"].mean())
 
 
