@@ -11,15 +11,19 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 
 from pera_lightning.errors import DataError, shorten
 from pera_lightning.files import atomic_path, atomic_write
 
-_TIMEOUT = 60  # seconds without a single byte
-_CHUNK = 1 << 20  # bytes
+_TIMEOUT = 60  # seconds without a single byte, or for a chunk
+_CHUNK = 1 << 16  # bytes
+_PAGES = (b"<!doctype html", b"<html")  # how web pages begin
 
 
 def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
@@ -109,21 +113,63 @@ def _sha256(path: Path) -> str:
 
 def _download(url: str, path: Path, temporary: Path) -> None:
     """Writes what the net has into `temporary`."""
+    progress, done = _Progress(), Future[None]()
+    # In a thread, since a server may take for ever also over its header, byte by byte; one that is given up dies with
+    # its socket, or with the process.
+    Thread(target=_transfer, args=(url, path, temporary, progress, done), daemon=True).start()
+    chunks = 0
+    while not wait([done], _TIMEOUT).done:
+        if progress.chunks == chunks:
+            progress.given_up = True
+            raise DataError(
+                f"{url} cannot be had (fewer than {_CHUNK >> 10} kB in {_TIMEOUT} seconds, {progress.size} bytes in "
+                f"all): try again later, or put the file at {path} by other means"
+            )
+        chunks = progress.chunks
+    done.result()
+
+
+@dataclass
+class _Progress:
+    """What a transfer has done so far."""
+
+    chunks: int = 0
+    size: int = 0  # bytes
+    given_up: bool = False
+
+
+def _transfer(url: str, path: Path, temporary: Path, progress: _Progress, done: Future[None]) -> None:
+    try:
+        _copy(url, path, temporary, progress)
+        done.set_result(None)
+    except BaseException as error:  # of whatever kind, for the thread that waits
+        done.set_exception(error)
+
+
+def _copy(url: str, path: Path, temporary: Path, progress: _Progress) -> None:
     with _readable(url, path):
         response = urllib.request.urlopen(url, timeout=_TIMEOUT)
+    if progress.given_up:
+        return
+    announced = response.length  # bytes; None where the server does not say
+    page = response.headers.get_content_type() == "text/html" and path.suffix not in (".html", ".htm")
     # The net's errors become a DataError where they are raised: an OSError that is left is the disk's.
     with response, temporary.open("wb") as file:
-        while True:
+        while not progress.given_up:
             with _readable(url, path):
                 chunk = response.read(_CHUNK)
+            if page or (not file.tell() and chunk.lstrip()[:14].lower().startswith(_PAGES)):
+                raise DataError(
+                    f"{url} is a web page and not the file: check the address, log in if the network asks for it, or "
+                    f"put the file at {path} by other means"
+                )
             if not chunk:
                 break
             file.write(chunk)
-        size = file.tell()
+            progress.chunks, progress.size = progress.chunks + 1, file.tell()
     # Reading piece by piece, the library does not notice that bytes are missing.
-    announced = response.headers.get("Content-Length")
-    if announced is not None and int(announced) != size:
-        raise DataError(f"{url}: the download broke off after {size} of {announced} bytes; try again")
+    if announced is not None and announced != progress.size:
+        raise DataError(f"{url}: the download broke off after {progress.size} of {announced} bytes; try again")
 
 
 @contextmanager

@@ -1,16 +1,19 @@
 """Downloads: whole or not at all, the same at every later load, and every failure one line."""
 
+import contextlib
 import errno
 import hashlib
 import os
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from pera_lightning.data import downloads
 from pera_lightning.data.downloads import fetch, record_path, verified
 from pera_lightning.errors import DataError
 from tests.tasks.causal_lm.text_helpers import one_line
@@ -20,7 +23,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
         content = self.server.files.get(self.path)
-        if isinstance(content, int):
+        if callable(content):
+            content(self)
+        elif isinstance(content, int):
             self.send_error(content)
         elif content is None:
             self.send_error(404)
@@ -125,6 +130,42 @@ def test_what_a_server_may_do(server, tmp_path, content, words):
     with pytest.raises(DataError) as error:
         fetch(f"{server.url}/f", tmp_path / "f")
     one_line(error, server.url, *words)
+    assert names(tmp_path) == []
+
+
+def drip(handler, data, then=b"x"):
+    """Sends bytes one by one for two seconds, or until nobody reads them."""
+    handler.wfile.write(data)
+    with contextlib.suppress(OSError):
+        for _ in range(100):
+            handler.wfile.write(then)
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("data", [b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n", b"HTTP/1.0 200 OK\r\nX: "])
+def test_a_server_that_drips_is_given_up(server, tmp_path, monkeypatch, data):
+    monkeypatch.setattr(downloads, "_TIMEOUT", 0.2)
+    server.files["/f"] = partial(drip, data=data)
+    start = time.monotonic()
+    with pytest.raises(DataError) as error:
+        fetch(f"{server.url}/f", tmp_path / "f")
+    one_line(error, "/f cannot be had (fewer than 64 kB in 0.2 seconds", f"put the file at {tmp_path / 'f'}")
+    assert time.monotonic() - start < 1.5
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/octet-stream"])
+def test_a_web_page_is_not_taken_for_the_file(server, tmp_path, kind):
+    def page(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", kind)
+        handler.end_headers()
+        handler.wfile.write(b"Log in" if kind.startswith("text") else b"\n<!DOCTYPE HTML><p>Log in")
+
+    server.files["/f"] = page
+    with pytest.raises(DataError) as error:
+        fetch(f"{server.url}/f", tmp_path / "f.json")
+    one_line(error, "/f is a web page and not the file", "log in")
     assert names(tmp_path) == []
 
 

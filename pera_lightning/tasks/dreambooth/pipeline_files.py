@@ -40,7 +40,7 @@ def find(name: str, file: str, revision: str | None = None) -> Path:
         raise ConfigurationError(f"model {name} is a file, and a folder is needed: diffusers' {how}")
     try:
         return Path(str(cached_file(name, file, revision=revision or "main")))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of transformers, the hub's client and the HTTP library of that: no common base
         if "does not appear to have a file named" in str(error):
             raise ConfigurationError(f"repository {name} has no {file}; give a complete one") from error
         raise explained(error, name, "model") from error
