@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import DataError, shorten
 
@@ -64,6 +66,15 @@ def read_examples(
     """
     about = {"set_name": set_name, "split": split, "source": str(path), "needed": needed}
     return [to_example(entry, number=k, **about) for k, entry in enumerate(read_json(path))]
+
+
+def warn_of_size(name: str, examples: Sequence[Example], expected: int | None, source: object) -> None:
+    """Warns where a file has not as many examples as are known of its set: results would not compare."""
+    if expected not in (None, len(examples)):
+        rank_zero_warn(
+            f"{source} has {len(examples)} examples, and {name} has {expected} in the papers: results on it do not "
+            "compare with theirs"
+        )
 
 
 def digest(examples: Iterable[Example]) -> str:

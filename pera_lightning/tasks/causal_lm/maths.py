@@ -13,8 +13,10 @@ from pera_lightning.data import hub
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Example, to_example
+from pera_lightning.tasks.causal_lm.examples import Example, to_example, warn_of_size
 
+# Test examples of GSM8K and of LLM-Adapters' sets of numbers (arXiv 2304.01933, table 1).
+SET_SIZES = {"gsm8k": 1319, "AddSub": 395, "MultiArith": 600, "SingleEq": 508, "SVAMP": 1000}
 _ENDINGS = (".json", ".jsonl")
 # Columns that tell a form, the first that fits: LLM-Adapters', MetaMathQA's, GSM8K's.
 _FORMS = (("instruction",), ("query", "response"), ("question", "answer"))
@@ -35,7 +37,7 @@ class MathsDataModule(TextDataModule):
         train: hub id, of which the split "train" is read, or a file of JSON or JSON lines. A configuration is given
             after a colon, as in "openai/gsm8k:main".
         test: the same, with the split "test".
-        protocol: "last_number", see `protocols/maths.py`.
+        protocol: "last_number" or "last_written_number", see `protocols/maths.py`.
         options: those of `TextDataModule`.
     """
 
@@ -68,7 +70,9 @@ class MathsDataModule(TextDataModule):
         return read_problems(self.train, "train")
 
     def test_examples(self) -> dict[str, list[Example]]:
-        return {_name(self.test): read_problems(self.test, "test")}
+        name, examples = _name(self.test), read_problems(self.test, "test")
+        warn_of_size(name, examples, SET_SIZES.get(name), self.test)
+        return {name: examples}
 
 
 def read_problems(source: str, split: str) -> list[Example]:
@@ -104,11 +108,17 @@ def _is_file(source: str) -> bool:
 
 
 def _name(source: str) -> str:
-    """What a source is called in results: ``openai/gsm8k:main`` is gsm8k, ``data/gsm8k/test.json`` too."""
+    """What a source is called in results: ``openai/gsm8k:main`` is gsm8k, ``anywhere/problems.json`` is problems.
+
+    A file that is called train or test says nothing: it is "maths", or the set of LLM-Adapters that its folder is
+    called like (``dataset/AddSub/test.json``), and never another folder.
+    """
     if not _is_file(source):
         return source.partition(":")[0].rpartition("/")[2]
     path = Path(source).expanduser().absolute()
-    return path.parent.name if path.stem in ("train", "test") and path.parent.name else path.stem
+    if path.stem not in ("train", "test"):
+        return path.stem
+    return path.parent.name if path.parent.name in SET_SIZES else MathsDataModule.task
 
 
 def _load(source: str, split: str) -> Any:

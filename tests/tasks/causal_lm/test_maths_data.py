@@ -1,5 +1,7 @@
 """Word problems: three forms of example, from files and the hub."""
 
+import warnings
+
 import datasets
 import pytest
 
@@ -45,7 +47,7 @@ def hub(monkeypatch):
 )
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_three_forms(tmp_path, form, question, output, answer, split):
-    path = write_json(tmp_path / "gsm" / f"{split}.json", [form, form], lines=form is GSM)
+    path = write_json(tmp_path / "gsm.json", [form, form], lines=form is GSM)
     rows = read_problems(str(path), split)
     assert [row.id for row in rows] == [f"gsm/{split}/0", f"gsm/{split}/1"]
     assert (rows[0].instruction, rows[0].input, rows[0].output, rows[0].answer) == (question, "", output, answer)
@@ -82,6 +84,30 @@ def test_a_run_on_files_asks_nobody(hub, tmp_path):
     assert data.tokenizer.decode(learned) == META["response"] + "</s>"
     assert data.description()["test_ids"] == ["gsm8k/test/0"]
     assert data.evaluation.name == "last_number"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("downloads/problems.json", "problems"),
+        ("downloads/test.json", "maths"),
+        ("AddSub/test.json", "AddSub"),
+        ("AddSub/mine.json", "mine"),
+    ],
+)
+def test_a_set_is_called_like_its_file_and_no_folder_that_it_lies_in(tmp_path, file, name):
+    data = MathsDataModule(test=str(write_json(tmp_path / file, [GSM])))
+    assert [*data.test_examples()] == [name]
+
+
+def test_a_test_file_that_is_not_all_of_its_set_is_said(tmp_path):
+    path = write_json(tmp_path / "gsm8k.json", [GSM] * 2)
+    with pytest.warns(UserWarning, match=r"gsm8k.json has 2 examples, and gsm8k has 1319 in the papers"):
+        MathsDataModule(test=str(path)).test_examples()
+    path = write_json(tmp_path / "mine.json", [GSM] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MathsDataModule(test=str(path)).test_examples()
 
 
 @pytest.mark.parametrize(

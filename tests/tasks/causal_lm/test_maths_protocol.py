@@ -83,6 +83,38 @@ def test_the_last_number(text: str, found: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "found", "before"),  # as last_written_number and as last_number read it
+    [
+        ("x = - 3", "-3", "3"),
+        ("The answer is: - 3.5 cm", "-3.5", "3.5"),
+        ("The answer is - 3", "-3", "3"),
+        ("- 3", "-3", "3"),
+        ("\\boxed{- 3}", "-3", "3"),
+        ("it is \u20133", "-3", "3"),
+        ("pages 5\u201310", "10", "10"),
+        ("10 - 3", "3", "3"),
+        ("10 \u2013 3", "3", "3"),
+        ("We have:\n- 3 apples", "3", "3"),
+        ("- 3 apples are left", "3", "3"),
+        ("1_000 eggs", "1000", "000"),
+        ("1'000'000", "1000000", "000"),
+        ("1\u202f000", "1000", "000"),
+        ("1 000", "0", "0"),
+        ("1.000.000", "1000000", "0"),
+        ("1.000.000,50 euros.", "1000000.5", "50"),
+        ("1.000", "1", "1"),
+        ("1,000.50", "1000.5", "1000.5"),
+        ("version 1.2.3", "3", "3"),
+        ("3/4 of it", "0.75", "0.75"),
+        ("-$5", "-5", "-5"),
+    ],
+)
+def test_numbers_as_people_write_them_have_a_protocol_of_their_own(text: str, found: str, before: str) -> None:
+    assert protocol("maths", "last_written_number").extract(text, answered("1")) == found
+    assert Decimal(LAST_NUMBER.extract(text, answered("1")) or "nan") == Decimal(before)
+
+
+@pytest.mark.parametrize(
     ("prediction", "answer", "right"),
     [
         ("576", "576.0", True),
@@ -110,7 +142,18 @@ def test_a_third_is_a_third_and_no_other_number() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "number"),
-    [("576.0", "576"), ("#### 72", "72"), ("a 5 b #### 1,080", "1080"), (" $20 ", "20"), ("-7", "-7"), ("1/4", "0.25")],
+    [
+        ("576.0", "576"),
+        ("#### 72", "72"),
+        ("a 5 b #### 1,080", "1080"),
+        (" $20 ", "20"),
+        ("-7", "-7"),
+        ("1/4", "0.25"),
+        ("- 3", "-3"),
+        ("#### \u20133", "-3"),
+        ("1.000.000", "1000000"),
+        ("1_000", "1000"),
+    ],
 )
 def test_gold_numbers(answer: str, number: str) -> None:
     assert gold_number(answer) == Decimal(number)

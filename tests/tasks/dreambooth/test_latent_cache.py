@@ -210,6 +210,16 @@ def test_where_one_process_fails_the_others_stop_with_its_reason(tmp_path, monke
 # ---- class images ---------------------------------------------------------------------------------------------------
 
 
+def test_files_of_a_folder_of_class_images_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 .heic \(IMG_1.HEIC\)"):
+        assert ClassImages(tmp_path, "a photo of dog", 4).generated
+    (tmp_path / "class_images.json").write_text('{"prompt": "a photo of dog"}')
+    (tmp_path / "grid.png").write_bytes(b"")  # an image that is none of those that were generated
+    with pytest.warns(UserWarning, match=r"1 .heic .*, 1 .png \(grid.png\)"):
+        ClassImages(tmp_path, "a photo of dog", 4)
+
+
 def test_a_run_that_was_killed_makes_only_what_is_missing(tmp_path):
     folder = tmp_path / "class" / "dog"
     first = ClassImages(folder, "a photo of dog", 4)

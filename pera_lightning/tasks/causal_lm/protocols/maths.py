@@ -7,6 +7,7 @@ wrong and 3.4 counts as 3; here any form is read and numbers are equal or not.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from decimal import Decimal
 
 from pera_lightning.errors import DataError
@@ -18,15 +19,30 @@ from pera_lightning.tasks.causal_lm.statistics import accuracy_summary
 # A sign only where nothing stands before it that makes it a minus or a range: "10-5" ends in 5.
 _SIGN = r"(?:(?<![\w).%$])(?P<before>[-−])\$?|\$(?P<after>[-−])?)?"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(rf"{_SIGN}(?P<value>{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+)(?:/(?P<divisor>0*[1-9]\d*)(?!\.?\d|/))?")
+_DIVISOR = r"(?:/(?P<divisor>0*[1-9]\d*)(?!\.?\d|/))?"
+_NUMBER = re.compile(rf"{_SIGN}(?P<value>{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+){_DIVISOR}")
+
+# The same as people write them: an en dash as a minus; a space behind the minus where it can be no subtraction and no
+# item of a list ("= - 3", "is: - 3"); 1_000, 1'000 and 1 000 (narrow or no-break spaces); 1.000.000,5 with points.
+_SPACED = r"(?:(?<=[=:({#][^\S\n])|(?<=[=:({#])|(?<=\sis\s)|\A(?=\S\s\S*\Z))(?P<spaced>[-−–])\s\$?"
+_GROUPED = r"\d{1,3}(?P<mark>[,_'’\u00a0\u2009\u202f])\d{3}(?:(?P=mark)\d{3})*(?!\d)"
+_POINTS = r"(?P<points>\d{1,3}(?:\.\d{3}){2,})(?!\.?\d)(?:,(?P<decimals>\d+))?"
+_WRITTEN = re.compile(
+    rf"(?:{_SPACED}|{_SIGN.replace('[-−]', '[-−–]')})"
+    rf"(?:{_POINTS}|(?P<value>(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<!\d)\.\d+){_DIVISOR})"
+)
 
 
 def _value(match: re.Match[str]) -> Decimal:
-    number = Decimal(match["value"].replace(",", ""))
-    if match["divisor"]:
-        number /= Decimal(match["divisor"])
+    parts = match.groupdict()
+    if points := parts.get("points"):
+        number = Decimal(f"{points.replace('.', '')}.{parts['decimals'] or 0}")
+    else:
+        number = Decimal(re.sub(r"[^\d.]", "", parts["value"]))
+    if parts["divisor"]:
+        number /= Decimal(parts["divisor"])
     # A unary minus would round to the 28 digits of the context.
-    return number.copy_negate() if match["before"] or match["after"] else number
+    return number.copy_negate() if parts["before"] or parts["after"] or parts.get("spaced") else number
 
 
 def last_number(text: str) -> Decimal | None:
@@ -38,13 +54,22 @@ def last_number(text: str) -> Decimal | None:
     return _value(found[-1]) if found else None
 
 
+def last_written_number(text: str) -> Decimal | None:
+    """`last_number` of what people write too: ``"= - 3"``, an en dash, ``"1_000"``, ``"1.000.000"``."""
+    found = [*_WRITTEN.finditer(text)]
+    return _value(found[-1]) if found else None
+
+
 def gold_number(answer: str) -> Decimal:
     """The number of an answer as the files hold it: ``"576.0"``, ``"1,200"``, or a solution ending in ``"#### 72"``.
+
+    All forms of `last_written_number` are read, by every protocol.
 
     Raises:
         DataError: for anything else.
     """
-    match = _NUMBER.fullmatch(answer.rpartition("####")[2].strip())
+    text = answer.rpartition("####")[2].strip()
+    match = _NUMBER.fullmatch(text) or _WRITTEN.fullmatch(text)
     if match is None:
         shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
         raise DataError(f"answer {shown!r} is not a number; give one such as '72', '576.0' or '... #### 72'")
@@ -61,6 +86,12 @@ def written(number: Decimal) -> str:
 def extract(text: str, example: Example) -> str | None:
     """The last number of a generated text, written plainly."""
     number = last_number(text)
+    return None if number is None else written(number)
+
+
+def extract_written(text: str, example: Example) -> str | None:
+    """The last number of a generated text as people write them, written plainly."""
+    number = last_written_number(text)
     return None if number is None else written(number)
 
 
@@ -93,5 +124,18 @@ LAST_NUMBER = register(
         check=check_example,
         summarise=accuracy_summary,
         main_metric="accuracy",
+    )
+)
+
+# A name of its own: what `last_number` reads, and so what its results mean, stays as it is.
+LAST_WRITTEN_NUMBER = register(
+    replace(
+        LAST_NUMBER,
+        name="last_written_number",
+        origin=(
+            "Ours, in no paper: last_number, which reads '= - 3', an en dash as a minus, 1_000, 1'000 and 1.000.000 "
+            "too."
+        ),
+        extract=extract_written,
     )
 )
