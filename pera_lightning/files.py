@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)  # one step for every reader
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def dated_path(folder: Path, name: str, when: float, suffix: str = "") -> Path:
+    """A path in a folder that does not exist yet, ``NAME-DATE-TIME``; with a counter where that is taken."""
+    dated = f"{name}-{time.strftime('%Y-%m-%d-%H%M', time.localtime(when))}"
+    names = (f"{dated}{suffix}" if k == 1 else f"{dated}-{k}{suffix}" for k in count(1))
+    return next(path for path in (folder / each for each in names) if not os.path.lexists(path))
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from pera_lightning.training.final_adapter import write_final_adapter
 from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
+from pera_lightning.training.run_folder import RunFolder
 from pera_lightning.training.seed_per_rank import seed_ranks_apart, share_first_ranks_generators
 from pera_lightning.training.training_data import note_training_data
 from pera_lightning.training.unused_layers import UnusedLayers
@@ -71,6 +72,7 @@ class AdapterInjection(Callback):
         self.targets, self.trainable = targets or [], trainable or []  # lists, as in a config
         self.fused, self.seed, self.on_unused = fused, seed, on_unused
         self.preemption = Preemption()
+        self.run_folder = RunFolder()
         self._unused = UnusedLayers(on_unused)
         self._rng: dict[str, Any] | None = None  # random state after the last training batch
         self._gradients: dict[str, torch.Tensor] = {}  # of a resumed accumulation
@@ -85,6 +87,8 @@ class AdapterInjection(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_position(self, trainer)
         check_precision(trainer)  # both before anything is changed
+        if stage == TrainerFn.FITTING:
+            self.run_folder.enter(trainer)
         if hasattr(type(pl_module), HOOK):
             setattr(pl_module, HOOK, self.injector())
         else:
@@ -92,7 +96,7 @@ class AdapterInjection(Callback):
         # Checkpoints are of what is trained: written so, and loaded without the base.
         allow_missing_base(pl_module)
         write_adapters_only(trainer.strategy)
-        trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
+        trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module, self.run_folder)
         if stage == TrainerFn.FITTING:
             self._unused.restart()
             self._rng, self._gradients = None, {}
@@ -125,6 +129,7 @@ class AdapterInjection(Callback):
         note_training_data(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run_folder.begin(trainer)
         load_loader_states(trainer)
         put_gradients(pl_module, self._gradients)
         self._gradients = {}  # they are the parameters' now
@@ -174,6 +179,8 @@ class AdapterInjection(Callback):
             save_gradients(pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.run_folder.resume(trainer, checkpoint)
         validate_before_going_on(trainer, checkpoint)
         self._gradients = saved_gradients(trainer, pl_module, checkpoint)
 
@@ -186,12 +193,14 @@ class AdapterInjection(Callback):
             self.on_validation_end(trainer)
         self.preemption.save(trainer, exception)
         self.preemption.release(trainer)
+        self.run_folder.leave()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_first_ranks_generators()
         drop_requeue_file(trainer)
-        write_final_adapter(trainer, pl_module)
+        write_final_adapter(trainer, pl_module, self.run_folder.run)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         internals.stop_intercepting_loaders(trainer)
         self.preemption.release(trainer)
+        self.run_folder.leave()

@@ -31,6 +31,7 @@ from pera_lightning.injection.state import (
     without,
 )
 from pera_lightning.training.checkpoint_files import local_file, with_atomic_writes
+from pera_lightning.training.run_folder import RunFolder
 from pera_lightning.training.training_data import number_classes_alike
 
 # Where a checkpoint may hold a state dict: Lightning's own, and WeightAveraging's second copy.
@@ -71,15 +72,21 @@ def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str)
 
 
 class AdapterCheckpointIO(CheckpointIO):
-    """Trims what is saved of a module and checks what is loaded; the files are another `CheckpointIO`'s, `inner`."""
+    """Trims what is saved of a module and checks what is loaded; the files are another `CheckpointIO`'s, `inner`.
 
-    def __init__(self, inner: CheckpointIO, module: nn.Module) -> None:
+    A checkpoint names the run that it is of, as `run_folder` has it when it is saved.
+    """
+
+    def __init__(self, inner: CheckpointIO, module: nn.Module, run_folder: RunFolder) -> None:
         # One trainer fits and then tests: its `CheckpointIO` is this one already.
         self.inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else with_atomic_writes(inner)
-        self.module = module
+        self.module, self.run_folder = module, run_folder
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.inner.save_checkpoint(trim(checkpoint, self.module), path, storage_options=storage_options)
+        trimmed = trim(checkpoint, self.module)
+        if self.run_folder.run is not None:
+            trimmed[METADATA]["run"] = self.run_folder.run
+        self.inner.save_checkpoint(trimmed, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, partial(self.inner.load_checkpoint, path, *args, **kwargs))

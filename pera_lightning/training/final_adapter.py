@@ -15,10 +15,14 @@ from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.sharding import full_tensors
 
 
-def write_final_adapter(trainer: Trainer, module: LightningModule) -> None:
+def write_final_adapter(trainer: Trainer, module: LightningModule, run: str | None) -> None:
     """Writes ``adapter/`` into the run's folder on the first process; every process must call it.
 
-    From the best checkpoint, else the last, else what the module ended with.
+    From the best checkpoint, else the last, else what the module ended with. A checkpoint counts only if it is of this
+    `run`, by the name that its checkpoints have.
+
+    Raises:
+        CheckpointError: where the folder cannot be written.
     """
     folder = trainer.log_dir  # asked on every rank
     if folder is None or trainer.fast_dev_run or not trainer.global_step:
@@ -36,11 +40,17 @@ def write_final_adapter(trainer: Trainer, module: LightningModule) -> None:
         if not path or not Path(path).is_file():
             continue
         try:
-            state, _ = checkpoint_adapters(path)
+            found, spec = checkpoint_adapters(path)
+            if spec.get("run") != run:
+                raise CheckpointError(f"{path} is of another run")
         except CheckpointError as error:
             rank_zero_warn(f"the adapter folder is not written from {kind}: {error}")
         else:
-            source = kind
+            state, source = found, kind
             break
-    written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
+    try:
+        written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
+    except OSError as error:
+        kept = f"; {path} has the same" if source != "the last step" else ""
+        raise CheckpointError(f"{Path(folder) / 'adapter'} could not be written ({error.strerror}){kept}") from None
     print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
