@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.module import AdapterModule
 
 BATCHES = 8
+_NOT_THE_FITS = re.compile(r"-(validate|test)$|\.earlier-")  # ends of names in splits/
 
 
 class TrainedCLI(ConfiguredCLI):
@@ -96,7 +98,8 @@ class Trained:
         # A checkpoint of an earlier version has none. Nothing is read for names alone: the fit wrote them into splits/.
         if self._ready and hasattr(self.data, "class_names"):
             return [str(name) for name in self.data.class_names]
-        for file in sorted((self.run / "splits").glob("*.json")) if self.run else ():
+        files = sorted((self.run / "splits").glob("*.json")) if self.run else []
+        for file in sorted(files, key=lambda file: bool(_NOT_THE_FITS.search(file.stem))):  # the fit's first
             names = json.loads(file.read_text(encoding="utf-8")).get("classes")
             if names is not None and len(names) == self.module.classes:
                 return [str(name) for name in names]  # of several data sets the first that fits the head

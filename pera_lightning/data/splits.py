@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pera_lightning.errors import DataError
-from pera_lightning.files import atomic_write
+from pera_lightning.files import atomic_path, dated_path
 from pera_lightning.validation import check_choice
 
 if TYPE_CHECKING:
@@ -166,20 +167,31 @@ def file_name(dataset: str) -> str:
 
 
 def write_split(log_dir: str | Path, dataset: str, record: Mapping[str, Any]) -> Path:
-    """Writes ``<log_dir>/splits/<dataset>.json``, primitives only, in one step, so that no reader meets half of it."""
+    """Writes ``<log_dir>/splits/<dataset>.json``, primitives only, in one step, so that no reader meets half of it.
+
+    A file of that name that says something else is kept under a name with its time.
+    """
     path = Path(log_dir) / "splits" / f"{file_name(dataset)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, (json.dumps(record) + "\n").encode())
+    data = (json.dumps(record) + "\n").encode()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+        if path.is_file() and path.read_bytes() != data:
+            shutil.copy2(path, dated_path(path.parent, f"{path.stem}.earlier", path.stat().st_mtime, path.suffix))
     return path
 
 
-def record_run(trainer: Trainer | None, dataset: str, record: Callable[[], Mapping[str, Any]]) -> None:
+def record_run(
+    trainer: Trainer | None, dataset: str, record: Callable[[], Mapping[str, Any]], stage: str | None = None
+) -> None:
     """Writes a run's split into its log folder, on one process; every process must call it.
 
+    A fit's file has the data set's name, and those of other stages the stage's too, so that none is written over it.
     Without a trainer, in a fast_dev_run or without a log folder nothing is written.
     """
     if trainer is None or trainer.fast_dev_run:
         return
     log_dir = trainer.log_dir  # a collective call: before anything that only one process does
     if log_dir is not None and trainer.is_global_zero:
-        write_split(log_dir, dataset, record())
+        stage = getattr(stage, "value", stage)  # Lightning's enum has another name in an f-string, by Python's version
+        write_split(log_dir, dataset if stage in ("fit", None) else f"{dataset}-{stage}", record())

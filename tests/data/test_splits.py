@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,7 +106,18 @@ def test_file_is_written_in_one_step(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         splits.write_split(tmp_path, "org/name", {"seed": 4})
     assert json.loads(path.read_text()) == {"seed": 3}
-    assert [entry.name for entry in path.parent.iterdir()] == ["org--name.json"]
+    assert not [entry for entry in path.parent.iterdir() if entry.name.startswith(".")]
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_no_record_is_lost(tmp_path, stage):
+    """A test has a file of its own, and another fit of the folder keeps the earlier one's."""
+    trainer = SimpleNamespace(log_dir=tmp_path, is_global_zero=True, fast_dev_run=0)
+    for seed, of in ((0, "fit"), (1, stage), (1, "fit"), (1, "fit")):
+        splits.record_run(trainer, "dtd", lambda seed=seed: {"seed": seed}, of)
+    found = {path.name: json.loads(path.read_text())["seed"] for path in (tmp_path / "splits").iterdir()}
+    (earlier,) = (name for name in found if name.startswith("dtd.earlier-"))
+    assert found == {"dtd.json": 1, f"dtd-{stage}.json": 1, earlier: 0}
 
 
 @pytest.mark.parametrize(("name", "file"), [("dtd", "dtd"), ("a b:c", "a-b-c"), ("..", "dataset")])

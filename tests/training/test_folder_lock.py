@@ -119,5 +119,5 @@ def test_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match="cannot be written .*: give another folder"):
+    with pytest.raises(ConfigurationError, match=r"cannot be written .*: give another folder"):
         FolderLock().take(tmp_path / "file" / "run")

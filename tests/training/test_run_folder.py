@@ -146,7 +146,7 @@ def test_an_adapter_that_cannot_be_written_afterwards_names_its_checkpoint(tmp_p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pera_lightning.training.final_adapter.write_adapter", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*best.ckpt has the same"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*best.ckpt has the same"):
         fit(tmp_path)
 
 

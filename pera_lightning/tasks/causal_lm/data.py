@@ -146,7 +146,7 @@ class TextDataModule(TokenDataModule):
         if stage in ("test", "predict", None) and not self._questions:
             self._build_questions()
         if stage in ("fit", "validate"):
-            splits.record_run(self.trainer, self.task, lambda: self._record)
+            splits.record_run(self.trainer, self.task, lambda: self._record, stage)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""

@@ -191,8 +191,8 @@ class ImageDataModule(TaskDataModule):
             self._build()
         if predicts and self._to_predict is None:
             self._to_predict = sources.predict_source(self.predict_folder, self.class_names)
-        if self._sources:
-            splits.record_run(self.trainer, self._read.short_name, self.split_record)  # each run has its own folder
+        if stage != "predict":
+            splits.record_run(self.trainer, self._read.short_name, self.split_record, stage)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented ``(images, labels)``."""

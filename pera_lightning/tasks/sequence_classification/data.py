@@ -221,9 +221,7 @@ class GLUEDataModule(TokenDataModule):
                 if name not in self._datasets and name.partition("_")[0] in LOADED[one]:
                     self._datasets[name] = self._build(name)
         if stage in ("fit", "validate", "test") and not self._recorded:
-            # The file of a fit says more, so none of the others is written over it.
-            name = self.source.name if stage == "fit" else f"{self.source.name}-{stage}"
-            splits.record_run(self.trainer, name, self.split_record)
+            splits.record_run(self.trainer, self.source.name, self.split_record, stage)
             self._recorded = stage == "fit"  # a test after this fit writes nothing
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
