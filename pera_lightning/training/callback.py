@@ -73,6 +73,7 @@ class AdapterInjection(Callback):
         self.fused, self.seed, self.on_unused = fused, seed, on_unused
         self.preemption = Preemption()
         self.run_folder = RunFolder()
+        self.untrained = False  # whether an evaluation is of the base, asked for by name
         self._unused = UnusedLayers(on_unused)
         self._rng: dict[str, Any] | None = None  # random state after the last training batch
         self._gradients: dict[str, torch.Tensor] = {}  # of a resumed accumulation

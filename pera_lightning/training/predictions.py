@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from pera_lightning.files import atomic_write
 from pera_lightning.training.distributed import all_gather_object, merge_shards
+from pera_lightning.training.results import output_name
 
 
 def write_predictions(
@@ -16,15 +17,18 @@ def write_predictions(
 ) -> None:
     """Writes files of predictions into the run's folder and prints where; every process must call it.
 
+    Each checkpoint has a folder of its own, see `results.output_name`.
+
     Args:
         trainer: trainer of the run; in a fast_dev_run nothing is written.
         predicted: by name of the file what this process predicted for each of its examples, their ids first.
         as_text: makes the text of a file of its predictions.
     """
     shards = all_gather_object(predicted)
-    folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"  # log_dir is asked on every rank
+    run = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is asked on every rank
     if trainer.fast_dev_run or not trainer.is_global_zero:
         return
+    folder = run / output_name(trainer, run, "predictions")
     folder.mkdir(parents=True, exist_ok=True)
     for name in predicted:
         merged = merge_shards([shard[name] for shard in shards])  # what filled up a shard comes once

@@ -9,12 +9,13 @@ import resource
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -119,6 +120,34 @@ def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> d
     return {**data, "selected_on_test": True}
 
 
+def output_name(trainer: Trainer, folder: Path, name: str) -> str:
+    """The name of a file or folder of results in a run's folder, by the checkpoint that is measured.
+
+    It is `name` for the checkpoint that the run keeps first, mostly the best one, and for weights in memory;
+    ``results-last.json`` and the like for another of its checkpoints, ``results-none.json`` without one, and a name with
+    a digest of the path for a checkpoint of another run. So no result is written over another's.
+    """
+    which = _measured(trainer, folder)
+    return f"{Path(name).stem}-{which}{Path(name).suffix}" if which else name
+
+
+def _measured(trainer: Trainer, folder: Path) -> str | None:
+    if any(getattr(callback, "untrained", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return "none"
+    if trainer.ckpt_path is None:
+        return None
+    file, first = Path(str(trainer.ckpt_path)).resolve(), trainer.checkpoint_callback
+    best = getattr(first, "best_model_path", "")  # known in the process that trained
+    if best and file == Path(best).resolve():
+        return None
+    keepers = [Path(k.dirpath) for k in trainer.checkpoint_callbacks if getattr(k, "dirpath", None)]
+    places = [place.resolve() for place in (folder / "checkpoints", *keepers)]
+    own = file.parent in (*places, folder.resolve(), Path(trainer.default_root_dir).resolve())
+    if not own and any(next(place.glob("*.ckpt"), None) for place in places):
+        return f"{file.stem}-{sha256(str(file).encode()).hexdigest()[:8]}"
+    return None if file.stem == (getattr(first, "filename", None) or "best") else file.stem
+
+
 def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any] | None:
     """Writes what `collect` gives into the run's folder and prints where; every process must call it.
 
@@ -129,7 +158,8 @@ def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) 
     if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
         return None
     result = collect(module, metrics, **facts, **trained_on_at_test(module))
-    print(f"Results: {write(Path(folder), result)}", flush=True)
+    name = output_name(trainer, Path(folder), FILE)
+    print(f"Results: {write(Path(folder), result, name)}", flush=True)
     return result
 
 
@@ -138,9 +168,9 @@ def as_text(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=1) + "\n"
 
 
-def write(folder: Path, result: dict[str, Any]) -> Path:
-    """Writes `results.json` into a run's folder, atomically."""
+def write(folder: Path, result: dict[str, Any], name: str = FILE) -> Path:
+    """Writes `results.json`, or a file of another name, into a run's folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
+    path = folder / name
     atomic_write(path, as_text(result).encode())
     return path

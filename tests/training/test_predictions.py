@@ -12,7 +12,7 @@ def as_text(rows):
 
 def trainer(folder, **options):
     run = {"log_dir": str(folder), "fast_dev_run": 0, "is_global_zero": True}
-    return SimpleNamespace(**{**run, "default_root_dir": "", **options})
+    return SimpleNamespace(**{**run, "default_root_dir": "", "callbacks": [], "ckpt_path": None, **options})
 
 
 def test_a_file_for_each_set(tmp_path, capsys):

@@ -1,7 +1,9 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from pera_lightning import __version__, inject, merge
@@ -62,3 +64,45 @@ def test_a_merged_aurora_is_one_row_by_the_name_of_its_merge():
     assert results.inference_stages(network) == {"test": "merged: calibrated"}
     with static_inference(network) as dynamic:
         assert dynamic == 0
+
+
+def saved(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def names(folder, *tested, untrained=False, kept=("best", "last")):
+    """The names under which a run keeps the results of these checkpoints."""
+    keepers = [ModelCheckpoint(folder / "checkpoints", filename=name) for name in kept]
+    trainer = SimpleNamespace(
+        callbacks=[SimpleNamespace(untrained=untrained)],
+        checkpoint_callback=next(iter(keepers), None),
+        checkpoint_callbacks=keepers,
+        default_root_dir=folder,
+    )
+    return [
+        results.output_name(SimpleNamespace(**vars(trainer), ckpt_path=path), folder, "results.json") for path in tested
+    ]
+
+
+def test_no_result_is_written_over_another_s(tmp_path):
+    own, other = tmp_path / "run" / "checkpoints", tmp_path / "run.earlier" / "checkpoints"
+    saved(own / "best.ckpt", own / "last.ckpt", own / "epoch=1.5.ckpt", other / "best.ckpt", other / "last.ckpt")
+    mine = names(tmp_path / "run", *(own / f"{name}.ckpt" for name in ("best", "last", "epoch=1.5")))
+    assert mine == ["results.json", "results-last.json", "results-epoch=1.5.json"]
+    theirs = names(tmp_path / "run", other / "best.ckpt", other / "last.ckpt")
+    none = names(tmp_path / "run", None, untrained=True)
+    assert none == ["results-none.json"]
+    assert len({*mine, *theirs, *none}) == 6
+    assert all(name.startswith("results-") for name in theirs)
+    # Weights in memory; the best one of the process that trained, by whatever name.
+    assert names(tmp_path / "run", None) == ["results.json"]
+
+
+def test_the_usual_checkpoint_of_a_run_that_keeps_the_last_only(tmp_path):
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    saved(last)
+    assert names(tmp_path, last, kept=("last",)) == ["results.json"]
+    # A folder of evaluations alone.
+    assert names(tmp_path / "elsewhere", last, tmp_path / "best.ckpt", kept=()) == ["results-last.json", "results.json"]

@@ -157,10 +157,9 @@ def is_complete(run: Path, record: Mapping[str, Any] | None) -> bool:
 
 
 def find_results(run: Path) -> Path | None:
-    """The newest `results.json` of a run, in its folder, else in one that it keeps for a protocol."""
-    if (run / RESULTS).is_file():
-        return run / RESULTS
-    return max(run.glob(f"*/**/{RESULTS}"), key=written, default=None)
+    """The newest results of a run, of whichever checkpoint, in its folder, else in one that it keeps for a protocol."""
+    own = [*run.glob(RESULTS), *run.glob("results-*.json")]
+    return max(own or run.glob(f"*/**/{RESULTS}"), key=written, default=None)
 
 
 def digest(file: Path) -> str:

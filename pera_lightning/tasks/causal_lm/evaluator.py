@@ -61,7 +61,8 @@ class Evaluator:
     def start(self) -> None:
         """Looks for what an interrupted evaluation has left, and says how many questions are answered."""
         log_dir = self.trainer.log_dir
-        self.folder = None if log_dir is None or self.trainer.fast_dev_run else Path(log_dir) / "predictions"
+        if log_dir is not None and not self.trainer.fast_dev_run:
+            self.folder = Path(log_dir) / results.output_name(self.trainer, Path(log_dir), "predictions")
         # An evaluation of some batches is complete as it is: it takes no earlier answers, and leaves none.
         limit = getattr(self.trainer, f"limit_{self.kind}_batches")
         if self.folder is None or isinstance(limit, int) or limit != 1.0:  # the integer 1 is one batch

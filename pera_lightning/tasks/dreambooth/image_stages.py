@@ -191,9 +191,10 @@ class ImageStagesModule(NormalisedLossModule):
         self._acted, self._started = False, time.perf_counter()
         # Once and on every rank: Lightning broadcasts `log_dir`, and a rank may have no image in a step.
         root = Path(trainer.log_dir or trainer.default_root_dir)
+        name = FOLDERS[stage] if stage == "validate" else results.output_name(trainer, root, FOLDERS[stage])
         step = f"step_{self.trained_steps:06d}" if stage == "validate" else ""  # so that folders sort by step
         writes = not (trainer.fast_dev_run or trainer.sanity_checking)
-        self._images = {end: StageImages(root / f"{FOLDERS[stage]}{end}" / step, writes) for end in (DYNAMIC, STATIC)}
+        self._images = {end: StageImages(root / f"{name}{end}" / step, writes) for end in (DYNAMIC, STATIC)}
 
     def _generate(self, batch: Mapping[str, Any], variant: str = DYNAMIC) -> list[GeneratedImage]:
         """Generates the images of a batch and keeps them."""

@@ -131,10 +131,10 @@ def test_results_say_what_was_measured_and_how(llama, sets, tmp_path):
 
 def test_results_say_how_the_checkpoint_was_trained(llama, sets, tmp_path):
     """Trained on answers in packed batches, tested by another protocol, from the file."""
-    keep = ModelCheckpoint(tmp_path, filename="end", enable_version_counter=False)
+    keep = ModelCheckpoint(tmp_path, filename="best", enable_version_counter=False)
     trained_on = data(sets, "llm_adapters", batching="packed", train_fraction=0.5)
     fit(tmp_path, module(llama), trained_on, callbacks=[keep], enable_checkpointing=True, limit_train_batches=1)
-    path = str(tmp_path / "end.ckpt")
+    path = str(tmp_path / "best.ckpt")
     make_trainer(tmp_path).test(module(llama), datamodule=data(sets), ckpt_path=path, verbose=False)
     protocol = left(tmp_path)["results"]["protocol"]
     assert protocol["checkpoint"] == path

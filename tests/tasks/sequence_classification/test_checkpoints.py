@@ -57,7 +57,7 @@ def test_a_checkpoint_is_tested_as_the_run_that_wrote_it(bert, tmp_path):
     trainer = make_trainer(tmp_path, LoRA(rank=2), logger=csv_logger(tmp_path))
     (tested,) = trainer.test(module(bert), datamodule=data, ckpt_path=path, verbose=False)
     assert tested == expected
-    protocol = json.loads((tmp_path / "results.json").read_text())["protocol"]
+    protocol = json.loads((tmp_path / "results-end.json").read_text())["protocol"]  # beside that of the fitted network
     assert protocol["training"] == data.protocol()
     assert protocol["checkpoint"] == str(path)
 
@@ -80,7 +80,7 @@ def adapters_of(network):
 def test_training_starts_from_the_adapters_of_another_run(bert, tmp_path, source, method):
     first, path = fitted(tmp_path / "mnli", bert, Sentences([sentences(8, 3)], classes=3), method)
     if source == "folder":
-        path = save_adapter(first.model, tmp_path / "adapter")
+        path = save_adapter(first.model, tmp_path / "mnli" / "adapter")
     network, data = module(bert, lr=1e-12, mnli_checkpoint=str(path)), Sentences([sentences(8)])
     trainer = fit(tmp_path, network, data, method=method, logger=csv_logger(tmp_path), seed=1)
     for name, value in adapters_of(first).items():
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_its_own_comes_instead_of_that_start(bert, tmp_path):
     again = module(bert, mnli_checkpoint=str(first))
     trainer.test(again, datamodule=data, ckpt_path=path, verbose=False)
     torch.testing.assert_close(trained(again), trained(network))
-    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["mnli_checkpoint"]["path"] == str(first)
+    assert json.loads((tmp_path / "results-end.json").read_text())["protocol"]["mnli_checkpoint"]["path"] == str(first)
 
 
 def test_a_run_that_goes_on_does_not_start_again(bert, tmp_path):
