@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 import warnings
@@ -14,8 +13,8 @@ import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import pera_lightning
@@ -23,17 +22,22 @@ from pera_lightning.adapters.registry import registered_methods
 from pera_lightning.cli.checkpoints import (
     EVALUATIONS,
     check_checkpoint_exists,
-    checkpoint_of_run,
+    loaded_first,
+    of_its_run,
     resuming_command,
-    warn_without_last,
+    to_evaluate,
+    to_go_on_from,
 )
 from pera_lightning.cli.lost_process import lost_process
 from pera_lightning.cli.messages import explain
 from pera_lightning.cli.run_defaults import complete, default_folder, default_logger
+from pera_lightning.cli.sweeps.folder import LOG as SWEEP_LOG
+from pera_lightning.cli.words import CONFIG_FLAGS, taken_out
 from pera_lightning.errors import PeraError, UnknownNameError, closest
-from pera_lightning.training._lightning_internals import hpc_resume_path
+from pera_lightning.files import dated_path
 from pera_lightning.training.callback import AdapterInjection
 from pera_lightning.training.module import AdapterModule
+from pera_lightning.training.run_folder import goes_on, logged_into
 
 # Short class names (AuroRA, ImageDataModule) are found where the classes are loaded.
 _PUBLIC = [name for name in pera_lightning.__all__ if name.endswith("Module")]
@@ -100,7 +104,8 @@ class PeraCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        complete(self.config.get(str(self.config.get("subcommand")), self.config), self._folder)
+        command = str(self.config.get("subcommand"))
+        complete(self.config.get(command, self.config), self._folder, evaluates=command in EVALUATIONS)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let the checkpoint's hyperparameters override what the command line says."""
@@ -122,30 +127,58 @@ class PeraCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Tells the callback the command that goes on with the fit where a signal stops it."""
-        self._get(self.config_init, "adapter").preemption.command = resuming_command(self._words)
+        self._callback.preemption.command = resuming_command(self._words)
+
+    @property
+    def _callback(self) -> AdapterInjection:
+        return self._get(self.config_init, "adapter")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            self._callback.run_folder.close(self.trainer)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        given = arguments.get("ckpt_path")
-        if subcommand in EVALUATIONS and given is None:
-            rank_zero_warn(f"{subcommand} without --ckpt_path: adapters and head are as initialised, not trained")
-        elif subcommand in EVALUATIONS and given in ("best", "last"):
-            # Lightning knows these names only in the process that trained.
-            arguments["ckpt_path"] = checkpoint_of_run(given, self.trainer.log_dir)
-        elif subcommand == "fit" and given is not None and (found := self._written_before_requeue()):
-            rank_zero_warn(f"requeued by SLURM: going on from {found}, not from --ckpt_path {given}")
-            arguments["ckpt_path"] = "hpc"
-        elif subcommand == "fit" and given == "last":
-            warn_without_last(self.trainer)
-        check_checkpoint_exists(arguments.get("ckpt_path"), self.trainer.log_dir)
-        if subcommand in EVALUATIONS and isinstance(self.model, AdapterModule):
-            self.model.evaluated_checkpoint = arguments.get("ckpt_path")
-        return arguments
+        given, trainer = arguments.get("ckpt_path"), self.trainer
+        if subcommand in EVALUATIONS:
+            given = to_evaluate(subcommand, given, trainer)
+            self._callback.untrained = given is None
+            if isinstance(self.model, AdapterModule):
+                self.model.evaluated_checkpoint = given
+        else:
+            given = to_go_on_from(given, trainer)
+        check_checkpoint_exists(given, trainer)
+        if subcommand == "fit":
+            self._claim_folder(loaded_first(given, trainer))
+        keep_metrics(trainer)
+        return {**arguments, "ckpt_path": given}
 
-    def _written_before_requeue(self) -> str | None:
-        # The job repeats its own command, and Lightning looks for this file only where no checkpoint is given.
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-        return hpc_resume_path(self.trainer) if requeued else None
+    def _claim_folder(self, checkpoint: str | None) -> None:
+        """Locks the run's folder and moves an earlier run aside, before a logger opens its files there."""
+        folder, trainer = logged_into(self.trainer), self.trainer
+        if folder is None or not trainer.is_global_zero:
+            return
+        config = vars(self.config[str(self.subcommand)].as_flat())
+        reads = {
+            f"--{key.replace('.init_args', '')}": value
+            for key, value in config.items()
+            if key.startswith(("model.", "data.")) and value and isinstance(value, (str, Path))
+        }
+        reads |= {"--ckpt_path": checkpoint} if checkpoint else {}
+        fresh = not goes_on(trainer, folder, checkpoint)
+        self._callback.run_folder.claim(folder, fresh=fresh, keep=(SWEEP_LOG,), reads=reads)
+        for config_file in taken_out(self._words, CONFIG_FLAGS)[0]:  # processes that are started now read it too
+            if (path := Path(config_file)).parent.resolve() == folder.resolve():
+                self._callback.run_folder.copy_back(path.name)
+
+
+def keep_metrics(trainer: Trainer) -> None:
+    """Renames the metrics of an earlier command in a folder that is used again: a `CSVLogger` would delete them."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, CSVLogger) and (path := Path(logger.log_dir) / "metrics.csv").is_file():
+            path.rename(dated_path(path.parent, "metrics.earlier", path.stat().st_mtime, path.suffix))
 
 
 class SaveConfigAtStart(SaveConfigCallback):
@@ -180,6 +213,8 @@ def run(args: Sequence[str]) -> None:
     """Runs fit, validate, test or predict; raises `PeraError` for wrong input."""
     # A test in the run's folder must not replace the config that it was trained by.
     name = "config.yaml" if args[0] == "fit" else f"config_{args[0]}.yaml"
+    if args[0] in EVALUATIONS:
+        args = [args[0], *of_its_run(args[1:])]
     try:
         PeraCLI(args=list(args), save_config_kwargs={"overwrite": True, "config_filename": name})
     except (MisconfigurationException, OSError) as error:

@@ -7,6 +7,7 @@ here before a config is parsed, and the rest, which depends on the config, after
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -38,7 +39,7 @@ def default_logger(folder: Path) -> dict[str, Any]:
     return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": names}
 
 
-def complete(config: Any, folder: Path) -> None:
+def complete(config: Any, folder: Path, *, evaluates: bool = False) -> None:
     """Adds to a parsed config, in place, the callbacks and the root folder that it leaves out.
 
     A config with a checkpoint callback of its own, as every ``config.yaml`` of a run has, gets no other.
@@ -46,10 +47,12 @@ def complete(config: Any, folder: Path) -> None:
     Args:
         config: parsed config of one command.
         folder: folder of the run, where the logger has none.
+        evaluates: whether the command is of a run that exists.
     """
     trainer = config["trainer"]
     if trainer is None or trainer["barebones"]:  # the second refuses loggers and checkpoints
         return
+    _choose_version(_first(trainer["logger"]), config.get("ckpt_path"), evaluates)
     given = trainer["callbacks"] or []
     given = given if isinstance(given, list) else [given]
     classes = [cls for callback in given if isinstance(cls := class_of(callback), type)]
@@ -89,12 +92,35 @@ def class_of(config: Any) -> Any:
     return resolve_name(config["class_path"])
 
 
+def _first(logger: Any) -> Any:
+    """The config of the first logger; None without one."""
+    logger = (logger or [None])[0] if isinstance(logger, list) else logger
+    return logger if hasattr(logger, "get") else None
+
+
+def _choose_version(logger: Any, checkpoint: Any, evaluates: bool) -> None:
+    """Has a logger that counts its versions take the one that a checkpoint is of, in place; new runs get a new one."""
+    init = (logger.get("init_args") or {}) if logger else {}
+    if not init.get("save_dir") or "version" not in init or init["version"] is not None:
+        return
+    place, given = Path(init["save_dir"], str(init.get("name") or "")), str(checkpoint or "")
+    if given in ("best", "last"):
+        files = [*place.glob(f"version_*/checkpoints/{given}*.ckpt")]
+    elif given in ("none", ""):
+        files = [*place.glob("version_*/checkpoints/*.ckpt")] if evaluates else []
+    else:
+        files = [Path(given)]
+    runs = [file.absolute().parent.parent for file in files if file.absolute().parent.name == "checkpoints"]
+    numbers = [re.fullmatch(r"version_(\d+)", run.name) for run in runs if run.parent.resolve() == place.resolve()]
+    init["version"] = max((int(number[1]) for number in numbers if number), default=None)
+
+
 def _root(logger: Any, folder: Path) -> str | None:
     """The folder that the logger writes into, for what Lightning writes beside it; None for loggers without one."""
     if logger is False:
         return str(folder)
-    first = (logger or [None])[0] if isinstance(logger, list) else logger
-    init = first.get("init_args") or {} if hasattr(first, "get") else {}
+    first = _first(logger)
+    init = (first.get("init_args") or {}) if first else {}
     if not init.get("save_dir") or not init.get("name"):
         return None
     version = init.get("version")

@@ -19,8 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from pera_lightning.cli.checkpoints import configured, run_folder
 from pera_lightning.cli.lightning_cli import ConfiguredCLI
-from pera_lightning.cli.words import CONFIG_FLAGS, taken_out
+from pera_lightning.cli.words import taken_out
 from pera_lightning.data.base import draw_batches
 from pera_lightning.errors import CheckpointError, ConfigurationError, DataError, PeraError, listed
 from pera_lightning.injection.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
@@ -149,29 +150,6 @@ def checkpoint_path(words: Sequence[str]) -> str:
     if not given or not given[-1].strip():
         raise ConfigurationError("no --ckpt_path: give a checkpoint of a run, or an adapter folder")
     return given[-1]  # as the parser, which takes the last
-
-
-def configured(words: Sequence[str], path: str) -> list[str]:
-    """Puts configs first; without any, that of the run which the checkpoint at `path` belongs to.
-
-    The `ckpt_path` in a config that a fit wrote would win over one given before the config.
-    """
-    configs, others = taken_out(words, CONFIG_FLAGS)
-    run = run_folder(path)
-    if not configs:
-        if run is None or not (run / "config.yaml").is_file():
-            where = f"{run} has no config.yaml" if run else "it is in no run's folder (RUN/checkpoints/ or RUN/adapter)"
-            raise ConfigurationError(f"the config of {path} is not known, {where}: give --config")
-        configs = [str(run / "config.yaml")]
-    return [*(word for file in configs for word in ("--config", file)), *others]
-
-
-def run_folder(given: str) -> Path | None:
-    """The folder of the run that a checkpoint (RUN/checkpoints/…) or adapter folder (RUN/adapter) lies in, or None."""
-    path = Path(given).absolute()
-    if path.is_dir():
-        return path.parent if path.name == "adapter" else None  # RUN/adapter
-    return path.parent.parent if path.parent.name == "checkpoints" else None  # RUN/checkpoints/FILE
 
 
 def read_trained(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

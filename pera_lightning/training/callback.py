@@ -74,6 +74,7 @@ class AdapterInjection(Callback):
         self.preemption = Preemption()
         self.run_folder = RunFolder()
         self.untrained = False  # whether an evaluation is of the base, asked for by name
+        self.best_checkpoint = ""  # of the last fit; `ModelCheckpoint` forgets it when another one is tested
         self._unused = UnusedLayers(on_unused)
         self._rng: dict[str, Any] | None = None  # random state after the last training batch
         self._gradients: dict[str, torch.Tensor] = {}  # of a resumed accumulation
@@ -199,6 +200,7 @@ class AdapterInjection(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_first_ranks_generators()
         drop_requeue_file(trainer)
+        self.best_checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
         write_final_adapter(trainer, pl_module, self.run_folder.run)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -124,21 +124,21 @@ def output_name(trainer: Trainer, folder: Path, name: str) -> str:
     """The name of a file or folder of results in a run's folder, by the checkpoint that is measured.
 
     It is `name` for the checkpoint that the run keeps first, mostly the best one, and for weights in memory;
-    ``results-last.json`` and the like for another of its checkpoints, ``results-none.json`` without one, and a name with
-    a digest of the path for a checkpoint of another run. So no result is written over another's.
+    ``results-last.json`` and the like for another of its checkpoints, ``results-none.json`` for the untrained network,
+    and a name with a digest of the path for another run's checkpoint. So no result is written over another's.
     """
     which = _measured(trainer, folder)
     return f"{Path(name).stem}-{which}{Path(name).suffix}" if which else name
 
 
 def _measured(trainer: Trainer, folder: Path) -> str | None:
-    if any(getattr(callback, "untrained", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    adapter = next((c for c in trainer.callbacks if hasattr(c, "untrained")), None)  # type: ignore[attr-defined]
+    if adapter is not None and adapter.untrained:
         return "none"
     if trainer.ckpt_path is None:
         return None
     file, first = Path(str(trainer.ckpt_path)).resolve(), trainer.checkpoint_callback
-    best = getattr(first, "best_model_path", "")  # known in the process that trained
-    if best and file == Path(best).resolve():
+    if adapter is not None and adapter.best_checkpoint and file == Path(adapter.best_checkpoint).resolve():
         return None
     keepers = [Path(k.dirpath) for k in trainer.checkpoint_callbacks if getattr(k, "dirpath", None)]
     places = [place.resolve() for place in (folder / "checkpoints", *keepers)]

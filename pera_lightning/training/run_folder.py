@@ -57,29 +57,42 @@ class RunFolder:
 
     # --- on the command line, around the fit; on the first process ---
 
-    def claim(self, folder: Path, *, fresh: bool, keep: Iterable[str] = ()) -> None:
+    def claim(self, folder: Path, *, fresh: bool, keep: Iterable[str] = (), reads: Mapping[str, Any] = {}) -> None:
         """Locks the folder of a command's fit, and moves an earlier run aside.
 
         Args:
             folder: what the trainer logs into.
             fresh: whether the fit starts from the beginning.
             keep: entries that stay in the folder.
+            reads: paths that the command reads, by their options.
 
         Raises:
-            ConfigurationError: where another fit is at work there, or the folder cannot be written.
+            ConfigurationError: where another fit is at work there, the folder cannot be written, or the command reads
+                what it would move.
         """
         self._take(folder)
         self._claimed = True
-        ours, saved = _ours(folder), _matching(folder, ("checkpoints/*.ckpt",))
         if not fresh:
             return
+        ours, saved = _ours(folder), _matching(folder, ("checkpoints/*.ckpt",))
+        stays: frozenset[str] | None
         if not _is_a_run_alone(folder):  # other runs, or a project, lie there too
             others = [name for name in ("checkpoints", _CONFIG) if (folder / name).exists()]
-            if ours or saved:
-                self._move(folder, [*ours, *others], None)
+            entries, stays = [*ours, *others] if ours or saved else [], None
         elif saved or _matching(folder, (_ADAPTER, *_RESULTS, *_PREDICTIONS, *_IMAGES)):
             stays = frozenset((LOCK, *keep))
-            self._move(folder, [path.name for path in folder.iterdir() if path.name not in stays], stays)
+            entries = [name for name in _names(folder) if name not in stays]
+        else:
+            return
+        for option, path in reads.items():
+            if any(Path(path).resolve().is_relative_to((folder / name).resolve()) for name in entries):
+                self._lock.release()
+                raise ConfigurationError(
+                    f"{option} is {path}, of the earlier run in {folder}, which this one would take the place of: give "
+                    "it a folder of its own (--trainer.logger.init_args.name NAME)"
+                )
+        if entries:
+            self._move(folder, entries, stays)
 
     def copy_back(self, name: str) -> None:
         """Copies a file that the command reads, and that was moved aside, to its place."""
@@ -183,7 +196,7 @@ class RunFolder:
 def logged_into(trainer: Trainer) -> Path | None:
     """The folder of this machine's file systems that a fit writes into, if any; every process must call it."""
     folder = trainer.log_dir  # asked on every rank
-    return None if folder is None or trainer.fast_dev_run else local_file(folder)
+    return None if folder is None or trainer.fast_dev_run or local_file(folder) is None else Path(folder)
 
 
 def goes_on(trainer: Trainer, folder: Path, checkpoint: Any) -> bool:

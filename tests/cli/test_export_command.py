@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera_lightning import load_adapter
 from pera_lightning.adapters import PERA, AuroRA, FullFineTuning, HiRA, LinearProbe, LoRA
-from pera_lightning.cli.trained_run import configured
+from pera_lightning.cli.checkpoints import configured
 from pera_lightning.tasks.image_classification.data import ImageDataModule
 from tests.cli import trained_runs as runs
 from tests.cli.trained_runs import refused, text

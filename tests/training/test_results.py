@@ -72,18 +72,16 @@ def saved(*files):
         file.touch()
 
 
-def names(folder, *tested, untrained=False, kept=("best", "last")):
+def names(folder, *tested, kept=("best", "last"), **known):
     """The names under which a run keeps the results of these checkpoints."""
     keepers = [ModelCheckpoint(folder / "checkpoints", filename=name) for name in kept]
-    trainer = SimpleNamespace(
-        callbacks=[SimpleNamespace(untrained=untrained)],
-        checkpoint_callback=next(iter(keepers), None),
-        checkpoint_callbacks=keepers,
-        default_root_dir=folder,
-    )
-    return [
-        results.output_name(SimpleNamespace(**vars(trainer), ckpt_path=path), folder, "results.json") for path in tested
-    ]
+    trainer = {
+        "callbacks": [SimpleNamespace(**{"untrained": False, "best_checkpoint": "", **known})],
+        "checkpoint_callback": next(iter(keepers), None),
+        "checkpoint_callbacks": keepers,
+        "default_root_dir": folder,
+    }
+    return [results.output_name(SimpleNamespace(**trainer, ckpt_path=one), folder, "results.json") for one in tested]
 
 
 def test_no_result_is_written_over_another_s(tmp_path):
@@ -97,7 +95,8 @@ def test_no_result_is_written_over_another_s(tmp_path):
     assert len({*mine, *theirs, *none}) == 6
     assert all(name.startswith("results-") for name in theirs)
     # Weights in memory; the best one of the process that trained, by whatever name.
-    assert names(tmp_path / "run", None) == ["results.json"]
+    named = own / "epoch=1.5.ckpt"
+    assert names(tmp_path / "run", None, named, best_checkpoint=str(named)) == ["results.json"] * 2
 
 
 def test_the_usual_checkpoint_of_a_run_that_keeps_the_last_only(tmp_path):

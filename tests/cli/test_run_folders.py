@@ -1,0 +1,154 @@
+"""What commands do to the folder of a run: no files are lost or mixed, and it is said which checkpoint is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from pera_lightning.training.folder_lock import FILE, FolderLock
+
+
+@pytest.fixture
+def run(fitted, tmp_path):
+    """A copy of the trained run, in the folder that the commands use."""
+    return shutil.copytree(fitted.run, tmp_path / "quickstart")
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def method_of(run):
+    return json.loads((run / "adapter" / "adapter_config.json").read_text())["method"]["class_path"].rpartition(".")[2]
+
+
+def step_of(file):
+    return torch.load(file, weights_only=True)["global_step"]
+
+
+def error_line(result):
+    assert result.code == 2, result.out + result.err
+    return result.err.strip().splitlines()[-1]
+
+
+def test_consecutive_fits_both_survive(quick, run, tmp_path):
+    """The second by the first's own config: it is named on the command line, and read again by further processes."""
+    before = files(run)
+    result = quick("--adapter.method", "PERA", config=run / "config.yaml")
+    assert result.code == 0, result.err
+    (earlier,) = tmp_path.glob("quickstart.earlier-*")
+    assert f"Earlier run moved aside: {earlier}\n" in result.out
+    assert files(earlier) == before
+    assert (method_of(earlier), method_of(run)) == ("AuroRA", "PERA")
+    # Nothing of the first is left in the plain folder, and the second is complete.
+    now = files(run)
+    assert {name.partition("tfevents")[0] for name in now} == {name.partition("tfevents")[0] for name in before}
+    assert len([name for name in now if "tfevents" in name]) == 1
+    assert "PERA" in now["config.yaml"].decode()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--adapter.targets", "[nope]"], ["--data.dataset", "/nowhere"], ["--trainer.fast_dev_run", "1"]],
+    ids=["a wrong target", "missing data", "fast_dev_run"],
+)
+def test_a_fit_that_does_not_train_leaves_the_earlier_run(quick, run, tmp_path, words):
+    before = files(run)
+    quick(*words)
+    assert files(run) == before
+    assert [*tmp_path.iterdir()] == [run]
+
+
+def test_a_fit_does_not_move_what_it_reads(quick, run):
+    shutil.copytree(run / "adapter", run / "data")
+    before = files(run)
+    assert "--data.dataset is" in error_line(quick("--data.dataset", run / "data"))
+    assert files(run) == before
+
+
+def test_a_second_fit_is_refused_before_it_opens_a_file(quick, run):
+    lock = FolderLock()
+    lock.take(run)
+    before = files(run)
+    assert f"in use by another fit (host {os.uname().nodename}, process {os.getpid()}" in error_line(quick())
+    assert files(run) == before
+    lock.release()
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_fit_goes_on_in_place(quick, run, tmp_path, name):
+    assert quick("--ckpt_path", name, "--trainer.max_epochs", 2).code == 0
+    assert step_of(run / "checkpoints" / "last.ckpt") == 4
+    assert [*tmp_path.iterdir()] == [run]
+    assert not (run / FILE).exists()
+
+
+# --- which checkpoint is measured ---
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_it_must_be_said_which_checkpoint_is_meant(quick, run, command):
+    before = files(run)
+    line = error_line(quick(command=command))
+    assert f"{run / 'checkpoints'} has best.ckpt, last.ckpt: give --ckpt_path best, last, FILE, or none" in line
+    assert files(run) == before
+
+
+def test_results_of_one_checkpoint_do_not_replace_another_s(quick, run, fitted):
+    tested = {"best": "", "last": "-last", "none": "-none", fitted.checkpoint: None}  # the last is another run's
+    for given in tested:
+        assert quick("--ckpt_path", given, command="test").code == 0
+    assert quick("--ckpt_path", "best", command="predict").code == 0
+    assert quick("--ckpt_path", "last", command="predict").code == 0
+    split = json.loads((run / "splits" / "digits.json").read_text())
+    assert "indices" in split
+    results = {path.stem: json.loads(path.read_text()) for path in run.glob("results*.json")}
+    assert len(results) == 4
+    assert sorted(path.name for path in run.glob("predictions*")) == ["predictions", "predictions-last"]
+    for given, name in tested.items():
+        if name is not None:
+            checkpoint = results[f"results{name}"]["protocol"]["checkpoint"]
+            assert checkpoint == (None if given == "none" else str(run / "checkpoints" / f"{given}.ckpt"))
+    # What was not trained is the base, with a new head.
+    assert results["results-none"]["metrics"]["test/accuracy"] < results["results"]["metrics"]["test/accuracy"]
+
+
+def test_a_checkpoint_alone_is_tested_where_its_run_lies(pera, run, tmp_path, monkeypatch):
+    """By the run's config, which says where the run was before it was moved."""
+    moved = tmp_path / "elsewhere" / "quickstart.earlier"
+    moved.parent.mkdir()
+    run.rename(moved)
+    assert yaml.safe_load((moved / "config.yaml").read_text())["trainer"]["logger"]
+    monkeypatch.chdir(tmp_path)
+    result = pera("test", "--ckpt_path", moved / "checkpoints" / "best.ckpt", "--trainer.enable_progress_bar", "false")
+    assert result.code == 0, result.err
+    assert f"Results: {moved / 'results.json'}" in result.out
+    assert [*tmp_path.iterdir()] == [moved.parent]
+    (tmp_path / "copy.ckpt").touch()
+    assert "copy.ckpt is not known" in error_line(pera("test", "--ckpt_path", tmp_path / "copy.ckpt"))
+
+
+def test_a_logger_that_counts_its_versions(quick, tmp_path):
+    """New runs have a folder each; a checkpoint's run goes on, and is tested, in its own, and keeps its metrics."""
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.init_args.version", "null"]
+
+    def command(*words, command="fit"):
+        result = quick(*logger, *words, command=command)
+        assert result.code == 0, result.err
+
+    command()
+    command()
+    first, second = (tmp_path / "quickstart" / f"version_{k}" for k in (0, 1))
+    metrics = (second / "metrics.csv").read_text()
+    command("--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert (step_of(first / "checkpoints" / "last.ckpt"), step_of(second / "checkpoints" / "last.ckpt")) == (2, 4)
+    command("--ckpt_path", "best", command="test")
+    command("--ckpt_path", first / "checkpoints" / "best.ckpt", command="test")
+    assert all((run / "results.json").is_file() for run in (first, second))
+    assert metrics in [file.read_text() for file in second.glob("metrics.earlier-*.csv")]
+    assert sorted(path.name for path in (tmp_path / "quickstart").iterdir()) == ["version_0", "version_1"]
