@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from pera_lightning.adapters.report import InjectionReport
@@ -210,8 +211,11 @@ class AdapterModule(LightningModule):
     def trained_class_names(self) -> list[str] | None:
         """Names of the classes that the adapters were trained on; until they are loaded, of `evaluated_checkpoint`.
 
-        None where they are not known, and in a fit that starts from the beginning.
+        None where they are not known, and in a fit, whose data say them.
         """
+        trainer = internals.attached_trainer(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            return None
         if (mark := injection_in(self)) is not None and mark.class_names is not None:
             return list(mark.class_names)
         if self.evaluated_checkpoint is None:

@@ -38,24 +38,24 @@ def run(tmp_path_factory) -> Path:
         fill(folder / "pets" / name, 20, seed=seed)
     trainer = make_trainer(folder, limit_val_batches=0)
     trainer.fit(network_of(folder), datamodule=data_of(folder / "pets"))
-    trainer.save_checkpoint(folder / "end.ckpt")
+    trainer.save_checkpoint(folder / "best.ckpt")
     return folder
 
 
 def result_of(run: Path, folder: Path, data: ImageDataModule) -> dict:
-    make_trainer(folder).test(network_of(run), datamodule=data, ckpt_path=str(run / "end.ckpt"), verbose=False)
+    make_trainer(folder).test(network_of(run), datamodule=data, ckpt_path=str(run / "best.ckpt"), verbose=False)
     return json.loads((folder / "results.json").read_text())
 
 
 def test_files_say_what_was_trained_on(run):
-    about = torch.load(run / "end.ckpt", weights_only=True)["pera_lightning"]
+    about = torch.load(run / "best.ckpt", weights_only=True)["pera_lightning"]
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     for said in (about, config):
         assert said["class_names"] == ["cat", "dog", "emu"]
         assert (said["trained_on"]["dataset"], said["trained_on"]["split_seed"]) == (str(run / "pets"), 0)
         assert said["trained_on"]["sizes"] == {"train": 33, "validation": 9, "test": 18}
     assert len(about["trained_examples"]) == 33
-    again = load_adapted(ImageClassificationModule, run / "end.ckpt")
+    again = load_adapted(ImageClassificationModule, run / "best.ckpt")
     assert again.trained_class_names() == ["cat", "dog", "emu"]  # and they are in what is saved of it
     assert again.trained_with == about["trained_on"]
     plain = network_of(run)
@@ -83,7 +83,7 @@ def test_classes_in_another_order_are_numbered_by_their_names(run, tmp_path):
 
 def test_a_reloaded_module_numbers_the_classes_of_a_test_without_checkpoint(run, tmp_path):
     expected = result_of(run, tmp_path, data_of(run / "pets"))
-    again = load_adapted(ImageClassificationModule, run / "end.ckpt")
+    again = load_adapted(ImageClassificationModule, run / "best.ckpt")
     data = data_of(run / "pets", classes=["dog", "emu", "cat"])
     values = make_trainer(tmp_path / "other").test(again, datamodule=data, verbose=False)
     assert values[0]["test/accuracy"] == pytest.approx(expected["metrics"]["test/accuracy"])
@@ -115,7 +115,7 @@ def test_another_split_says_how_many_test_examples_were_trained_on(run, tmp_path
 def test_a_resumed_fit_says_that_its_examples_are_others(run, tmp_path):
     trainer = make_trainer(tmp_path, max_epochs=2, limit_val_batches=0, limit_train_batches=1)
     with pytest.warns(UserWarning, match=r"other training examples than its checkpoint's: \d+ of 33 are new, and \d+"):
-        trainer.fit(network_of(run), datamodule=data_of(run / "pets", split_seed=1), ckpt_path=str(run / "end.ckpt"))
+        trainer.fit(network_of(run), datamodule=data_of(run / "pets", split_seed=1), ckpt_path=str(run / "best.ckpt"))
 
 
 def test_predictions_on_ones_own_images_need_no_data_set(run, tmp_path):
@@ -125,7 +125,7 @@ def test_predictions_on_ones_own_images_need_no_data_set(run, tmp_path):
     for place in (str(tmp_path / "photos"), [str(tmp_path / "photos"), str(tmp_path / "more" / "00.png")]):
         data = data_of("not/there", predict_folder=place)
         network = network_of(run)
-        network.evaluated_checkpoint = str(run / "end.ckpt")  # as the command line does
+        network.evaluated_checkpoint = str(run / "best.ckpt")  # as the command line does
         make_trainer(tmp_path).predict(network, datamodule=data, ckpt_path=network.evaluated_checkpoint)
         with (tmp_path / "predictions" / "predictions.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

@@ -160,7 +160,12 @@ def test_without_either_it_says_so(vit, tmp_path):
 def test_both_heads_of_a_distilled_network_are_trained_or_refused(tmp_path):
     """The second head takes part in the logits: it would be random, and other numbers in the next process."""
     shape = {"img_size": 32, "embed_dim": 12, "depth": 1, "num_heads": 3}
-    save_for_hf(timm.create_model("deit_tiny_distilled_patch16_224", **shape), tmp_path, model_args=shape)
+    save_for_hf(
+        timm.create_model("deit_tiny_distilled_patch16_224", **shape),
+        tmp_path,
+        model_args=shape,
+        safe_serialization=True,
+    )
     network = ImageClassificationModule(str(tmp_path), num_classes=4)
     network.adapter_injection = partial(inject, method=LoRA(rank=1), targets=["qkv"], trainable=["head"])
     with pytest.raises(
