@@ -31,6 +31,7 @@ from pera_lightning.cli.checkpoints import (
 from pera_lightning.cli.lost_process import lost_process
 from pera_lightning.cli.messages import explain
 from pera_lightning.cli.run_defaults import complete, default_folder, default_logger
+from pera_lightning.cli.signals import Stopped, leave_to
 from pera_lightning.cli.sweeps.folder import LOG as SWEEP_LOG
 from pera_lightning.cli.words import CONFIG_FLAGS, taken_out
 from pera_lightning.errors import PeraError, UnknownNameError, closest
@@ -126,8 +127,10 @@ class PeraCLI(LightningCLI):
         return self._instantiate_trainer(config, [])  # no callbacks besides: Lightning would put the adapter's last
 
     def before_fit(self) -> None:
-        """Tells the callback the command that goes on with the fit where a signal stops it."""
-        self._callback.preemption.command = resuming_command(self._words)
+        """Leaves signals to the callback once it trains, and tells it the command that goes on with the fit."""
+        preemption = self._callback.preemption
+        preemption.command = resuming_command(self._words)
+        leave_to(lambda: preemption.watching)
 
     @property
     def _callback(self) -> AdapterInjection:
@@ -136,6 +139,10 @@ class PeraCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except Stopped as stop:
+            if subcommand == "fit" and not self._callback.preemption.begun:
+                stop.add_note("before the training began: nothing was changed")
+            raise
         finally:
             self._callback.run_folder.close(self.trainer)
 

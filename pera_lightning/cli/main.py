@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from pera_lightning.cli.signals import Stopped, stopping
 from pera_lightning.cli.words import find_configs
 from pera_lightning.errors import PeraError, closest, shorten
 
@@ -49,7 +51,10 @@ examples:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line, by default on this process's words; exits with 2 and one line for wrong input."""
+    """Runs the command line, by default on this process's words.
+
+    Exits with 2 and one line for wrong input, and with one line where a signal stops it.
+    """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("--help", "-h", "help"):
         print(usage())
@@ -60,20 +65,32 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     try:
-        # Each command is imported when it is asked for: Lightning alone takes seconds.
-        words = find_configs(words)
-        if words[0] in OWN_COMMANDS:
-            module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
-            getattr(importlib.import_module(module), function)(words[1:])
-        elif words[0] in TRAINER_COMMANDS:
-            from pera_lightning.cli.lightning_cli import run  # takes seconds
-
-            run(words)
-        else:
-            known = [*TRAINER_COMMANDS, *OWN_COMMANDS]
-            raise PeraError(f"unknown command {words[0]!r}; there are {', '.join(known)}{closest(words[0], known)}")
+        with stopping():
+            _run(words)
     except PeraError as error:
         fail(str(error))
+    except KeyboardInterrupt:  # the second one, while a fit was stopping at the first
+        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except Stopped as stop:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # Ctrl-C reaches all processes of a terminal
+            print("; ".join([f"stopped by {stop.name}", *getattr(stop, "__notes__", ())]), file=sys.stderr, flush=True)
+        sys.exit(stop.code)
+
+
+def _run(words: list[str]) -> None:
+    # Each command is imported when it is asked for: Lightning alone takes seconds.
+    words = find_configs(words)
+    if words[0] in OWN_COMMANDS:
+        module, _, function = OWN_COMMANDS[words[0]][0].partition(":")
+        getattr(importlib.import_module(module), function)(words[1:])
+    elif words[0] in TRAINER_COMMANDS:
+        from pera_lightning.cli.lightning_cli import run  # takes seconds
+
+        run(words)
+    else:
+        known = [*TRAINER_COMMANDS, *OWN_COMMANDS]
+        raise PeraError(f"unknown command {words[0]!r}; there are {', '.join(known)}{closest(words[0], known)}")
 
 
 def fail(message: str) -> None:

@@ -130,7 +130,11 @@ class AdapterInjection(Callback):
         check_before_fit(trainer, pl_module)
         note_training_data(trainer, pl_module)
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.preemption.begin()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.preemption.begin()
         self.run_folder.begin(trainer)
         load_loader_states(trainer)
         put_gradients(pl_module, self._gradients)
@@ -193,7 +197,11 @@ class AdapterInjection(Callback):
         # A checkpoint of this stop is to hold the random state of training.
         if trainer.validating:
             self.on_validation_end(trainer)
-        self.preemption.save(trainer, exception)
+        if (files := self.preemption.save(trainer, exception)) is not None:
+            try:
+                write_final_adapter(trainer, pl_module, self.run_folder.run, older_than=next(iter(files), None))
+            finally:
+                self.preemption.say_how_to_go_on(trainer, files)
         self.preemption.release(trainer)
         self.run_folder.leave()
 

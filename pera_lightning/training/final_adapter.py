@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.errors import CheckpointError
-from pera_lightning.injection.adapter_folder import write_adapter
+from pera_lightning.injection.adapter_folder import CONFIG_FILE, write_adapter
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import adapter_state_dict, find_injected
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.sharding import full_tensors
 
 
-def write_final_adapter(trainer: Trainer, module: LightningModule, run: str | None) -> None:
+def write_final_adapter(
+    trainer: Trainer, module: LightningModule, run: str | None, older_than: str | None = None
+) -> None:
     """Writes ``adapter/`` into the run's folder on the first process; every process must call it.
 
     From the best checkpoint, else the last, else what the module ended with. A checkpoint counts only if it is of this
-    `run`, by the name that its checkpoints have.
+    `run`, by the name that its checkpoints have. That of a fit which was stopped is dated before its checkpoint, the
+    file `older_than`: a folder that is newer than all checkpoints is the sign of a finished fit.
 
     Raises:
         CheckpointError: where the folder cannot be written.
@@ -50,6 +54,9 @@ def write_final_adapter(trainer: Trainer, module: LightningModule, run: str | No
             break
     try:
         written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
+        if older_than is not None:
+            before = Path(older_than).stat().st_mtime - 10
+            os.utime(written / CONFIG_FILE, (before, before))
     except OSError as error:
         kept = f"; {path} has the same" if source != "the last step" else ""
         raise CheckpointError(f"{Path(folder) / 'adapter'} could not be written ({error.strerror}){kept}") from None

@@ -1,5 +1,8 @@
 """Stopping on a signal: at the next batch boundary, with a checkpoint that the run goes on from bit for bit.
 
+SIGTERM, SLURM's signal and Ctrl-C do so; a second Ctrl-C ends the run at once. In notebooks and at Python's prompt,
+where Ctrl-C has a meaning of its own, it stays a `KeyboardInterrupt`.
+
 Lightning alone stops at SIGTERM without a checkpoint; its handlers talk to processes that may be at another collective,
 and under SLURM write the checkpoint in the middle of whatever the optimizer was doing. Here a handler takes a note and
 nothing else. After each batch the processes agree on the notes and stop together, whichever of them had the signal.
@@ -11,6 +14,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import sys
+import threading
 from functools import partial
 from typing import Any
 
@@ -32,19 +38,53 @@ class Preemption:
 
     Attributes:
         command: the run's own command without its checkpoint, for the message; by default `Trainer.fit` is named.
+        watching: whether a signal is noted, from the start of the training on.
+        begun: whether it ever was.
     """
 
     def __init__(self) -> None:
         self.command: str | None = None
+        self.watching = self.begun = False
         self._asked = self._agreed = GO_ON
+        self._interrupted = 0  # how often by Ctrl-C
+        self._process = 0
+        self._before: Any = None  # what Ctrl-C did before
 
     def watch(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, which it registers when the fit begins."""
         self.release(trainer)
+        self._interrupted = 0
         internals.replace_signal_handlers(trainer, partial(self._note, STOP), partial(self._note, REQUEUE))
 
+    def begin(self) -> None:
+        """Takes Ctrl-C too, now that Lightning has its handlers, and will put back those of before at the end."""
+        if self.watching:
+            return
+        self.watching = self.begun = True
+        self._process = os.getpid()
+        before = signal.getsignal(signal.SIGINT)
+        # Ours on the command line; else Python's own, in a script.
+        ours = self.command is not None and before is not signal.SIG_IGN  # as under nohup
+        script = before is signal.default_int_handler and not hasattr(sys, "ps1")
+        if (ours or script) and threading.current_thread() is threading.main_thread():
+            self._before = before
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a data loader's worker, forked from here: the batch is still wanted
+            return
+        self._interrupted += 1
+        if self._interrupted > 1:
+            signal.default_int_handler(number, frame)  # raises
+        self._note(STOP)
+        if rank_zero_only.rank == 0:  # not printed: this may have interrupted a print
+            os.write(2, b"\nstopping after this batch; Ctrl-C again ends at once\n")
+
     def release(self, trainer: Trainer) -> None:
-        """Undoes `watch`."""
+        """Undoes `watch` and `begin`."""
+        if self._before is not None and signal.getsignal(signal.SIGINT) == self._interrupt:
+            signal.signal(signal.SIGINT, self._before)
+        self.watching, self._before = False, None
         self._asked = self._agreed = GO_ON
         internals.restore_signal_handlers(trainer)
 
@@ -84,18 +124,22 @@ class Preemption:
             self._agreed = self._asked
             raise SIGTERMException
 
-    def save(self, trainer: Trainer, exception: BaseException) -> None:
-        """Writes the checkpoint of a run that a signal has stopped, and says how to go on; every process must call it.
+    def save(self, trainer: Trainer, exception: BaseException) -> list[str] | None:
+        """Writes the checkpoint of a run that a signal has stopped; every process must call it.
+
+        Returns the files, of which `say_how_to_go_on` tells; None where the run was not stopped, or had not trained.
 
         The file is ``last.ckpt`` of the `ModelCheckpoint` folder, which ``ckpt_path="last"`` finds; under SLURM with
         requeueing also the ``hpc_ckpt_N.ckpt`` that the requeued job finds by itself. To be called in `on_exception`,
         the random generators as they were after the last training batch; other exceptions than a signal's do nothing.
         """
         if not isinstance(exception, SIGTERMException) or not self._agreed:
-            return
+            return None
+        if self._interrupted:
+            exception.code = 128 + signal.SIGINT  # so that a shell does not go on with its next command
         if trainer.sanity_checking or trainer.fast_dev_run:
             rank_zero_only(print)("stopped by a signal before the first training batch: nothing to save", flush=True)
-            return
+            return None
         if trainer.validating:
             # The resumed run is to begin with all of the validation that was broken off.
             progress = _validation(trainer)
@@ -111,6 +155,10 @@ class Preemption:
                 trainer.save_checkpoint(internals.hpc_save_path(trainer), weights_only=False)
             files.append(str(internals.hpc_resume_path(trainer)))
             drop_requeue_file(trainer)  # the new one is written
+        return files
+
+    def say_how_to_go_on(self, trainer: Trainer, files: list[str]) -> None:
+        """Prints the command that goes on with a run that was stopped, with the files that `save` gave."""
         rank_zero_only(print)(self._message(trainer, files), flush=True)
 
     def _message(self, trainer: Trainer, files: list[str]) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
 
+from pera_lightning import ImageClassificationModule
+from pera_lightning.cli.sweeps.folder import fit_finished
 from pera_lightning.training.folder_lock import FILE, FolderLock
 
 
@@ -152,3 +156,42 @@ def test_a_logger_that_counts_its_versions(quick, tmp_path):
     assert all((run / "results.json").is_file() for run in (first, second))
     assert metrics in [file.read_text() for file in second.glob("metrics.earlier-*.csv")]
     assert sorted(path.name for path in (tmp_path / "quickstart").iterdir()) == ["version_0", "version_1"]
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_training_is_one_line(quick, run, monkeypatch, interruptible, number):
+    """It comes while the network is built; nothing is changed."""
+    before, handler = files(run), signal.getsignal(number)
+    monkeypatch.setattr(ImageClassificationModule, "configure_model", lambda self: os.kill(os.getpid(), number))
+    result = quick()
+    assert result.code == 128 + number
+    assert result.err.splitlines()[-1] == f"stopped by {number.name}; before the training began: nothing was changed"
+    assert "Traceback" not in result.err
+    assert files(run) == before
+    assert signal.getsignal(number) == handler
+
+
+def test_ctrl_c_stops_a_fit_with_the_command_that_goes_on(quick, tmp_path, monkeypatch, interruptible):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LearningRateMonitor, "on_train_batch_start", on_train_batch_start)
+        result = quick("--trainer.max_epochs", 3)
+    run = tmp_path / "quickstart"
+    assert result.code == 130, result.err
+    assert f"Adapter of the best checkpoint: {run / 'adapter'}" in result.out
+    assert result.out.splitlines()[-1].endswith(f"--ckpt_path {run}/checkpoints/last.ckpt")
+    assert not fit_finished(run)  # as a sweep sees it
+    assert quick("--trainer.max_epochs", 3, "--ckpt_path", "last").code == 0
+    assert (step_of(run / "checkpoints" / "last.ckpt"), fit_finished(run)) == (6, True)
+
+
+def test_a_signal_to_a_test_is_one_line(quick, run, monkeypatch, interruptible):
+    monkeypatch.setattr(ImageClassificationModule, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    result = quick("--ckpt_path", "best", command="test")
+    assert (result.code, result.err.splitlines()[-1]) == (130, "stopped by SIGINT")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_sigterm_in_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert sent
     assert "after optimizer step 11" in capsys.readouterr().out  # the write was that of the first epoch's end
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == BATCHES + 1
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "last.ckpt"]
 
 
 def test_sigterm_in_the_sanity_check_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -185,6 +186,48 @@ def test_sigterm_in_the_sanity_check_saves_nothing(tmp_path: Path, capsys: pytes
     assert fit(tmp_path, Early(), num_sanity_val_steps=2)[3]
     assert "nothing to save" in capsys.readouterr().out
     assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+class Interrupts(Callback):
+    """Sends Ctrl-C's signal before the second batch, so many times."""
+
+    def __init__(self, times: int = 1) -> None:
+        self.times = times
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Plain, batch: list, batch_idx: int) -> None:
+        if batch_idx == 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(folder: Path, times: int = 1) -> tuple[int, bool]:
+    """The exit code of a fit, and whether it has saved its adapters; its folder is free and its handler gone."""
+    seed_everything(3, verbose=False)
+    run = trainer(folder, callback(), Interrupts(times), ModelCheckpoint(folder, filename="last"))
+    with pytest.raises(SystemExit) as end:
+        run.fit(Plain(), train_loader(), val_loader())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (folder / ".fit.lock").exists()
+    files = [(folder / name).is_file() for name in ("last.ckpt", "adapter/adapter.safetensors")]
+    assert files[0] == files[1]
+    return end.value.code, files[0]
+
+
+def test_ctrl_c_ends_as_sigterm_does(tmp_path: Path, interruptible: None, capfd: pytest.CaptureFixture) -> None:
+    assert interrupted(tmp_path) == (130, True)  # no shell goes on with its next command
+    out, err = capfd.readouterr()
+    assert "stopping after this batch; Ctrl-C again ends at once" in err
+    assert out.splitlines()[-1].startswith("stopped by a signal after optimizer step 2: saved ")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, interruptible: None) -> None:
+    assert interrupted(tmp_path, times=2) == (1, False)
+
+
+def test_in_a_notebook_ctrl_c_is_lightnings(tmp_path: Path, interruptible: None, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    assert interrupted(tmp_path) == (1, False)
 
 
 def test_the_handlers_are_given_back(tmp_path: Path) -> None:

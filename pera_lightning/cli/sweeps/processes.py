@@ -29,8 +29,8 @@ def program() -> list[str]:
 class Processes:
     """Runs a process at a time; within the context, a signal is handed to it, and none begins after one.
 
-    The process gets SIGTERM, whatever the signal was: at that a fit saves a checkpoint, at Ctrl-C it would not. It has
-    a session of its own, so that Ctrl-C in a terminal reaches the sweep alone. At a second signal it is killed.
+    The process gets SIGTERM, whatever the signal was: at that a fit saves a checkpoint and ends with 0. It has a
+    session of its own, so that Ctrl-C in a terminal reaches the sweep alone. At a second signal it is killed.
 
     `lock` is that of the sweep's folder, which the processes inherit.
     """
