@@ -36,6 +36,14 @@ def is_training_done(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._is_training_done
 
 
+def restart_by_epochs(trainer: Trainer) -> None:
+    """Has a run with `max_steps` resume as one with `max_epochs` does (`_FitLoop._iteration_based_training`, 2.6.6).
+
+    Otherwise the loop takes every checkpoint for one of the middle of an epoch.
+    """
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
+
 def take_loader_states(trainer: Trainer) -> list[dict[str, Any]]:
     """The states of the train loaders that a checkpoint held and Lightning has not loaded yet (`_FitLoop`, 2.6.6).
 

@@ -36,6 +36,7 @@ from pera_lightning.training.checks import check_before_fit, check_position, che
 from pera_lightning.training.data_order import load_loader_states, resume_data_order
 from pera_lightning.training.final_adapter import write_final_adapter
 from pera_lightning.training.fsdp2 import write_adapters_only
+from pera_lightning.training.loop_state import go_on_where_it_stopped
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
 from pera_lightning.training.run_folder import RunFolder
@@ -188,6 +189,7 @@ class AdapterInjection(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self.run_folder.resume(trainer, checkpoint)
         validate_before_going_on(trainer, checkpoint)
+        go_on_where_it_stopped(trainer, checkpoint)
         self._gradients = saved_gradients(trainer, pl_module, checkpoint)
 
     # --- at the end ---

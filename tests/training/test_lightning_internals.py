@@ -90,6 +90,18 @@ def test_is_training_done(tmp_path: Path) -> None:
         assert during.seen == [False, False, True, False, True]
 
 
+def test_restart_by_epochs(tmp_path: Path) -> None:
+    """Of all that the loop asks, only what tells a run by steps changes."""
+    with canary(internals.restart_by_epochs):
+        run = fit(tmp_path, max_steps=3, limit_val_batches=0)
+        state = run.fit_loop.state_dict()
+        run.fit_loop.load_state_dict(state)
+        assert run.fit_loop.restarting
+        internals.restart_by_epochs(run)
+        run.fit_loop.load_state_dict(state)
+        assert not run.fit_loop.restarting
+
+
 class Counts:
     """A loader with a state: how often it was asked to begin."""
 

@@ -99,6 +99,29 @@ def test_twice_in_the_same_epoch(tmp_path: Path) -> None:
     assert_same(whole, resumed)
 
 
+# 10 batches an epoch. The first two go on from the end of an epoch, whole and cut short by max_steps; the third from a
+# checkpoint of an epoch's last batch, and then from the middle of the next epoch.
+@pytest.mark.parametrize(
+    ("end", "keep", "options", "files"),
+    [
+        ("9", {"save_on_train_epoch_end": True}, {"max_epochs": -1, "accumulate_grad_batches": 4}, ["epoch=0-step=3"]),
+        ("25", {"save_on_train_epoch_end": True}, {}, ["epoch=1-step=15"]),
+        ("", {"every_n_train_steps": 1}, {"accumulate_grad_batches": 4}, ["epoch=0-step=3", "epoch=1-step=4"]),
+    ],
+    ids=["whole", "cut short", "last batch"],
+)
+def test_at_the_end_of_an_epoch(tmp_path: Path, end: str, keep: dict, options: dict, files: list[str]) -> None:
+    options = {"keep": keep, "limit_val_batches": 0, **options}
+    whole, losses, _ = fit(tmp_path / "a", steps=end, **options)
+    fit(tmp_path / "0", steps="15", **options)
+    for i, file in enumerate(files):
+        ckpt = str(tmp_path / f"{i}" / f"{file}.ckpt")
+        resumed, later, run = fit(tmp_path / f"{i + 1}", steps=end, ckpt=ckpt, seed=99, **options)
+    assert_same(whole, resumed)
+    assert later == {step: loss for step, loss in losses.items() if step in later}
+    assert run.current_epoch == 3
+
+
 def test_with_validation_inside_the_epoch(tmp_path: Path) -> None:
     options = {"val_check_interval": 3, "keep": {"every_n_train_steps": 6}}
     whole, _, _ = fit(tmp_path / "a", steps="", **options)
