@@ -51,7 +51,7 @@ class DataError(PeraError, ValueError):
 
 
 class NonFiniteLossError(PeraError, ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss, or what is trained, became NaN or infinite."""
 
 
 def closest(name: str, existing: Iterable[str]) -> str:

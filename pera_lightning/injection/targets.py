@@ -162,7 +162,13 @@ def _unsupported(module: nn.Module, owner: nn.Module) -> str:
         never = "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would change nothing"
         return f"{never}; use an attention with separate linear layers"
     if is_linear(module):
-        return ""
+        kind = module.weight.dtype
+        usable = kind.is_floating_point and kind.itemsize > 1  # nor float8: no product of adapters has such a type
+        return (
+            ""
+            if usable
+            else f"its weight is {kind}, quantised, and has no product with an adapter's; load the base in bfloat16"
+        )
     inside = [name for name, m in module.named_modules() if name and is_linear(m)]
     hint = f"; linear layers inside it: {listed(inside)}" if inside else ""
     kind = "a subclass of nn.Linear" if isinstance(module, nn.Linear) else "not a linear layer"

@@ -32,9 +32,18 @@ from pera_lightning.injection.state import find_injected, remember_unfrozen
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
 from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
-from pera_lightning.training.checks import check_before_fit, check_position, check_precision
+from pera_lightning.training.checks import (
+    check_adapters,
+    check_before_fit,
+    check_epoch,
+    check_in_optimizer,
+    check_not_empty,
+    check_position,
+    check_precision,
+)
 from pera_lightning.training.data_order import load_loader_states, resume_data_order
 from pera_lightning.training.final_adapter import write_final_adapter
+from pera_lightning.training.finite import check_metrics, check_parameters, check_training_loss
 from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.loop_state import go_on_where_it_stopped
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
@@ -147,14 +156,21 @@ class AdapterInjection(Callback):
         self._unused.before_batch("training", pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self._unused.is_first_step(optimizer):
+            check_adapters(pl_module)
+            check_in_optimizer(trainer, pl_module)
         self._unused.before_step(optimizer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._unused.after_batch("training")
+        check_training_loss(trainer, pl_module, outputs, batch_idx)
         self._rng = capture()  # what follows, validation and other callbacks, may draw
         self.preemption.after_train_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_epoch(trainer, pl_module)
         remember_unfrozen(pl_module)  # by a callback that thaws the base later, as BaseFinetuning does
 
     # --- evaluation batches; validation leaves the randomness of training as if it had not been ---
@@ -176,12 +192,18 @@ class AdapterInjection(Callback):
         self.preemption.after_validation_batch(trainer)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        check_metrics(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._rng is not None:
             restore(self._rng)
+
+    def on_test_end(self, trainer: Trainer, *_: Any) -> None:
+        check_metrics(trainer)
 
     # --- checkpoints ---
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        check_adapters(pl_module)
+        check_parameters(pl_module, of_all=True)
         if trainer.state.fn == TrainerFn.FITTING and internals.should_accumulate(trainer):
             save_gradients(pl_module, checkpoint)
 
@@ -210,6 +232,7 @@ class AdapterInjection(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_first_ranks_generators()
         drop_requeue_file(trainer)
+        check_not_empty(trainer)
         self.best_checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
         write_final_adapter(trainer, pl_module, self.run_folder.run)
 

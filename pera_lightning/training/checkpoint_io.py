@@ -13,6 +13,8 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from pera_lightning import __version__
@@ -30,7 +32,11 @@ from pera_lightning.injection.state import (
     metadata,
     without,
 )
+from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.checkpoint_files import local_file, with_atomic_writes
+from pera_lightning.training.checks import check_adapters
+from pera_lightning.training.finite import check_parameters
+from pera_lightning.training.loop_state import check_resumable
 from pera_lightning.training.run_folder import RunFolder
 from pera_lightning.training.training_data import number_classes_alike
 
@@ -83,6 +89,9 @@ class AdapterCheckpointIO(CheckpointIO):
         self.module, self.run_folder = module, run_folder
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "callbacks" not in checkpoint:  # with save_weights_only=True they are not asked
+            check_adapters(self.module)  # type: ignore[arg-type]
+            check_parameters(self.module)  # type: ignore[arg-type]
         trimmed = trim(checkpoint, self.module)
         if self.run_folder.run is not None:
             trimmed[METADATA]["run"] = self.run_folder.run
@@ -95,6 +104,7 @@ class AdapterCheckpointIO(CheckpointIO):
         check_checkpoint(checkpoint, self.module, str(path))
         if (found := find_injected(self.module)) is not None:
             adopt_training_data(found[1], training_data(checkpoint))
+        check_resumable(self.module, checkpoint, str(path))  # type: ignore[arg-type]
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -153,6 +163,19 @@ def allow_missing_base(module: LightningModule) -> None:
     # Once: a module is set up for each fit and test.
     if forgive_missing_base not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(forgive_missing_base)
+        module.register_state_dict_post_hook(_say_that_base_is_saved)
+
+
+def _say_that_base_is_saved(module: LightningModule, *_: Any) -> None:
+    """Warns where an adapted module is saved in a fit without `AdapterInjection`: this hook is what stays with it."""
+    trainer = internals.attached_trainer(module) if isinstance(module, LightningModule) else None
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING or find_injected(module) is None:
+        return
+    if not isinstance(trainer.strategy.checkpoint_io, AdapterCheckpointIO):
+        rank_zero_warn(
+            f"{type(module).__name__} is adapted, and this trainer has no AdapterInjection: its checkpoints hold all "
+            "of the base, and a run resumed from them differs; put AdapterInjection(…) first in callbacks"
+        )
 
 
 def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from pera_lightning.injection.adapter_folder import CONFIG_FILE, write_adapter
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import adapter_state_dict, find_injected
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
+from pera_lightning.training.finite import check_parameters
 from pera_lightning.training.sharding import full_tensors
 
 
@@ -52,6 +53,8 @@ def write_final_adapter(
         else:
             state, source = found, kind
             break
+    if source == "the last step":
+        check_parameters(module)
     try:
         written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
         if older_than is not None:

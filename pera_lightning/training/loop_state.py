@@ -13,10 +13,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from pera_lightning.errors import CheckpointError
 from pera_lightning.training import _lightning_internals as internals
+
+
+def check_resumable(module: LightningModule, checkpoint: dict[str, Any], source: str) -> None:
+    """Raises `CheckpointError` where a fit would go on from a checkpoint (from the file `source`) of weights only."""
+    trainer = internals.attached_trainer(module)
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{source} holds weights only (save_weights_only=True), without the states of optimizer, data and random "
+            "numbers that a fit goes on from: give another checkpoint, or load_adapted(module, file) and fit without"
+        )
 
 
 def go_on_where_it_stopped(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

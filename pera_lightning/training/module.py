@@ -8,6 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from pera_lightning.adapters.report import InjectionReport
@@ -188,8 +190,18 @@ class AdapterModule(LightningModule):
             )
         # Steps of the entire run, so that the schedule ends with it; Lightning knows accumulation and epochs.
         optimizer = self.make_optimizer(groups)
-        total = int(self.trainer.estimated_stepping_batches)  # builds the train loader, if nothing has yet
+        total = self.trainer.estimated_stepping_batches  # builds the train loader, if nothing has yet
+        if total == math.inf and (h["lr_schedule"] != "constant" or h["warmup_ratio"]):
+            raise ConfigurationError(
+                f"lr_schedule={h['lr_schedule']} needs the number of optimizer steps, which is not known: give the "
+                "trainer max_steps, or lr_schedule=constant with warmup_steps"
+            )
         warmup = warmup_length(total, steps=h["warmup_steps"], ratio=h["warmup_ratio"])
+        if warmup >= total:
+            rank_zero_warn(
+                f"the warm-up takes {warmup} optimizer steps and the run has {int(total)}: the learning rate never "
+                "gets to what is set; lower warmup_steps, or give warmup_ratio"
+            )
 
         def factor(step: int) -> float:
             return lr_factor(step, total=total, warmup=warmup, schedule=h["lr_schedule"])

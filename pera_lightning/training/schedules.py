@@ -7,7 +7,7 @@ import math
 SCHEDULES = ("linear", "cosine", "constant")
 
 
-def lr_factor(step: int, *, total: int, warmup: int, schedule: str) -> float:
+def lr_factor(step: int, *, total: float, warmup: int, schedule: str) -> float:
     """The factor on the learning rate, in [0, 1], after `step` of `total` optimizer steps.
 
     It grows linearly from zero over `warmup` steps, and then falls to zero at `total` ("linear", "cosine") or stays.
@@ -20,6 +20,6 @@ def lr_factor(step: int, *, total: int, warmup: int, schedule: str) -> float:
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def warmup_length(total: int, *, steps: int, ratio: float) -> int:
+def warmup_length(total: float, *, steps: int, ratio: float) -> int:
     """Warm-up in optimizer steps: `steps`, or the share `ratio` of all, rounded up."""
-    return steps or math.ceil(ratio * total)  # one of them is 0
+    return steps or (math.ceil(ratio * total) if ratio else 0)  # one of them is 0, and the total may be infinite

@@ -62,9 +62,13 @@ class UnusedLayers:
             self._checked.add(kind)
             self._complain(silent, f"adapted layers did not run in the first {kind} batch")
 
+    def is_first_step(self, optimizer: Optimizer) -> bool:
+        """Whether `before_step` has not seen this optimizer yet."""
+        return id(optimizer) not in self._checked
+
     def before_step(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Complains of the adapter parameters that have no gradient in the first step of an optimizer."""
-        if id(optimizer) in self._checked:
+        if not self.is_first_step(optimizer):
             return
         self._checked.add(id(optimizer))
         # `grad is None`, not zero: PERA's A and h begin with gradients that are exactly zero.

@@ -173,6 +173,14 @@ def test_subclasses_of_linear_are_refused_by_name() -> None:
         resolve(model, ["b"])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_plain_linear_layers_with_quantised_weights(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+    with pytest.raises(UnsupportedTarget, match=f"target 'a' names a: its weight is {dtype}, quantised"):
+        resolve(nn.ModuleDict({"a": layer}), ["a"])
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantised_layers_are_refused_by_name() -> None:
     quantized = torch.ao.nn.quantized.dynamic.Linear(4, 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
@@ -16,11 +17,11 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pera_lightning import inject, load_adapted
 from pera_lightning.adapters import PERA, AdaptedLinear, HiRA, LoRA
-from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnknownNameError, UnusedLayerError
+from pera_lightning.errors import ConfigurationError, DataError, NoTargetMatched, UnknownNameError, UnusedLayerError
 from tests.training.foreign import BuildsLate, Noisy, Plain, WithHook, train_loader, val_loader
 from tests.training.short_fits import HEAD, TARGETS, callback, fitted, trainer
 
@@ -260,3 +261,111 @@ def test_a_compiled_module_is_fitted_again(tmp_path: Path) -> None:
     model.body.compile(backend="aot_eager")
     for _ in range(2):
         trainer(tmp_path, callback()).fit(model, train_loader(), val_loader())
+
+
+# --- what is done to an adapted module between its injection and its end ---
+
+
+class Meddles(Callback):
+    """Does something to the module in one hook."""
+
+    def __init__(self, hook: str, change) -> None:
+        setattr(self, hook, lambda trainer, module, *_, **__: change(module))
+
+
+def replace_layer(module: Plain) -> None:
+    module.body[0] = nn.Linear(8, 16).requires_grad_(False)
+
+
+def swap_adapter(module: Plain) -> None:
+    module.body[3].adapters["all"] = copy.deepcopy(module.body[3].adapters["all"])
+
+
+def halve(module: Plain) -> None:
+    module.body[3].adapters.half()
+
+
+def other_base(module: Plain) -> None:
+    module.body[0].weight.data.mul_(2)
+
+
+REPLACED = "1 adapted layers, or their adapters, were replaced after the injection: body"
+
+
+@pytest.mark.parametrize(
+    ("hook", "change", "said"),
+    [
+        ("setup", replace_layer, f"{REPLACED}.0"),
+        ("on_train_start", swap_adapter, "2 trained parameters are in no optimizer: body.3"),
+        ("on_train_epoch_end", replace_layer, f"{REPLACED}.0"),  # seen where it would be saved
+        ("setup", other_base, "the weights of 1 adapted layers changed after the injection: body.0"),
+        ("on_train_epoch_end", halve, "2 adapter parameters are torch.float16"),
+    ],
+)
+def test_adapted_layers_that_others_change(tmp_path: Path, hook: str, change, said: str) -> None:
+    run = trainer(tmp_path, callback(), Meddles(hook, change), ModelCheckpoint(tmp_path, save_on_train_epoch_end=True))
+    with pytest.raises(ConfigurationError, match=said):
+        run.fit(Plain(), train_loader())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_adapters_frozen_in_configure_optimizers(tmp_path: Path) -> None:
+    class Probes(Plain):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            self.body.requires_grad_(False)
+            return super().configure_optimizers()
+
+    with pytest.raises(ConfigurationError, match=r"4 parameters of adapters and heads were frozen after.*body\.0"):
+        trainer(tmp_path, callback()).fit(Probes(), train_loader())
+
+
+class Thaws(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Plain) -> None:
+        self.freeze([pl_module.body[0].adapters, pl_module.body[3].adapters])
+
+    def finetune_function(self, pl_module: Plain, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        self.unfreeze_and_add_param_group([pl_module.body[0].adapters, pl_module.body[3].adapters], optimizer)
+
+
+def test_adapters_that_a_callback_thaws_later(tmp_path: Path) -> None:
+    model = Plain()
+    with pytest.warns(UserWarning, match="4 parameters of adapters and heads were frozen.*once a callback unfreezes"):
+        trainer(tmp_path, callback(), Thaws()).fit(model, train_loader())
+    assert model.body[0].adapters["all"].B.abs().sum() > 0
+
+
+def test_a_second_fit_without_the_callback(tmp_path: Path) -> None:
+    model = Plain()
+    trainer(tmp_path / "a", callback()).fit(model, train_loader())
+    with pytest.warns(UserWarning, match="no AdapterInjection: its checkpoints hold all of the base"):
+        trainer(tmp_path / "b", ModelCheckpoint(tmp_path / "b")).fit(model, train_loader())
+
+
+# --- fits that train nothing ---
+
+
+def test_an_empty_train_loader(tmp_path: Path) -> None:
+    empty = DataLoader(Noisy(3), batch_size=4, drop_last=True)
+    with pytest.raises(DataError, match="nothing was trained: the train loader has no batch"):
+        trainer(tmp_path, callback(), limit_train_batches=1.0).fit(Plain(), empty)
+
+
+class Nothing(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def test_an_iterable_that_gives_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gave no batch in this epoch"):
+        trainer(tmp_path, callback(), max_epochs=-1).fit(Plain(), DataLoader(Nothing(), batch_size=4))
+
+
+def test_an_optimizer_that_never_steps(tmp_path: Path) -> None:
+    class Forgets(Plain):
+        automatic_optimization = False
+
+        def training_step(self, batch: list, batch_idx: int) -> None:
+            self.manual_backward(self(batch[0]).mean())
+
+    with pytest.warns(UserWarning, match="no optimizer step in the first 3 batches"):
+        trainer(tmp_path, callback()).fit(Forgets(), train_loader())

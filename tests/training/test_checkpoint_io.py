@@ -21,6 +21,15 @@ from tests.training.foreign import Plain, train_loader, val_loader
 from tests.training.short_fits import TARGETS, callback, fitted, trainer
 
 
+def test_a_fit_does_not_go_on_from_weights_only(tmp_path: Path) -> None:
+    _, run = fitted(tmp_path)
+    path = str(tmp_path / "weights.ckpt")
+    run.save_checkpoint(path, weights_only=True)
+    with pytest.raises(CheckpointError, match=r"weights.ckpt holds weights only \(save_weights_only=True\)"):
+        trainer(tmp_path, callback(), enable_checkpointing=False).fit(Plain(), train_loader(), ckpt_path=path)
+    trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=path, verbose=False)
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_checkpoints_hold_no_frozen_base(tmp_path: Path, weights_only: bool) -> None:
     model = Plain()

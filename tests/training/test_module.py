@@ -1,5 +1,8 @@
 """What all modules share, seen through the image module: building, groups, schedules, precision, the stop at NaN."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -154,6 +157,23 @@ def test_the_schedule_counts_optimizer_steps(vit, tmp_path):
     seen, trainer = rates_of(tmp_path, vit, lr=0.01, trainer=trainer_options)
     assert trainer.global_step == 4
     assert [rates["adapter"] for rates in seen] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_a_warm_up_longer_than_the_run(vit, tmp_path):
+    with pytest.warns(UserWarning, match="the warm-up takes 7 optimizer steps and the run has 6"):
+        rates_of(tmp_path, vit, lr=0.01, warmup_steps=7, trainer={"max_epochs": 2})
+
+
+@pytest.mark.parametrize(("schedule", "known"), [("linear", False), ("constant", True)])
+def test_a_schedule_of_a_run_without_an_end(vit, schedule, known):
+    network = module(vit, lr=0.01, lr_schedule=schedule)
+    network.configure_model()
+    network._trainer = SimpleNamespace(estimated_stepping_batches=math.inf)
+    if known:
+        network.configure_optimizers()
+    else:
+        with pytest.raises(ConfigurationError, match="lr_schedule=linear needs the number of optimizer steps, which"):
+            network.configure_optimizers()
 
 
 def test_nothing_to_train_is_refused(vit, tmp_path):
