@@ -31,6 +31,7 @@ from pera_lightning.injection.inject import inject, injection_of
 from pera_lightning.injection.state import find_injected, remember_unfrozen
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
+from pera_lightning.training.averaged_weights import AveragedWeights
 from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
 from pera_lightning.training.checks import (
     check_adapters,
@@ -86,6 +87,7 @@ class AdapterInjection(Callback):
         self.untrained = False  # whether an evaluation is of the base, asked for by name
         self.best_checkpoint = ""  # of the last fit; `ModelCheckpoint` forgets it when another one is tested
         self._unused = UnusedLayers(on_unused)
+        self._averaged = AveragedWeights()
         self._rng: dict[str, Any] | None = None  # random state after the last training batch
         self._gradients: dict[str, torch.Tensor] = {}  # of a resumed accumulation
 
@@ -229,12 +231,16 @@ class AdapterInjection(Callback):
         self.preemption.release(trainer)
         self.run_folder.leave()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averaged.training_ends(pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_first_ranks_generators()
         drop_requeue_file(trainer)
         check_not_empty(trainer)
         self.best_checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        write_final_adapter(trainer, pl_module, self.run_folder.run)
+        averaged = self._averaged.put_into(trainer, pl_module)
+        write_final_adapter(trainer, pl_module, self.run_folder.run, averaged=averaged)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         internals.stop_intercepting_loaders(trainer)

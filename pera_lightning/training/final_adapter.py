@@ -18,13 +18,14 @@ from pera_lightning.training.sharding import full_tensors
 
 
 def write_final_adapter(
-    trainer: Trainer, module: LightningModule, run: str | None, older_than: str | None = None
+    trainer: Trainer, module: LightningModule, run: str | None, *, older_than: str | None = None, averaged: bool = False
 ) -> None:
     """Writes ``adapter/`` into the run's folder on the first process; every process must call it.
 
-    From the best checkpoint, else the last, else what the module ended with. A checkpoint counts only if it is of this
-    `run`, by the name that its checkpoints have. That of a fit which was stopped is dated before its checkpoint, the
-    file `older_than`: a folder that is newer than all checkpoints is the sign of a finished fit.
+    From the best checkpoint, else the last, else what the module ended with; from that in any case where it is
+    `averaged`, since no checkpoint holds it. A checkpoint counts only if it is of this `run`, by the name that its
+    checkpoints have. That of a fit which was stopped is dated before its checkpoint, the file `older_than`: a folder
+    that is newer than all checkpoints is the sign of a finished fit.
 
     Raises:
         CheckpointError: where the folder cannot be written.
@@ -36,13 +37,13 @@ def write_final_adapter(
     state = full_tensors(adapter_state_dict(root), keep=trainer.is_global_zero)  # every process sends its shards
     if not trainer.is_global_zero:
         return
-    source = "the last step"
+    source = ended = "the averaged weights" if averaged else "the last step"
     # What the run's `ModelCheckpoint` has kept, the best first.
     keeper = trainer.checkpoint_callback
     best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
     for kind, attribute in ((best, "best_model_path"), ("the last checkpoint", "last_model_path")):
         path = getattr(keeper, attribute, "")
-        if not path or not Path(path).is_file():
+        if averaged or not path or not Path(path).is_file():
             continue
         try:
             found, spec = checkpoint_adapters(path)
@@ -53,7 +54,7 @@ def write_final_adapter(
         else:
             state, source = found, kind
             break
-    if source == "the last step":
+    if source == ended:
         check_parameters(module)
     try:
         written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
@@ -61,6 +62,6 @@ def write_final_adapter(
             before = Path(older_than).stat().st_mtime - 10
             os.utime(written / CONFIG_FILE, (before, before))
     except OSError as error:
-        kept = f"; {path} has the same" if source != "the last step" else ""
+        kept = f"; {path} has the same" if source != ended else ""
         raise CheckpointError(f"{Path(folder) / 'adapter'} could not be written ({error.strerror}){kept}") from None
     print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     Callback,
     ModelCheckpoint,
+    StochasticWeightAveraging,
     WeightAveraging,
 )
 
@@ -230,6 +231,43 @@ def test_weight_averaging(tmp_path: Path) -> None:
     assert "body.0.weight" not in checkpoint["current_model_state"]
     run = trainer(tmp_path, callback(), WeightAveraging(), max_epochs=2)
     run.fit(Plain(), train_loader(), val_loader(), ckpt_path=str(tmp_path / "ema.ckpt"))
+
+
+class Means(Callback):
+    """An average of other people: of the adapters, put into the module when training ends."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Plain) -> None:
+        self.sum = [torch.zeros_like(p) for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Plain, *_: object) -> None:
+        for total, p in zip(self.sum, pl_module.parameters(), strict=True):
+            total += p.data
+
+    def on_train_end(self, trainer: Trainer, pl_module: Plain) -> None:
+        for total, p in zip(self.sum, pl_module.parameters(), strict=True):
+            p.data = total / trainer.global_step
+
+
+@pytest.mark.parametrize(
+    ("average", "norm"),
+    [(StochasticWeightAveraging(1e-2, 1), True), (StochasticWeightAveraging(1e-2, 1), False), (Means(), True)],
+    ids=["swa with an epoch for the norms", "swa", "other people's"],
+)
+def test_the_adapter_folder_is_of_the_averaged_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture, average: Callback, norm: bool
+) -> None:
+    class Normless(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.Identity()
+
+    model = Plain() if norm else Normless()
+    keep = ModelCheckpoint(tmp_path, monitor="val/loss")
+    trainer(tmp_path, callback(), average, keep, max_epochs=3).fit(model, train_loader(), val_loader())
+    assert "Adapter of the averaged weights" in capsys.readouterr().out
+    saved = adapter_state_dict(load_adapter(type(model)(), tmp_path / "adapter"))
+    for name, value in adapter_state_dict(model).items():
+        assert torch.equal(saved[name], value), name
 
 
 class Thaws(Callback):
