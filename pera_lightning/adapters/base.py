@@ -22,6 +22,12 @@ from pera_lightning.errors import ConfigurationError, NotMergeableError
 
 ALL = "all"  # the slice of a layer that is adapted as one
 MAX_SEED = 2**63 - 1  # of torch.Generator.manual_seed
+COMPILED = "_orig_mod"  # name, in the wrapper of `torch.compile`, of the module inside of it
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor without those that `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class LayerContext:
             seed: takes the place of the run's.
         """
         # Hashed into one number, so that every layer has a stream of its own.
-        text = f"{self.seed if seed is None else seed}|{self.path}|{self.slice}|{purpose}"
+        text = f"{self.seed if seed is None else seed}|{plain_name(self.path)}|{self.slice}|{purpose}"
         value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
         return torch.Generator(device="cpu").manual_seed(value)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pera_lightning.errors import CheckpointError, shorten
 from pera_lightning.files import atomic_write, closest_beside
+from pera_lightning.injection.compiled import own_description, own_state, plain_description, plain_state
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     FORMAT,
@@ -52,8 +53,9 @@ def write_adapter(folder: str | Path, state: Mapping[str, Tensor], spec: Mapping
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses shared memory, and tied heads share it.
-    data = dump_tensors({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
-    config = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **spec}
+    plain = plain_state(state)
+    data = dump_tensors({name: value.detach().cpu().clone().contiguous() for name, value in plain.items()})
+    config = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **plain_description(spec)}
     atomic_write(folder / WEIGHTS_FILE, data)
     atomic_write(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
     return folder
@@ -77,6 +79,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     state, config = read_adapter(folder)  # on the CPU
     found = find_injected(model)
     root = found[1] if found else model
+    state, config = own_state(root, state), own_description(root, config)
     if found is None:  # check what can be checked before the model is changed
         check_plain(root, state, config, str(folder), check_base=check_base)
         inject_spec(root, config)
@@ -109,4 +112,4 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise CheckpointError(f"{folder} has format {config.get('format')!r}, this version reads {FORMAT}")
     if hashlib.sha256(data).hexdigest() != config.get("sha256"):
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged, or not the file its config was written for")
-    return load_tensors(data), config
+    return plain_state(load_tensors(data)), plain_description(config)

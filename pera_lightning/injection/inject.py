@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pera_lightning.adapters.adapted_layer import AdaptedLayer, base_weight
-from pera_lightning.adapters.base import LinearAdapter
+from pera_lightning.adapters.base import LinearAdapter, plain_name
 from pera_lightning.adapters.method import Method, Target
 from pera_lightning.adapters.report import InjectionReport
 from pera_lightning.errors import AlreadyInjectedError, ConfigurationError, listed
@@ -215,8 +215,8 @@ def _report(
         notes.append(f"{resting} modules are in eval mode, as from_pretrained leaves them: {idle}")
     return InjectionReport(
         method=str(method),
-        matched={target.path: tuple(target.slices) for target in targets},
-        shapes={target.path: tuple(base_weight(target.module).shape) for target in targets},
+        matched={plain_name(target.path): tuple(target.slices) for target in targets},
+        shapes={plain_name(target.path): tuple(base_weight(target.module).shape) for target in targets},
         trained_modules=trained_modules,
         adapter_parameters=sum(parameters[name].numel() for name in adapters),
         trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),

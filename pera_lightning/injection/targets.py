@@ -19,9 +19,10 @@ from typing import NamedTuple
 from torch import nn
 
 from pera_lightning.adapters.adapted_layer import base_weight, check_slices, is_linear, used_modules
-from pera_lightning.adapters.base import ALL
+from pera_lightning.adapters.base import ALL, plain_name
 from pera_lightning.adapters.method import Target
 from pera_lightning.errors import ConfigurationError, NoTargetMatched, UnsupportedTarget, closest, listed
+from pera_lightning.injection.compiled import is_wrapper
 from pera_lightning.injection.fused_projections import interleaves_heads, known_sizes
 
 Fused = Mapping[str, Mapping[str, int]]
@@ -41,7 +42,8 @@ def parse(text: str) -> Expression:
     """Parses one target expression, see the file's head."""
     if not isinstance(text, str) or not text.strip():
         raise ConfigurationError(f"target {text!r}: a module name, a glob or 're:EXPRESSION' is needed")
-    name, slices = text.strip(), ()
+    # Without the names that torch.compile puts between, as the paths are matched.
+    name, slices = re.sub(r"\\?\._orig_mod\b|\b_orig_mod\\?\.", "", text.strip()), ()
     regular = name.startswith("re:")
     found = _BRACKET.match(name)
     # In a regular expression "[qv]" is a character class unless a space sets it apart.
@@ -81,7 +83,8 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
         UnsupportedTarget: where a match cannot be adapted.
         ConfigurationError: where two expressions disagree about one layer.
     """
-    modules = used_modules(model)
+    modules = used_modules(model)  # a compiled module is named by its wrapper's path, and adapted inside of it
+    modules = {path: module for path, module in modules.items() if not is_wrapper(module)}
     owners = {path: modules.get(path.rpartition(".")[0], model) for path in modules}  # path to the module around it
     # Path of each named layer to the slices that are wanted of it, each with the expression that wants it.
     chosen: dict[str, dict[str, str]] = {}
@@ -96,7 +99,7 @@ def resolve(model: nn.Module, targets: Sequence[str], fused: Fused | None = None
     # The layouts given by the user; one that nothing needs is a mistake.
     layouts: dict[str, Mapping[str, int]] = {}
     for name, sizes in (fused or {}).items():
-        named = [path for path in chosen if parse(name).pattern.fullmatch(path)]
+        named = [path for path in chosen if parse(name).pattern.fullmatch(plain_name(path))]
         if not named:
             raise NoTargetMatched(f"fused names {name!r}, which is not targeted; the targets are {listed(chosen)}")
         if all(ALL in chosen[path] for path in named):
@@ -124,7 +127,7 @@ def match_modules(model: nn.Module, names: Sequence[str], what: str) -> tuple[st
         expression = parse(name)
         if expression.slices:
             raise ConfigurationError(f"{what}: {name!r}: modules are trained in full; slices are for targets")
-        hits = [path for path in paths if expression.pattern.fullmatch(path)]
+        hits = [path for path in paths if expression.pattern.fullmatch(plain_name(path))]
         if not hits:
             raise NoTargetMatched(f"{what}: {_matches_nothing(name, paths, 'modules')}")
         found.update(hits)
@@ -143,7 +146,7 @@ def _matches_nothing(text: str, paths: Iterable[str], kind: str) -> str:
 
 def _linear_matches(expression: Expression, modules: dict[str, nn.Module], owners: dict[str, nn.Module]) -> list[str]:
     """Paths of the linear layers that an expression names."""
-    hits = [path for path in modules if expression.pattern.fullmatch(path)]  # linear or not
+    hits = [path for path in modules if expression.pattern.fullmatch(plain_name(path))]  # linear or not
     linear = [path for path in hits if is_linear(modules[path])]
     if not hits:
         names = [path for path, module in modules.items() if is_linear(module)]

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed.tensor import DTensor
 
+from pera_lightning.adapters.base import plain_name
 from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.sharding import full_tensors, sharded_like
 
@@ -21,7 +22,7 @@ def save_gradients(module: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
     """Puts into a checkpoint what every process has gathered, by rank; every process must call it."""
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     # Copies: the next batch adds to the gradients while the checkpoint may still be written.
-    own = {name: full_tensors(gradient).detach().cpu().clone() for name, gradient in gradients.items()}
+    own = {plain_name(name): full_tensors(gradient).detach().cpu().clone() for name, gradient in gradients.items()}
     checkpoint[GRADIENTS] = all_gather_object(own)
 
 
@@ -44,5 +45,5 @@ def saved_gradients(trainer: Trainer, module: torch.nn.Module, checkpoint: dict[
 def put_gradients(module: torch.nn.Module, gradients: dict[str, torch.Tensor]) -> None:
     """Gives the parameters their gradients, sharded where they are."""
     for name, gradient in gradients.items():
-        parameter = module.get_parameter(name)  # names: the checkpoint may be of another strategy
+        parameter = module.get_parameter(plain_name(name))  # names: the checkpoint may be of another strategy
         parameter.grad = sharded_like(gradient.to(parameter.device), parameter)  # the next batch adds to it

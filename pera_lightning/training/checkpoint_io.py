@@ -6,7 +6,7 @@ not asked. Filtering there leaves the module's own `state_dict()` complete for e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from pera_lightning import __version__
+from pera_lightning.adapters.base import plain_name
 from pera_lightning.errors import CheckpointError, listed, shorten
+from pera_lightning.injection.compiled import own_description, own_state, plain_description, plain_state
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     FORMAT,
@@ -48,10 +50,22 @@ def trim(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A copy of what Lightning is about to write without the frozen base of a module, with the injection described."""
     # A copy: the strategy and the callbacks go on with the dict that they have.
     frozen = frozen_names(module)
-    trimmed = {key: without(value, frozen) if key in _STATES else value for key, value in checkpoint.items()}
+    trimmed = {key: plain_state(without(v, frozen)) if key in _STATES else v for key, v in checkpoint.items()}
     # Beside the tensors what they are: another method, target or base is told apart before they are loaded.
-    trimmed[METADATA] = metadata(module, __version__)
+    trimmed[METADATA] = plain_description(metadata(module, __version__))
     return trimmed
+
+
+def take_own_names(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Gives what a checkpoint holds, in place, the names of a module, whatever of either is compiled."""
+    for key in _STATES:
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint[key] = own_state(module, checkpoint[key])
+    if isinstance(spec := checkpoint.get(METADATA), Mapping):
+        root = spec.get("root", "")
+        for part in plain_name(root).split(".") if isinstance(root, str) and root else ():
+            module = getattr(module, part, module)
+        checkpoint[METADATA] = own_description(module, spec)
 
 
 def check_has_adapters(checkpoint: dict[str, Any], source: Any) -> None:
@@ -99,6 +113,7 @@ class AdapterCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, partial(self.inner.load_checkpoint, path, *args, **kwargs))
+        take_own_names(checkpoint, self.module)
         # The classes first: where there are more or fewer, the head does not fit either, and its shape says less.
         number_classes_alike(self.module, training_data(checkpoint), str(path))
         check_checkpoint(checkpoint, self.module, str(path))
@@ -182,6 +197,7 @@ def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Adapters, heads and buffers of a checkpoint by their names in the network, and the injection's description."""
     checkpoint = read_checkpoint(path)
     check_has_adapters(checkpoint, path)
-    spec = training_data(checkpoint)  # all that its description has
+    spec = plain_description(training_data(checkpoint))  # all that its description has
+    state = plain_state(checkpoint["state_dict"])
     prefix = f"{spec['root']}." if spec["root"] else ""  # of the network within the module
-    return {n.removeprefix(prefix): v for n, v in checkpoint["state_dict"].items() if n.startswith(prefix)}, spec
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, spec

@@ -14,6 +14,7 @@ from pera_lightning.training.checkpoint_io import (
     check_checkpoint,
     check_has_adapters,
     read_checkpoint,
+    take_own_names,
     training_data,
 )
 
@@ -53,6 +54,7 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
 
 def inject_from(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Injects what a checkpoint describes into the submodule that it names, if plain, and lets the base be missing."""
+    take_own_names(checkpoint, module)
     if find_injected(module) is None:
         spec = checkpoint[METADATA]
         inject_spec(module.get_submodule(spec["root"]), spec)

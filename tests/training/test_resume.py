@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from pera_lightning import AdapterInjection
+from pera_lightning import AdapterInjection, load_adapted
 from pera_lightning.adapters import PERA, AuroRA, HiRA
 from pera_lightning.injection.state import adapter_state_dict
 from pera_lightning.training.random_state import capture, restore
@@ -38,7 +38,7 @@ class Losses(Callback):
 def fit(folder: Path, *, steps: str, ckpt: str | None = None, method=None, seed: int = 3, workers: int = 0, **options):
     """Trains `Plain`; returns the final adapter state, the losses by step and the trainer."""
     seed_everything(seed, verbose=False)
-    model, losses = Plain(), Losses()
+    model, losses = options.pop("model", None) or Plain(), Losses()
     more, train, val = options.pop("more", []), options.pop("loader", None), options.pop("val", None)
     keep_options = dict(options.pop("keep", {}))
     keep = ModelCheckpoint(folder, save_top_k=-1, save_last=True, **keep_options)
@@ -153,6 +153,31 @@ class Dies(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Plain, batch: list, batch_idx: int) -> None:
         if trainer.current_epoch == 1 and batch_idx == 6:
             raise RuntimeError("killed")
+
+
+class Compiled(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+@pytest.mark.parametrize(("first", "second"), [(Compiled, Plain), (Plain, Compiled)])
+def test_compiled_and_plain_go_on_from_each_other(tmp_path: Path, first: type[Plain], second: type[Plain]) -> None:
+    """In the middle of an accumulation, whose gradients have names too."""
+    options = {"accumulate_grad_batches": 4, "limit_val_batches": 0, "max_epochs": 1}
+    whole, _, _ = fit(tmp_path / "a", steps="", model=Plain(), **options)
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Plain, outputs: dict, batch: list, i: int) -> None:
+            if i == 5:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    fit(tmp_path / "b", steps="", model=first(), more=[Saves()], **options)
+    assert not [name for name in torch.load(tmp_path / "x.ckpt")["state_dict"] if "_orig_mod" in name]
+    resumed, _, _ = fit(tmp_path / "c", steps="", model=second(), ckpt=str(tmp_path / "x.ckpt"), **options)
+    assert_same(whole, {name.replace("_orig_mod.", ""): value for name, value in resumed.items()})
+    again = load_adapted(second(), tmp_path / "x.ckpt")
+    assert again.get_submodule("body.0").adapters["all"].B.abs().sum() > 0
 
 
 def test_between_two_batches_of_one_optimizer_step(tmp_path: Path) -> None:
