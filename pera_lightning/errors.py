@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters of a message about a file
+
 
 class PeraError(Exception):
     """Base class of what this package raises on purpose."""
@@ -43,7 +45,14 @@ class NotMergeableError(PeraError, RuntimeError):
 
 
 class CheckpointError(PeraError, RuntimeError):
-    """A checkpoint or adapter folder that is damaged, or does not belong to this model and method."""
+    """A checkpoint or adapter folder that is damaged, or does not belong to this model and method.
+
+    Its message is one printable line of bounded length, since names and values of a file may hold anything.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(letter if letter.isprintable() else "?" for letter in shorten(message))
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …")
 
 
 class DataError(PeraError, ValueError):

@@ -81,8 +81,11 @@ class AdaptiveNonlinearLayer(nn.Module):
         r, K = method.rank, method.grid_size + method.spline_order
         projection = new_parameter(r, r, device=device) if method.fixed else None
         spline = new_parameter(r, K, device=device) if method.learnable else None
-        knots = uniform_knots(method.grid_size, method.spline_order, method.grid_range)
-        knots = knots.to(device=device, dtype=torch.float32)
+        if spline is not None and spline.is_meta:  # only the shape is asked for, of whatever size
+            knots = torch.empty(K + method.spline_order + 1, device="meta")
+        else:
+            knots = uniform_knots(method.grid_size, method.spline_order, method.grid_range)
+            knots = knots.to(device=device, dtype=torch.float32)
         self.register_parameter("self_projection", projection)  # H (r, r)
         self.register_parameter("spline_weight", spline)  # w (r, K)
         self.register_buffer("grid", knots if method.learnable else None)  # (G + 2S + 1,)

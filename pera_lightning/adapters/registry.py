@@ -26,6 +26,7 @@ from pera_lightning.adapters.method import Method
 from pera_lightning.errors import CheckpointError, UnknownNameError, closest
 
 _METHODS: dict[str, type[Method]] = {}
+_PUBLIC = "pera_lightning.adapters"  # where every method of this package can be imported from
 MethodType = TypeVar("MethodType", bound=type[Method])
 
 
@@ -45,7 +46,7 @@ def registered_methods() -> Mapping[str, type[Method]]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method called `name`: a registered one, or a dotted path to a class of another package."""
+    """The method called `name` by a user: a registered one, or a dotted path to a class, which is imported."""
     # A registered name, or the path under which a registered class saves itself.
     short = name.rpartition(".")[2]
     if name in _METHODS or (short in _METHODS and _METHODS[short].__module__ == name.rpartition(".")[0]):
@@ -64,9 +65,33 @@ def method_class(name: str) -> type[Method]:
 
 
 def method_from_spec(spec: Mapping[str, Any]) -> Method:
-    """Rebuilds a method from `Method.spec`."""
-    cls = method_class(spec["class_path"])
+    """Rebuilds a method from `Method.spec`, which may come out of a file: nothing that it names is imported.
+
+    Raises:
+        CheckpointError: for a method that is not registered (or defined) by anything imported so far, and for
+            hyperparameters that it does not take.
+    """
+    name = spec["class_path"]
+    cls = _defined().get(name)
+    if cls is None:
+        raise CheckpointError(
+            f"the method {name!r} is not registered here, and a file does not decide what is imported: import the "
+            f"package that registers it, if you trust that; there are {', '.join(_METHODS)}"
+        )
     try:
         return cls(**spec.get("init_args", {}))
-    except TypeError as error:
+    except Exception as error:  # other people's checks of their own values may raise anything
         raise CheckpointError(f"{cls.__name__} does not take the stored hyperparameters: {error}") from None
+
+
+def _defined() -> dict[str, type[Method]]:
+    """The methods of everything imported so far, by every name under which a file may hold them."""
+    found: dict[str, type[Method]] = {}
+    # A method given by a dotted path need not be registered: its class exists once its own package is imported.
+    every = [Method]
+    for cls in every:
+        every += cls.__subclasses__()  # this list grows while it is read
+        found[f"{cls.__module__}.{cls.__qualname__}"] = cls
+    for short, cls in _METHODS.items():  # last: they win over a class of the same path that was imported earlier
+        found |= dict.fromkeys((short, f"{cls.__module__}.{cls.__qualname__}", f"{_PUBLIC}.{short}"), cls)
+    return found

@@ -18,6 +18,7 @@ from pera_lightning.adapters.adapted_layer import AdaptedLayer
 from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, listed
+from pera_lightning.injection.description import FORMAT, UNFROZEN
 from pera_lightning.injection.fingerprint import differing, fingerprint_of, not_comparable
 from pera_lightning.injection.inject import (
     Injection,
@@ -26,9 +27,9 @@ from pera_lightning.injection.inject import (
     trained_parameter_names,
     update_injection,
 )
+from pera_lightning.injection.tensor_checks import check_tensors, planned_tensors
 
 METADATA = "pera_lightning"
-FORMAT = 1
 _UNFROZEN = "_pera_unfrozen"  # attribute of an injected model, see `remember_unfrozen`
 
 
@@ -60,12 +61,29 @@ def remember_unfrozen(model: nn.Module) -> list[str]:
     if found is None:
         return []
     root = found[1]
+    loose = {name for name, p in _base_parameters(root).items() if p.requires_grad}
+    setattr(root, _UNFROZEN, getattr(root, _UNFROZEN, set()) | loose)
+    return sorted(loose)
+
+
+def take_as_unfrozen(root: nn.Module, spec: Mapping[str, Any]) -> None:
+    """Saves from now on what a description says that other code had unfrozen: the model gets those values."""
+    setattr(root, _UNFROZEN, getattr(root, _UNFROZEN, set()) | set(spec.get(UNFROZEN) or ()))
+
+
+def _base_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of an injected model that are neither adapters' nor heads', by name."""
     parameters = dict(root.named_parameters(remove_duplicate=False))
     # By identity, since a head may be tied to the base.
     ours = {id(parameters[name]) for name in trained_parameter_names(root)}
-    loose = {name for name, p in parameters.items() if p.requires_grad and id(p) not in ours}
-    setattr(root, _UNFROZEN, getattr(root, _UNFROZEN, set()) | loose)
-    return sorted(loose)
+    return {name: p for name, p in parameters.items() if id(p) not in ours}
+
+
+def describe(root: nn.Module) -> dict[str, Any]:
+    """What a file says of an injected model: the injection, and the base parameters that other code has unfrozen."""
+    frozen = frozen_names(root)
+    unfrozen = sorted(name for name in _base_parameters(root) if name not in frozen)
+    return {**injection_of(root).spec(), UNFROZEN: unfrozen}  # type: ignore[union-attr]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -86,9 +104,8 @@ def metadata(model: nn.Module, version: str) -> dict[str, Any]:
     found = find_injected(model)
     if found is None:
         return {}
-    mark = injection_of(found[1])
-    examples = mark.trained_examples  # type: ignore[union-attr]  # a tensor, so in no adapter folder's JSON
-    about = {"format": FORMAT, "version": version, "root": found[0].removesuffix("."), **mark.spec()}  # type: ignore[union-attr]
+    about = {"format": FORMAT, "version": version, "root": found[0].removesuffix("."), **describe(found[1])}
+    examples = injection_of(found[1]).trained_examples  # type: ignore[union-attr]  # a tensor, so in no folder's JSON
     return about if examples is None else {**about, "trained_examples": examples}
 
 
@@ -120,49 +137,61 @@ def forgive_missing_base(module: nn.Module, incompatible: Any) -> None:
 # ---- checks of what is loaded ----------------------------------------------------------------------------------------
 
 
-def check_state(model: nn.Module, state: Mapping[str, Any], source: str, *, strict: bool = True) -> None:
-    """Raises `CheckpointError` where adapter tensors are missing, unexpected or of another shape.
+def check_state(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    source: str,
+    *,
+    unfrozen: Iterable[str] | None = (),
+    strict: bool = True,
+    kept: tuple[str, ...] = (),
+) -> None:
+    """Raises `CheckpointError` where tensors are missing, not to be there, or unlike the model's.
 
     Args:
         model: an injected model, or one that contains it.
         state: tensors by name; those of the frozen base may be missing.
         source: where they come from, for the message.
+        unfrozen: parameters of the base that `state` holds since other code had unfrozen them, by their names in the
+            injected part; None where a file of an earlier version does not tell.
         strict: whether tensors besides adapters and heads are checked too.
+        kept: beginnings of the names of what the model keeps, whatever `state` has.
     """
     if any(isinstance(module, AdaptedLayer) and module.merged for module in model.modules()):
         raise ConfigurationError(f"{source} cannot be loaded into merged adapters: call unmerge first")
-    frozen, present = frozen_names(model), model.state_dict()
-    required = [name for name in present if name not in frozen]
+    prefix, root = find_injected(model) or ("", model)
+    loaded = {f"{prefix}{name}" for name in unfrozen or ()}
+    frozen, present = frozen_names(model) - loaded, model.state_dict()
+    required = [name for name in present if name not in frozen and not name.startswith(kept or ())]
+    _check_frozen(state, [f"{prefix}{n}" for n in _base_parameters(root)], frozen, loaded, source, known=unfrozen)
     if not strict:  # other code's tensors, such as those of metrics, may come and go
-        prefix, root = find_injected(model) or ("", model)
         ours = {prefix + name for name in trained_parameter_names(root)}
         required = [name for name in required if name in ours]
         state = {name: value for name, value in state.items() if name in present or ".adapters." in name}
     check_tensors(state, present, required, source)
 
 
-def check_tensors(given: Mapping[str, Any], present: Mapping[str, Any], required: Iterable[str], source: str) -> None:
-    """Raises `CheckpointError` for tensors that are missing, unexpected or of another shape.
-
-    Args:
-        given: what is loaded, by name.
-        present: what the model has.
-        required: names that must be given.
-        source: where they come from, for the message.
-    """
-    # All names first: a shape says little where half of the tensors are another model's.
-    missing = [name for name in required if name not in given]
-    unexpected = [name for name in given if name not in present]
-    if missing or unexpected:
-        parts = [f"{len(missing)} missing: {listed(missing, 3)}"] if missing else []
-        parts += [f"{len(unexpected)} unexpected: {listed(unexpected, 3)}"] if unexpected else []
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(parts)}")
-    for name in (n for n in present if n in given):
-        shape, expected = getattr(given[name], "shape", ()), getattr(present[name], "shape", ())
-        if shape != expected:
-            # A head has as many rows as the data have classes.
-            hint = "" if ".adapters." in name else "; does the data have another number of classes?"
-            raise CheckpointError(f"{source}: {name} is {tuple(shape)}, the model's is {tuple(expected)}{hint}")
+def _check_frozen(
+    state: Mapping[str, Any],
+    base: Iterable[str],
+    frozen: set[str],
+    loaded: set[str],
+    source: str,
+    known: Iterable[str] | None,
+) -> None:
+    """Raises `CheckpointError` where frozen weights would be replaced; says in a line which of the base are."""
+    base = [name for name in base if name in state]
+    if replaced := [name for name in base if name in frozen]:
+        what = f"{len(replaced)} frozen weights of the base ({listed(replaced, 3)})"
+        if known is not None:
+            raise CheckpointError(
+                f"{source} also holds {what}, which nothing has trained: it was not written so by this package; they "
+                "would replace the model's own, so take them out, or give another file"
+            )
+        warnings.warn(f"{source}, of an earlier version, also holds {what}: they replace the model's", stacklevel=4)
+    elif taken := [name for name in base if name in loaded]:
+        what = f"{len(taken)} weights of the base that were unfrozen in its training ({listed(taken, 3)})"
+        warnings.warn(f"{source} also holds {what}: they replace the model's", stacklevel=4)
 
 
 def check_plain(
@@ -186,6 +215,9 @@ def check_plain(
         check_same_base(config, own["fingerprint"], own["rest_of_base"], source, held=state)
     present = model.state_dict()  # which has no adapters yet
     check_tensors({name: value for name, value in state.items() if name in present}, present, (), source)
+    # And those of the adapters, before any memory is taken for them.
+    planned = planned_tensors(model, method_from_spec(config["method"]), config["targets"], config["fused"])
+    check_tensors({name: value for name, value in state.items() if name in planned}, planned, planned, source)
 
 
 def check_same_base(

@@ -17,6 +17,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 # --- modules and loops ---
 
@@ -142,6 +144,32 @@ def hpc_resume_path(trainer: Trainer) -> str | None:
 
 
 # --- checkpoints and strategies ---
+
+# Decorates a class method that raises where it is called on an instance, as `load_from_checkpoint` does (2.6.6).
+called_on_classes = _restricted_classmethod
+
+
+def wrap_restoring(
+    trainer: Trainer, wrap: Callable[[Callable[[], None]], None], check: Callable[[dict[str, Any]], None]
+) -> None:
+    """Has `wrap` called with whatever restores from a checkpoint (`_CheckpointConnector`, 2.6.6).
+
+    `check` gets the checkpoint of a fit before loops, optimizers and schedulers take their states. `Trainer._run` calls
+    the two methods on the connector's instance, where an attribute hides them.
+    """
+    connector = trainer._checkpoint_connector
+    modules, training = type(connector)._restore_modules_and_callbacks, type(connector).restore_training_state
+
+    def restore_training_state() -> None:
+        if connector._loaded_checkpoint and trainer.state.fn == TrainerFn.FITTING:
+            check(connector._loaded_checkpoint)
+        training(connector)
+
+    def restore_modules(*args: Any, **options: Any) -> None:
+        wrap(lambda: modules(connector, *args, **options))
+
+    connector._restore_modules_and_callbacks = restore_modules  # type: ignore[method-assign]
+    connector.restore_training_state = lambda: wrap(restore_training_state)  # type: ignore[method-assign]
 
 
 def replace_wrapped_io(outer: CheckpointIO, kind: type[CheckpointIO], new: CheckpointIO) -> None:

@@ -32,7 +32,7 @@ from pera_lightning.injection.state import find_injected, remember_unfrozen
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.accumulated_gradients import put_gradients, save_gradients, saved_gradients
 from pera_lightning.training.averaged_weights import AveragedWeights
-from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base
+from pera_lightning.training.checkpoint_io import AdapterCheckpointIO, allow_missing_base, in_one_line
 from pera_lightning.training.checks import (
     check_adapters,
     check_before_fit,
@@ -52,6 +52,7 @@ from pera_lightning.training.random_state import capture, restore
 from pera_lightning.training.run_folder import RunFolder
 from pera_lightning.training.seed_per_rank import seed_ranks_apart, share_first_ranks_generators
 from pera_lightning.training.training_data import note_training_data
+from pera_lightning.training.training_state import check_callback_states, check_training_state
 from pera_lightning.training.unused_layers import UnusedLayers
 
 HOOK = "adapter_injection"
@@ -111,6 +112,7 @@ class AdapterInjection(Callback):
         allow_missing_base(pl_module)
         write_adapters_only(trainer.strategy)
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(trainer.strategy.checkpoint_io, pl_module, self.run_folder)
+        internals.wrap_restoring(trainer, in_one_line, partial(check_training_state, trainer))
         if stage == TrainerFn.FITTING:
             self._unused.restart()
             self._rng, self._gradients = None, {}
@@ -148,8 +150,8 @@ class AdapterInjection(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.preemption.begin()
         self.run_folder.begin(trainer)
-        load_loader_states(trainer)
-        put_gradients(pl_module, self._gradients)
+        in_one_line(partial(load_loader_states, trainer))
+        in_one_line(partial(put_gradients, pl_module, self._gradients))
         self._gradients = {}  # they are the parameters' now
 
     # --- training batches ---
@@ -211,6 +213,7 @@ class AdapterInjection(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
+            check_callback_states(trainer, checkpoint)
             self.run_folder.resume(trainer, checkpoint)
         validate_before_going_on(trainer, checkpoint)
         go_on_where_it_stopped(trainer, checkpoint)

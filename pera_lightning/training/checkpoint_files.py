@@ -1,12 +1,14 @@
-"""Checkpoint files that are complete or not there, whatever interrupts their writing."""
+"""Checkpoint files that are complete or not there, whatever interrupts their writing, and read as they were written."""
 
 from __future__ import annotations
 
 import io
 import time
+import urllib.request
+import zipfile
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from fsspec.core import url_to_fs
@@ -18,6 +20,8 @@ from pera_lightning.files import atomic_write
 from pera_lightning.training import _lightning_internals as internals
 
 _STARTED = time.time()
+_CHUNK = 1 << 20  # bytes
+_TIMEOUT, _PATIENCE, _SLOWEST = 30, 60, 10_000  # seconds without a byte; seconds until a rate counts; bytes a second
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -55,6 +59,57 @@ def local_file(path: Any) -> Path | None:
     """The path of a file on this machine's file systems; None for ``s3://`` and the like."""
     filesystem, local = url_to_fs(str(path))
     return Path(local) if isinstance(filesystem, LocalFileSystem) else None
+
+
+def is_url(path: Any) -> bool:
+    """Whether a checkpoint is to be had from a web server."""
+    return str(path).startswith(("http://", "https://"))
+
+
+def fetched(url: str) -> io.BytesIO:
+    """What is at a URL now, in memory; `CheckpointError` where it cannot be had in full and in bounded time."""
+    content, begun = io.BytesIO(), time.monotonic()
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            announced = response.headers.get("Content-Length")
+            while chunk := response.read1(_CHUNK):  # what has come, however little
+                content.write(chunk)
+                seconds = time.monotonic() - begun
+                if seconds > _PATIENCE and content.tell() < _SLOWEST * seconds:
+                    raise TimeoutError(f"{megabytes(content.tell())} in {seconds:.0f} seconds")
+    except Exception as error:  # of sockets, of HTTP, of addresses
+        what = f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
+        raise CheckpointError(f"checkpoint {url} cannot be had ({what}): try again, or download it by itself") from None
+    if announced is not None and announced.isdigit() and int(announced) != content.tell():
+        raise CheckpointError(f"checkpoint {url}: the download broke off after {content.tell()} of {announced} bytes")
+    content.seek(0)
+    return content
+
+
+def check_crcs(file: Path | BinaryIO) -> None:
+    """Raises `zipfile.BadZipFile` where a record is not what was written: torch compares no CRC when it reads.
+
+    What is no zip archive at all is left to whoever reads it.
+    """
+    if not _begins_as_zip(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.CRC:  # zero where `torch.serialization.set_crc32_options` has turned them off
+                with archive.open(record) as content:
+                    while content.read(_CHUNK):  # at its end the CRC is compared
+                        pass
+    if not isinstance(file, Path):
+        file.seek(0)
+
+
+def _begins_as_zip(file: Path | BinaryIO) -> bool:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _begins_as_zip(opened)
+    start = file.read(4)
+    file.seek(0)
+    return start == b"PK\x03\x04"
 
 
 def remove_leftovers(file: Path) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.adapters.base import plain_name
-from pera_lightning.errors import CheckpointError, listed, shorten
+from pera_lightning.errors import CheckpointError, PeraError, listed, shorten
 from pera_lightning.injection.compiled import own_description, own_state, plain_description, plain_state
+from pera_lightning.injection.description import UNFROZEN, checked_description
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
-    FORMAT,
     METADATA,
     adopt_training_data,
     check_injection,
@@ -32,10 +33,11 @@ from pera_lightning.injection.state import (
     forgive_missing_base,
     frozen_names,
     metadata,
+    take_as_unfrozen,
     without,
 )
 from pera_lightning.training import _lightning_internals as internals
-from pera_lightning.training.checkpoint_files import local_file, with_atomic_writes
+from pera_lightning.training.checkpoint_files import check_crcs, fetched, is_url, local_file, with_atomic_writes
 from pera_lightning.training.checks import check_adapters
 from pera_lightning.training.finite import check_parameters
 from pera_lightning.training.loop_state import check_resumable
@@ -69,26 +71,37 @@ def take_own_names(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 
 def check_has_adapters(checkpoint: dict[str, Any], source: Any) -> None:
-    """Raises `CheckpointError` where a checkpoint was written without `AdapterInjection`, or in another format."""
+    """Raises `CheckpointError` where a checkpoint was written without `AdapterInjection`, or describes no injection."""
     if METADATA not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"{source} holds no adapters: it was written without AdapterInjection; give a checkpoint of this method"
         )
-    if (written := checkpoint[METADATA].get("format", FORMAT)) != FORMAT:
-        raise CheckpointError(f"{source} has format {written!r}, this version of pera_lightning reads {FORMAT}")
+    checked_description(checkpoint[METADATA], str(source), in_checkpoint=True)
+    for state in (checkpoint[name] for name in _STATES if name in checkpoint):
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise CheckpointError(f"{source} is damaged: a {type(state).__name__} is where tensors by name belong")
 
 
 def check_checkpoint(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:
-    """Raises `CheckpointError` where a checkpoint (from the file `source`) is of other adapters or another base."""
+    """Raises `CheckpointError` where a checkpoint (from the file `source`) is of other adapters or another base.
+
+    One that fits is about to be loaded: the module remembers what was trained with, and data count classes as it does.
+    """
     found = find_injected(module)
     if found is None:  # not built yet: `on_load_checkpoint` checks
         return
     present = injection_of(found[1])
     check_has_adapters(checkpoint, source)
+    # The classes first: where there are more or fewer, the head does not fit either, and its shape says less.
+    number_classes_alike(module, training_data(checkpoint), source)
+    spec = checkpoint[METADATA]
     held = {name.removeprefix(found[0]) for name in checkpoint["state_dict"]}
-    check_injection(checkpoint[METADATA], present, source, held=held)  # type: ignore[arg-type]
+    check_injection(spec, present, source, held=held)  # type: ignore[arg-type]
     strict = getattr(module, "strict_loading", True)  # as Lightning asks it
-    check_state(module, checkpoint["state_dict"], source, strict=strict)
+    for state in (checkpoint[name] for name in _STATES if name in checkpoint):
+        check_state(module, state, source, unfrozen=spec.get(UNFROZEN), strict=strict)
+    take_as_unfrozen(found[1], spec)
+    adopt_training_data(found[1], training_data(checkpoint))
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -112,13 +125,15 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.save_checkpoint(trimmed, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = read_checkpoint(path, partial(self.inner.load_checkpoint, path, *args, **kwargs))
+        if not args and kwargs.get("weights_only") is None:  # torch's default, and for URLs not Lightning's
+            kwargs["weights_only"] = True
+        # A URL is read here: Lightning takes an earlier download of the same file name for it. Other people's
+        # `CheckpointIO` knows how to read its own.
+        ours = is_url(path) and isinstance(self.inner, TorchCheckpointIO)
+        theirs = None if ours else partial(self.inner.load_checkpoint, path, *args, **kwargs)
+        checkpoint = read_checkpoint(path, theirs)
         take_own_names(checkpoint, self.module)
-        # The classes first: where there are more or fewer, the head does not fit either, and its shape says less.
-        number_classes_alike(self.module, training_data(checkpoint), str(path))
         check_checkpoint(checkpoint, self.module, str(path))
-        if (found := find_injected(self.module)) is not None:
-            adopt_training_data(found[1], training_data(checkpoint))
         check_resumable(self.module, checkpoint, str(path))  # type: ignore[arg-type]
         return checkpoint
 
@@ -129,26 +144,43 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.teardown()
 
 
+def in_one_line(restore: Callable[[], None]) -> None:
+    """Turns what Lightning, a callback or an optimizer raises at a checkpoint's entries into a `CheckpointError`."""
+    try:
+        restore()
+    except PeraError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"the checkpoint is damaged, or of another trainer, module or data than these: it cannot be gone on from "
+            f"({what})"
+        ) from error
+
+
 def read_checkpoint(path: Any, load: Callable[[], Any] | None = None) -> dict[str, Any]:
     """Reads a Lightning checkpoint.
 
     Args:
         path: the file.
-        load: reads it; by default torch does, onto the CPU, tensors and primitives only.
+        load: reads it; by default torch does, onto the CPU, tensors and primitives only, of a URL too.
 
     Raises:
         CheckpointError: where the file is missing, damaged or something else; it names others of its folder.
     """
-    local = local_file(path)
+    local = None if is_url(path) else local_file(path)
     if local is not None and local.is_dir():
         beside = listed(sorted(str(file) for file in (local.parent / "checkpoints").glob("*.ckpt")), 3)
         raise CheckpointError(
             f"{local} is a folder; here a .ckpt file is needed{beside and f': {beside}'} (adapter folders are for "
             "merge, export and load_adapter)"
         )
-    plain = partial(TorchCheckpointIO().load_checkpoint, path, map_location="cpu", weights_only=True)
+    if local is not None and local.exists() and not local.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{local} is not a file; here a .ckpt file is needed")
     try:
-        checkpoint = (load or plain)()
+        checkpoint = _loaded(path, local, load)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_others(local)}") from None
     except Exception as error:  # torch, pickle and zipfile raise eight kinds of error for other bytes
@@ -159,6 +191,17 @@ def read_checkpoint(path: Any, load: Callable[[], Any] | None = None) -> dict[st
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
     return checkpoint
+
+
+def _loaded(path: Any, local: Path | None, load: Callable[[], Any] | None) -> Any:
+    """The content of a checkpoint, whose bits are those that were written."""
+    if load is None and is_url(path):
+        content = fetched(str(path))
+        check_crcs(content)
+        return torch.load(content, map_location="cpu", weights_only=True)
+    if local is not None:
+        check_crcs(local)
+    return (load or partial(TorchCheckpointIO().load_checkpoint, path, map_location="cpu", weights_only=True))()
 
 
 def _others(file: Path | None) -> str:
@@ -198,6 +241,10 @@ def checkpoint_adapters(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = read_checkpoint(path)
     check_has_adapters(checkpoint, path)
     spec = plain_description(training_data(checkpoint))  # all that its description has
-    state = plain_state(checkpoint["state_dict"])
-    prefix = f"{spec['root']}." if spec["root"] else ""  # of the network within the module
-    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, spec
+    return state_within(spec["root"], plain_state(checkpoint["state_dict"])), spec
+
+
+def state_within(root: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a module's state that belongs to the network at the path `root`, by its names there."""
+    prefix = f"{root}." if root else ""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pera_lightning.errors import CheckpointError
 from pera_lightning.training import _lightning_internals as internals
+from pera_lightning.training.checkpoint_io import in_one_line
 from pera_lightning.training.distributed import all_gather_object
 from pera_lightning.training.random_state import capture, restore
+from pera_lightning.training.training_state import unlike
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ class _Resumable:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what this rank saved; used by the next iterator."""
+        # Read and tried before the epoch begins: a damaged checkpoint gets its line here.
+        in_one_line(partial(self._take, state))
+
+    def _take(self, state: dict[str, Any]) -> None:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if len(state["ranks"]) != world:
             rank_zero_warn(
@@ -120,7 +128,16 @@ class _Resumable:
                 "the order of the data and the random state are not restored"
             )
             return
-        self._pending = state["ranks"][rank]  # the next iterator takes it
+        pending, now = state["ranks"][rank], capture()
+        usual = {key: value for key, value in now.items() if key != "cuda"}  # of another machine it may be missing
+        usual["python"] = {**now["python"], "gauss": None}  # a number or nothing
+        own = {"batches": 0, "epoch_start": usual, "now": usual}
+        if wrong := unlike(pending, own, "combined_loader", exact=True):
+            raise CheckpointError(f"the order of the data in the checkpoint is damaged: {wrong}")
+        for saved in (pending["epoch_start"], pending["now"]):
+            restore(saved)
+        restore(now)
+        self._pending = pending  # the next iterator takes it
 
 
 def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.errors import CheckpointError
 from pera_lightning.injection.adapter_folder import CONFIG_FILE, write_adapter
-from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import adapter_state_dict, find_injected
+from pera_lightning.injection.description import UNFROZEN
+from pera_lightning.injection.state import adapter_state_dict, describe, find_injected
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.finite import check_parameters
 from pera_lightning.training.sharding import full_tensors
@@ -38,6 +38,7 @@ def write_final_adapter(
     if not trainer.is_global_zero:
         return
     source = ended = "the averaged weights" if averaged else "the last step"
+    spec = describe(root)
     # What the run's `ModelCheckpoint` has kept, the best first.
     keeper = trainer.checkpoint_callback
     best = "the best checkpoint" if getattr(keeper, "monitor", None) else "the last checkpoint"
@@ -46,18 +47,19 @@ def write_final_adapter(
         if averaged or not path or not Path(path).is_file():
             continue
         try:
-            found, spec = checkpoint_adapters(path)
-            if spec.get("run") != run:
+            found, saved = checkpoint_adapters(path)
+            if saved.get("run") != run:
                 raise CheckpointError(f"{path} is of another run")
         except CheckpointError as error:
             rank_zero_warn(f"the adapter folder is not written from {kind}: {error}")
         else:
             state, source = found, kind
+            spec = {**spec, UNFROZEN: saved.get(UNFROZEN, spec[UNFROZEN])}  # those of then
             break
     if source == ended:
         check_parameters(module)
     try:
-        written = write_adapter(Path(folder) / "adapter", state, injection_of(root).spec())  # type: ignore[union-attr]
+        written = write_adapter(Path(folder) / "adapter", state, spec)
         if older_than is not None:
             before = Path(older_than).stat().st_mtime - 10
             os.utime(written / CONFIG_FILE, (before, before))

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from pera_lightning.adapters.report import InjectionReport
 from pera_lightning.errors import ConfigurationError, NonFiniteLossError
 from pera_lightning.export.merged import MergedReport, export_merged
+from pera_lightning.injection.all_or_nothing import as_it_was
+from pera_lightning.injection.description import UNFROZEN
 from pera_lightning.injection.inject import injection_of
 from pera_lightning.injection.state import (
     METADATA,
@@ -33,13 +35,14 @@ from pera_lightning.injection.state import (
     check_plain,
     check_state,
     inject_spec,
+    take_as_unfrozen,
 )
 from pera_lightning.training import _lightning_internals as internals
-from pera_lightning.training.checkpoint_io import check_checkpoint, read_checkpoint, training_data
+from pera_lightning.training.checkpoint_io import read_checkpoint
 from pera_lightning.training.fsdp2 import data_parallel_mesh
 from pera_lightning.training.optimizers import parameter_groups
 from pera_lightning.training.precision import DTYPES, check_trained_float32, keep_heads_float32
-from pera_lightning.training.reloading import inject_from
+from pera_lightning.training.reloading import built, inject_from
 from pera_lightning.training.schedules import SCHEDULES, lr_factor, warmup_length
 from pera_lightning.training.sharding import reads_weights, shard
 from pera_lightning.training.training_data import description_of, injection_in, number_classes_alike
@@ -149,10 +152,26 @@ class AdapterModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Injects what the checkpoint describes into a network that is plain (`load_from_checkpoint`)."""
         if METADATA in checkpoint and self.model is not None:
-            inject_from(self, checkpoint)
+            inject_from(self, checkpoint, "the checkpoint")
             keep_heads_float32(self.model)
-            check_checkpoint(checkpoint, self, "the checkpoint")
-            adopt_training_data(self.model, training_data(checkpoint))
+
+    @internals.called_on_classes
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Lightning's own; it takes tensors and primitives only, of a URL too, unless `weights_only` is False.
+
+        Raises:
+            CheckpointError: where the file is missing, damaged, or does not fit this class.
+        """
+        options = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict}
+        return built(super().load_from_checkpoint, checkpoint_path, weights_only is not False, **options, **kwargs)
 
     def load_trained(self, state: dict[str, Tensor], spec: dict[str, Any], source: str) -> None:
         """Builds the network with its base weights and loads what was trained, in eval mode.
@@ -165,12 +184,14 @@ class AdapterModule(LightningModule):
         # Number of classes and the like, where the fit took them from the data.
         self.settle(state)
         self.model = self.build_network()
-        check_plain(self.model, state, spec, source, check_base=True)  # before the injection changes names
-        inject_spec(self.model, spec)
+        with as_it_was(self.model, source):
+            check_plain(self.model, state, spec, source, check_base=True)  # before the injection changes names
+            inject_spec(self.model, spec)
+            # Compared by fingerprint and names before anything is loaded.
+            check_injection(spec, injection_of(self.model), source)  # type: ignore[arg-type]
+            check_state(self.model, state, source, unfrozen=spec.get(UNFROZEN))
         keep_heads_float32(self.model)
-        # Compared by fingerprint and names before anything is loaded.
-        check_injection(spec, injection_of(self.model), source, held=state)  # type: ignore[arg-type]
-        check_state(self.model, state, source)
+        take_as_unfrozen(self.model, spec)
         self.model.load_state_dict(state, strict=False)  # without the base, which is there
         adopt_training_data(self.model, spec)
         self.eval()

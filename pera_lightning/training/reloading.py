@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule
 
-from pera_lightning.injection.state import METADATA, adopt_training_data, find_injected, inject_spec
+from pera_lightning.errors import CheckpointError, PeraError
+from pera_lightning.injection.all_or_nothing import as_it_was
+from pera_lightning.injection.description import UNFROZEN
+from pera_lightning.injection.state import METADATA, check_plain, find_injected, inject_spec, without
+from pera_lightning.training.checkpoint_files import check_crcs, fetched, is_url
 from pera_lightning.training.checkpoint_io import (
     allow_missing_base,
     check_checkpoint,
     check_has_adapters,
     read_checkpoint,
+    state_within,
     take_own_names,
-    training_data,
 )
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
@@ -44,18 +51,66 @@ def load_adapted(module: type[ModuleType] | ModuleType, path: str | Path, **init
         # Not strict: adapters come afterwards, and the frozen base is not in the file. Both are checked below.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found keys that are")
-            module = module.load_from_checkpoint(path, map_location="cpu", strict=False, **init_args)
-    inject_from(module, checkpoint)
-    check_checkpoint(checkpoint, module, str(path))
+            source = _without_base(checkpoint) or path
+            module = built(module.load_from_checkpoint, source, map_location="cpu", strict=False, **init_args)
+    inject_from(module, checkpoint, str(path))
     module.load_state_dict(checkpoint["state_dict"])  # strict, but for the base
-    adopt_training_data(find_injected(module)[1], training_data(checkpoint))  # type: ignore[index]
     return module.eval()
 
 
-def inject_from(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Injects what a checkpoint describes into the submodule that it names, if plain, and lets the base be missing."""
+def built(load: Callable[..., ModuleType], path: Any, weights_only: bool = True, **options: Any) -> ModuleType:
+    """What Lightning's `load_from_checkpoint` of a class makes of a file, of what is at a URL, or of an open file.
+
+    Args:
+        load: the class's method.
+        path: the checkpoint.
+        weights_only: whether nothing but tensors and primitives is taken out of it.
+        options: further arguments of `load`.
+
+    Raises:
+        CheckpointError: where it is missing or damaged, and for whatever of it the class does not take.
+    """
+    content = fetched(str(path)) if is_url(path) else path
+    try:
+        if isinstance(content, (str, Path, io.BytesIO)):
+            check_crcs(content if isinstance(content, io.BytesIO) else Path(content))
+        return load(content, weights_only=weights_only, **options)
+    except PeraError:
+        raise
+    except Exception as error:  # hyperparameters of a file can be anything, and so can what a class says to them
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"no module can be built from the checkpoint {path} ({what})") from error
+
+
+def _without_base(checkpoint: dict[str, Any]) -> io.BytesIO | None:
+    """The checkpoint without base weights that other code had unfrozen, as a file; None where it holds none.
+
+    A class loads what it finds as it is built, and the base is compared with the one trained on after that.
+    """
+    spec = checkpoint[METADATA]
+    prefix = f"{spec['root']}." if spec["root"] else ""
+    if not spec.get(UNFROZEN):
+        return None
+    file = io.BytesIO()
+    state = without(checkpoint["state_dict"], [f"{prefix}{name}" for name in spec[UNFROZEN]])
+    torch.save({**checkpoint, "state_dict": state}, file)
+    file.seek(0)
+    return file
+
+
+def inject_from(module: LightningModule, checkpoint: dict[str, Any], source: str) -> None:
+    """Injects what a checkpoint describes into the submodule that it names, if plain, and lets the base be missing.
+
+    Raises:
+        CheckpointError: where the checkpoint (from the file `source`) does not fit; a plain module is as it was.
+    """
+    check_has_adapters(checkpoint, source)
     take_own_names(checkpoint, module)
-    if find_injected(module) is None:
-        spec = checkpoint[METADATA]
-        inject_spec(module.get_submodule(spec["root"]), spec)
-    allow_missing_base(module)
+    with as_it_was(module, source):
+        if find_injected(module) is None:
+            spec = checkpoint[METADATA]
+            root = module.get_submodule(spec["root"])
+            check_plain(root, state_within(spec["root"], checkpoint["state_dict"]), spec, source, check_base=True)
+            inject_spec(root, spec)
+        allow_missing_base(module)
+        check_checkpoint(checkpoint, module, source)

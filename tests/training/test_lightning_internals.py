@@ -56,6 +56,35 @@ def fit(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     return run
 
 
+def test_restoring_can_be_wrapped(tmp_path: Path) -> None:
+    with canary(internals.wrap_restoring):
+        seen: list[Any] = []
+
+        class Wraps(Callback):
+            def setup(self, trainer: Trainer, *_: Any, stage: str) -> None:
+                internals.wrap_restoring(trainer, lambda restore: (seen.append("wrapped"), restore()), seen.append)
+
+        run = fit(tmp_path)
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        again = trainer(tmp_path, Wraps(), enable_checkpointing=False)
+        again.fit(Plain(), train_loader(), val_loader(), ckpt_path=tmp_path / "x.ckpt")
+        assert seen[:2] == ["wrapped", "wrapped"]
+        assert "optimizer_states" in seen[2]
+
+
+def test_a_method_of_classes() -> None:
+    with canary(internals.called_on_classes):
+
+        class Own:
+            @internals.called_on_classes
+            def make(cls) -> type:
+                return cls
+
+        assert Own.make() is Own
+        with pytest.raises(TypeError, match="cannot be called on an instance"):
+            Own().make()
+
+
 def test_the_canary_names_the_function() -> None:
     with (
         pytest.raises(pytest.fail.Exception, match=r"Lightning changed what `hpc_save_path` relies on; look at"),

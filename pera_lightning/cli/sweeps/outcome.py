@@ -35,8 +35,21 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
         raise CheckpointError(f"{folder} has no checkpoint to test: the trainer needs a ModelCheckpoint")
     # A checkpoint says which file each callback holds for the best; of several callbacks that of best.ckpt counts.
     best = folder / "best.ckpt"
-    states = (read_checkpoint(best if best in files else files[-1]).get("callbacks") or {}).items()
-    for key, state in sorted(states, key=lambda item: _best_of(item[1]) != best.name):
+    source = best if best in files else files[-1]
+    states = read_checkpoint(source).get("callbacks") or {}
+    try:
+        if (chosen := _selected(states, folder, files)) is not None:
+            return chosen
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{source} is damaged: its callbacks do not tell the best file ({what})") from None
+    names = [name for name in ("best", "last") if folder / f"{name}.ckpt" in files]
+    return names[0] if names else str(files[-1]), None
+
+
+def _selected(states: Mapping[str, Any], folder: Path, files: list[Path]) -> tuple[str, dict[str, Any]] | None:
+    """The best file and its selection, by what the callbacks of a run have saved; None where nothing was selected."""
+    for key, state in sorted(states.items(), key=lambda item: _best_of(item[1]) != "best.ckpt"):
         if not _best_of(state):
             continue
         best = folder / _best_of(state)
@@ -45,8 +58,7 @@ def tested_checkpoint(run: Path) -> tuple[str, dict[str, Any] | None]:
             score, mode = float(state["best_model_score"]), literal_eval(found[1]).get("mode", "min")
             chosen = {"name": state["monitor"], "mode": mode, "score": score if isfinite(score) else None}
             return "best" if best.stem == "best" else str(best), chosen
-    names = [name for name in ("best", "last") if folder / f"{name}.ckpt" in files]
-    return names[0] if names else str(files[-1]), None
+    return None
 
 
 def _best_of(state: Any) -> str:

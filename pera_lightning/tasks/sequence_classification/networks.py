@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.injection.adapter_folder import read_adapter
+from pera_lightning.injection.description import UNFROZEN
 from pera_lightning.injection.inject import injection_of
-from pera_lightning.injection.state import check_injection, check_state
+from pera_lightning.injection.state import check_injection, check_state, take_as_unfrozen
 from pera_lightning.training.checkpoint_io import checkpoint_adapters
 from pera_lightning.training.sharding import sharded_like
 from pera_lightning.training.transformers_models import check_complete, load_pretrained
@@ -178,16 +179,16 @@ def start_from(network: PreTrainedModel, path: str) -> str | None:
     mark = injection_of(network)
     if mark is None:
         raise ConfigurationError(f"mnli_checkpoint={path}: this run has no adapters to start; add AdapterInjection")
-    # Of the checkpoint everything but its heads, and of this network its own, so that the check covers all names.
+    # Of the checkpoint everything but its heads, while this network keeps its own.
     heads = tuple(f"{module}." for module in spec["trained_modules"])
     taken = {name: value for name, value in state.items() if not name.startswith(heads)}
     own = tuple(f"{module}." for module in mark.trained_modules)
-    kept = {name: value for name, value in network.state_dict().items() if name.startswith(own)}
     spec = {**spec, "trained_modules": list(mark.trained_modules)}
     if "rest_of_base" in spec:  # what only one of the two trains in full is in no comparison
         spec["rest_of_base"] = {name: spec["rest_of_base"].get(name, own) for name, own in mark.rest_of_base.items()}
     check_injection(spec, mark, path, held=taken)
-    check_state(network, {**taken, **kept}, path)
+    check_state(network, taken, path, unfrozen=spec.get(UNFROZEN), kept=own)
+    take_as_unfrozen(network, spec)
     present = network.state_dict()  # its tensors, which FSDP2 may have sharded already
     with torch.no_grad():
         for name, value in taken.items():
