@@ -101,20 +101,20 @@ def test_of_pickled_weights_tensors_are_read_and_nothing_else(folder):
 
 
 @pytest.mark.parametrize(
-    ("call", "file", "content"),
+    ("call", "file", "content", "words"),
     [
-        (load, "config.json", "null"),
-        (load, "config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
-        (load, "config.json", '{"model_type": "llama", "hidden_size": "x"}'),
-        (load, "config.json", "[" * 100_000),
-        (load_tokenizer, "tokenizer_config.json", "[1]"),
-        (load_tokenizer, "tokenizer.json", "{}"),
-        (load_tokenizer, "tokenizer.json", "null"),
+        (load, "config.json", "null", "one of its files is damaged (TypeError"),
+        (load, "config.json", '{"model_type": "llama", "num_attention_heads": 0}', ""),
+        (load, "config.json", '{"model_type": "llama", "hidden_size": "x"}', "'hidden_size'"),
+        (load, "config.json", "[" * 100_000, ""),
+        (load_tokenizer, "tokenizer_config.json", "[1]", ""),
+        (load_tokenizer, "tokenizer.json", "{}", ""),
+        (load_tokenizer, "tokenizer.json", "null", ""),
     ],
 )
-def test_damaged_files_of_a_folder_are_one_line(folder, call, file, content):
+def test_damaged_files_of_a_folder_are_one_line(folder, call, file, content, words):
     (folder / file).write_text(content)
     with pytest.raises(ConfigurationError) as error:
         call(folder)
-    one_line(error, str(folder))
+    one_line(error, str(folder), words)
     assert not str(error.value).endswith(":")
