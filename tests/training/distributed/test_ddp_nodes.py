@@ -106,7 +106,7 @@ def assert_each_file_by_one_process(single, found, commands):
     names = {path.relative_to(single.run).as_posix() for path in single.run.rglob("*") if path.is_file()}
     of_a_test = {
         name for name in names if name in ("results.json", "config_test.yaml") or name.startswith("predictions")
-    }
+    } | {"splits/digits-test.json"}
     assert {"results.json", "checkpoints/last.ckpt", "config.yaml"} < names
     names = {name for name in names if "events.out" not in name} - (of_a_test if commands == 1 else set())
     assert {f"quickstart/{name}" for name in names} <= found.keys()
