@@ -1,8 +1,9 @@
 """Random numbers on several processes: dropout and augmentation differ between them, the order of the data does not.
 
 Lightning seeds every process alike, so that all would drop the same units and crop alike. Here each process but the
-first gets a seed of its own where the train loader is made: after the network is built and before the state of its
-first epoch is taken, from which a resumed run starts. A single process draws what it always drew.
+first gets a seed of its own, from the state of the first's generators, where the train loader is made: after the
+network is built and before the state of its first epoch is taken, from which a resumed run starts. A single process
+draws what it always drew.
 
 Samplers must still draw alike on all processes. Lightning's `DistributedSampler` and this package's samplers have a
 seed; a sampler of another kind draws from the common generators, and is given the same ones on every process, anew each
@@ -42,8 +43,12 @@ def seed_ranks_apart(trainer: Trainer) -> None:
             # The rank among processes that see different data: those that share a layer's input (tensor parallelism)
             # see the same data and need the same dropout.
             rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+            # By the first's state: under FSDP2 the others built on the meta device, and drew less.
+            first = all_gather_object(capture())[0]
+            if not trainer.is_global_zero:
+                restore(first)
             if rank:
-                seed_all(torch.get_rng_state().numpy().tobytes(), rank)
+                seed_all(first["torch"].numpy().tobytes(), rank)
         sampler = getattr(loader, "sampler", None)
         if isinstance(sampler, DistributedSamplerWrapper) and sampler.num_replicas > 1:
             internals.wrap_draws(sampler, lambda draw: _draw_alike(draw, sampler.epoch))

@@ -94,6 +94,24 @@ def test_initial_adapters_agree_whatever_state_a_process_is_at(vit, tmp_path):
     assert_equal(one.end[0], two.end[0])
 
 
+class DrawsLess(Data):
+    """The first process draws more while it builds, as under FSDP2, where the others build on the meta device."""
+
+    def setup(self, stage):
+        if self.trainer.global_rank:
+            torch.manual_seed(5)
+
+
+def test_each_process_draws_the_same_whatever_it_drew_before(vit, tmp_path):
+    drawn = []
+    for data in (Data(), DrawsLess()):
+        seeded()
+        fit(tmp_path, vit, 2, data, callbacks=[Seen(tmp_path)], max_epochs=1)
+        drawn.append([torch.stack(process.draws) for process in kept(tmp_path, 2)])
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+
+
 @pytest.mark.parametrize(
     ("adapter", "base", "differ"),
     [(0.4, 0.0, True), (0.0, 0.4, True), (0.0, 0.0, False)],
