@@ -29,7 +29,7 @@ from pera_lightning.errors import CheckpointError
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.checkpoint_io import in_one_line
 from pera_lightning.training.distributed import all_gather_object
-from pera_lightning.training.random_state import capture, restore
+from pera_lightning.training.random_state import capture, devices, restore
 from pera_lightning.training.training_state import unlike
 
 
@@ -129,7 +129,7 @@ class _Resumable:
             )
             return
         pending, now = state["ranks"][rank], capture()
-        usual = {key: value for key, value in now.items() if key != "cuda"}  # of another machine it may be missing
+        usual = {key: value for key, value in now.items() if key not in devices(now)}  # of another machine they differ
         usual["python"] = {**now["python"], "gauss": None}  # a number or nothing
         own = {"batches": 0, "epoch_start": usual, "now": usual}
         if wrong := unlike(pending, own, "combined_loader", exact=True):
@@ -138,6 +138,12 @@ class _Resumable:
             restore(saved)
         restore(now)
         self._pending = pending  # the next iterator takes it
+        then, here = (" and ".join(names) or "cpu" for names in (devices(pending["now"]), devices(now)))
+        if then != here:
+            rank_zero_warn(
+                f"the checkpoint was written on {then} and is loaded on {here}: what a device draws, as dropout, goes "
+                "on with other numbers"
+            )
 
 
 def make_resumable(loader: Any, progress: Callable[[], Progress]) -> Any:

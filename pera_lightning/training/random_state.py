@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 
 def capture(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """The states of python's, numpy's, torch's and this process's CUDA generator, and of others.
+    """The states of python's, numpy's, torch's and this process's device's generators, and of others.
 
     Args:
         own: further generators, which `restore` is given in the same order.
@@ -32,9 +32,19 @@ def capture(own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "own": [generator.get_state() for generator in own],
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # asking would initialise it, which forbids forks
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return {**state, **{name: getattr(torch, name).get_rng_state() for name in devices()}}
+
+
+def devices(state: Collection[str] | None = None) -> list[str]:
+    """Kinds of devices with a generator of their own: those in use, or those of a captured `state`."""
+    kinds = ("cuda", "xpu", "mps")
+    return [name for name in kinds if (_in_use(getattr(torch, name)) if state is None else name in state)]
+
+
+def _in_use(device: Any) -> bool:
+    if device is torch.mps:
+        return torch.backends.mps.is_available()
+    return device.is_available() and device.is_initialized()  # asking would initialise it, which forbids forks
 
 
 def restore(state: dict[str, Any], own: Sequence[torch.Generator] = ()) -> None:
@@ -46,5 +56,6 @@ def restore(state: dict[str, Any], own: Sequence[torch.Generator] = ()) -> None:
     keys = numpy["keys"].cpu().numpy().astype(np.uint32)  # as numpy wants them
     np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    for name in devices(state):
+        if (torch.backends.mps if name == "mps" else getattr(torch, name)).is_available():
+            getattr(torch, name).set_rng_state(state[name].cpu())

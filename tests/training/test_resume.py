@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from pera_lightning import AdapterInjection, load_adapted
 from pera_lightning.adapters import PERA, AuroRA, HiRA
 from pera_lightning.injection.state import adapter_state_dict
+from pera_lightning.training.data_order import Progress, make_resumable
 from pera_lightning.training.random_state import capture, restore
 from tests.training.foreign import Noisy, Plain, train_loader, val_loader
 
@@ -242,6 +243,24 @@ def test_random_state_round_trip() -> None:
     draw()
     restore(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
     assert draw() == first
+
+
+def test_the_generator_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, other = (
+        make_resumable([1], lambda: Progress(0, 0, False)),
+        make_resumable([1], lambda: Progress(0, 0, False)),
+    )
+    iter(other)
+    on_cpu, device = other.state_dict(), torch.Generator().manual_seed(3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", device.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", device.set_state)
+    state = capture()
+    first = torch.rand(3, generator=device)
+    restore(state)
+    assert torch.equal(torch.rand(3, generator=device), first)
+    with pytest.warns(UserWarning, match="was written on cpu and is loaded on mps: what a device draws"):
+        loader.load_state_dict(on_cpu)
 
 
 class Samples(torch.utils.data.Sampler):
