@@ -11,18 +11,20 @@ import stat
 import tempfile
 import time
 import unicodedata
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pera_lightning.errors import DataError, closest
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_CHUNK = 1 << 20  # bytes
 _ABANDONED = 24 * 3600  # seconds after which an unfinished folder belongs to no living process
 
 
@@ -60,6 +62,32 @@ def nfc(text: str) -> str:
 def closest_beside(path: Path) -> str:
     """Words a suggestion for a path that does not exist, from the names that its folder has; see `closest`."""
     return closest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+
+
+def check_crcs(file: Path | BinaryIO) -> None:
+    """Raises `zipfile.BadZipFile` where a record is not what was written: torch compares no CRC when it reads.
+
+    What is no zip archive at all is left to whoever reads it.
+    """
+    if not _begins_as_zip(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.CRC:  # zero where `torch.serialization.set_crc32_options` has turned them off
+                with archive.open(record) as content:
+                    while content.read(_CHUNK):  # at its end the CRC is compared
+                        pass
+    if not isinstance(file, Path):
+        file.seek(0)
+
+
+def _begins_as_zip(file: Path | BinaryIO) -> bool:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _begins_as_zip(opened)
+    start = file.read(4)
+    file.seek(0)
+    return start == b"PK\x03\x04"
 
 
 def atomic_write(path: Path, data: bytes) -> None:

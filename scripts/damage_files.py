@@ -352,14 +352,14 @@ def count(copies: int, seed: int, folder: Path) -> list[str]:
                 found = [outcome(lambda module, file=file: load_adapted(module, file), after)]
                 found.append(resumed_outcome(file, place, one_more))
             shutil.rmtree(place)
-            for way, each in zip(("loaded", "gone on from"), found, strict=False):
-                table[what, kind, each.partition(":")[0]] += way == "loaded"
+            for way, each in zip((what, "resumed fit"), found, strict=False):
+                table[way, kind, each.partition(":")[0]] += 1
                 if each not in ("refused", "equal"):
-                    wrong.append(f"{what} {number}, {kind}, {way}: {each}")
-    for what in ("folder", "checkpoint"):
+                    wrong.append(f"{way} {number}, {kind}: {each}")
+    for way in ("folder", "checkpoint", "resumed fit"):  # the last of the same checkpoints
         for kind in kinds:
-            counts = {each: n for (w, k, each), n in sorted(table.items()) if (w, k) == (what, kind) and n}
-            print(f"{what:<12}{kind:<24}{', '.join(f'{n} {each}' for each, n in counts.items())}")
+            counts = {each: n for (w, k, each), n in sorted(table.items()) if (w, k) == (way, kind)}
+            print(f"{way:<12}{kind:<24}{', '.join(f'{n} {each}' for each, n in counts.items())}")
     return wrong
 
 

@@ -16,4 +16,4 @@ def test_every_kind_of_damage_is_refused_or_changes_nothing(capsys, monkeypatch)
     # It tells what is wrong: here a loader that takes whatever comes.
     monkeypatch.setattr(damage_files, "load_adapter", lambda module, folder: module)
     assert damage_files.main(["--copies", "1"]) == 1
-    assert "folder 0, cut, loaded: other: accepted" in capsys.readouterr().out
+    assert "folder 0, cut: other: accepted" in capsys.readouterr().out

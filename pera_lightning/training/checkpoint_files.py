@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import time
 import urllib.request
-import zipfile
 from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from fsspec.core import url_to_fs
@@ -84,32 +83,6 @@ def fetched(url: str) -> io.BytesIO:
         raise CheckpointError(f"checkpoint {url}: the download broke off after {content.tell()} of {announced} bytes")
     content.seek(0)
     return content
-
-
-def check_crcs(file: Path | BinaryIO) -> None:
-    """Raises `zipfile.BadZipFile` where a record is not what was written: torch compares no CRC when it reads.
-
-    What is no zip archive at all is left to whoever reads it.
-    """
-    if not _begins_as_zip(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        for record in archive.infolist():
-            if record.CRC:  # zero where `torch.serialization.set_crc32_options` has turned them off
-                with archive.open(record) as content:
-                    while content.read(_CHUNK):  # at its end the CRC is compared
-                        pass
-    if not isinstance(file, Path):
-        file.seek(0)
-
-
-def _begins_as_zip(file: Path | BinaryIO) -> bool:
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            return _begins_as_zip(opened)
-    start = file.read(4)
-    file.seek(0)
-    return start == b"PK\x03\x04"
 
 
 def remove_leftovers(file: Path) -> None:

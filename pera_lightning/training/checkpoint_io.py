@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pera_lightning import __version__
 from pera_lightning.adapters.base import plain_name
 from pera_lightning.errors import CheckpointError, PeraError, listed, shorten
+from pera_lightning.files import check_crcs
 from pera_lightning.injection.compiled import own_description, own_state, plain_description, plain_state
 from pera_lightning.injection.description import UNFROZEN, checked_description
 from pera_lightning.injection.inject import injection_of
@@ -37,7 +38,7 @@ from pera_lightning.injection.state import (
     without,
 )
 from pera_lightning.training import _lightning_internals as internals
-from pera_lightning.training.checkpoint_files import check_crcs, fetched, is_url, local_file, with_atomic_writes
+from pera_lightning.training.checkpoint_files import fetched, is_url, local_file, with_atomic_writes
 from pera_lightning.training.checks import check_adapters
 from pera_lightning.training.finite import check_parameters
 from pera_lightning.training.loop_state import check_resumable

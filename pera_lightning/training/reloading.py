@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch import LightningModule
 
 from pera_lightning.errors import CheckpointError, PeraError
+from pera_lightning.files import check_crcs
 from pera_lightning.injection.all_or_nothing import as_it_was
 from pera_lightning.injection.description import UNFROZEN
 from pera_lightning.injection.state import METADATA, check_plain, find_injected, inject_spec, without
-from pera_lightning.training.checkpoint_files import check_crcs, fetched, is_url
+from pera_lightning.training.checkpoint_files import fetched, is_url
 from pera_lightning.training.checkpoint_io import (
     allow_missing_base,
     check_checkpoint,

@@ -217,6 +217,33 @@ def test_a_half_precision_folder(tmp_path):
     assert torch.equal(adapter.A, saved["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].float())
 
 
+# --- what peft saves of the base ---
+
+
+def test_a_head_among_the_targets(tmp_path):
+    """peft saves the frozen lm_head beside the adapter; a bfloat16 copy of it is the same one."""
+    trained("llama", lora(target_modules=["q_proj", "lm_head"]), tmp_path)
+    assert any(name.endswith("lm_head.base_layer.weight") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    theirs = read_by_peft("llama", tmp_path)
+    assert apart(outputs(load_peft(llama(), tmp_path), inputs("llama")), theirs) <= 1e-5
+    load_peft(llama().bfloat16(), tmp_path)
+    retensor(tmp_path, lambda t: t["base_model.model.lm_head.base_layer.weight"][3].add_(1))
+    refused(
+        llama(), tmp_path, r"also holds the frozen lm_head\.weight of its base, which is not this model's \(other val"
+    )
+
+
+def test_embeddings_that_are_saved_with_it(tmp_path):
+    """As where the vocabulary was resized."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(llama(), lora())
+        model.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    load_peft(llama(), tmp_path)
+    refused(llama(vocab_size=70), tmp_path, r"frozen .*weight of its base.*\(\d+, 16\) there, \(70, 16\) here")
+
+
 # --- what is refused, in one line, with the model as it was ---
 
 
@@ -342,10 +369,12 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     weights.write_bytes(b"")
     refused(llama(), tmp_path / "adapter", "adapter_model.safetensors is damaged")
     weights.rename(weights.with_suffix(".bin"))
-    refused(llama(), tmp_path / "adapter", "is a pickle.*safetensors")
+    refused(llama(), tmp_path / "adapter", r"adapter_model\.bin is damaged, or holds more than tensors \(EOFError")
     weights.with_suffix(".bin").unlink()
     refused(llama(), tmp_path / "adapter", "has no adapter_model.safetensors")
     config.write_text("{")
+    refused(llama(), tmp_path / "adapter", "adapter_config.json is damaged")
+    config.write_text('{"a":' + "[" * 10**5)
     refused(llama(), tmp_path / "adapter", "adapter_config.json is damaged")
     config.write_text("[1]")
     refused(llama(), tmp_path / "adapter", "was not written by peft: it has no peft_type")
@@ -353,6 +382,7 @@ def test_files_that_are_missing_or_damaged(tmp_path):
 
 NONSENSE = [("r", 0), ("r", "8"), ("r", None), ("lora_alpha", "16"), ("lora_dropout", [0.1]), ("rank_pattern", [3])]
 NONSENSE += [("alpha_pattern", {"(": 3}), ("target_modules", 3), ("target_modules", "*q"), ("modules_to_save", "head")]
+NONSENSE += [("modules_to_save", [3]), ("alpha_pattern", {"q_proj": "x"}), ("rank_pattern", {"q_proj": [1]})]
 
 
 @pytest.mark.parametrize(("name", "value"), NONSENSE)
