@@ -36,9 +36,10 @@ class _Handler:
         self.noted: Callable[[], bool] = lambda: False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a process forked from here: what it would do alone
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if os.getpid() != self.process:  # a data loader's worker, forked from here
+            if number != signal.SIGINT:  # Ctrl-C comes to all of them, and the parent decides what it means
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
         elif not self.noted():
             raise Stopped(number)
 

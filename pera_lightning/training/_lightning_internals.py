@@ -117,6 +117,11 @@ def restore_signal_handlers(trainer: Trainer) -> None:
         vars(trainer._signal_connector).pop(name, None)
 
 
+def put_back_handler(trainer: Trainer, number: int, handler: Any) -> None:
+    """Has Lightning put back this handler when the fit ends, not that of when it began (`_SignalConnector`, 2.6.6)."""
+    trainer._signal_connector._original_handlers[number] = handler
+
+
 def stop_after_batch(trainer: Trainer) -> None:
     """Has the training loop raise `SIGTERMException` once all callbacks had this batch (`_SignalConnector`, 2.6.6)."""
     trainer._signal_connector.received_sigterm = True

@@ -145,10 +145,10 @@ class AdapterInjection(Callback):
         note_training_data(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.preemption.begin()
+        self.preemption.begin(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.preemption.begin()
+        self.preemption.begin(trainer)
         self.run_folder.begin(trainer)
         in_one_line(partial(load_loader_states, trainer))
         in_one_line(partial(put_gradients, pl_module, self._gradients))

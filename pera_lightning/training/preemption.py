@@ -54,24 +54,29 @@ class Preemption:
         """Takes the place of Lightning's handlers, which it registers when the fit begins."""
         self.release(trainer)
         self._interrupted = 0
+        self._take_ctrl_c()  # already here: loaders may start their workers before the training
         internals.replace_signal_handlers(trainer, partial(self._note, STOP), partial(self._note, REQUEUE))
 
-    def begin(self) -> None:
-        """Takes Ctrl-C too, now that Lightning has its handlers, and will put back those of before at the end."""
-        if self.watching:
-            return
+    def begin(self, trainer: Trainer) -> None:
+        """Notes signals from here on, now that Lightning has its handlers and the training starts."""
         self.watching = self.begun = True
-        self._process = os.getpid()
+        if self._before is not None:
+            internals.put_back_handler(trainer, signal.SIGINT, self._before)
+
+    def _take_ctrl_c(self) -> None:
         before = signal.getsignal(signal.SIGINT)
         # Ours on the command line; else Python's own, in a script.
-        ours = self.command is not None and before is not signal.SIG_IGN  # as under nohup
+        ours = self.command is not None and callable(before)  # it is not under nohup
         script = before is signal.default_int_handler and not hasattr(sys, "ps1")
         if (ours or script) and threading.current_thread() is threading.main_thread():
-            self._before = before
+            self._before, self._process = before, os.getpid()
             signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a data loader's worker, forked from here: the batch is still wanted
+        if os.getpid() != self._process:  # a data loader's worker, forked from here: its batches are still wanted
+            return
+        if not self.watching:
+            self._before(number, frame)
             return
         self._interrupted += 1
         if self._interrupted > 1:
@@ -81,7 +86,7 @@ class Preemption:
             os.write(2, b"\nstopping after this batch; Ctrl-C again ends at once\n")
 
     def release(self, trainer: Trainer) -> None:
-        """Undoes `watch` and `begin`."""
+        """Undoes `watch`."""
         if self._before is not None and signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, self._before)
         self.watching, self._before = False, None

@@ -221,6 +221,20 @@ def test_signal_handlers(tmp_path: Path) -> None:
         assert callable(run._signal_connector._slurm_sigusr_handler_fn)
 
 
+def test_put_back_handler(tmp_path: Path) -> None:
+    """What a handler is after a fit can be said while it runs."""
+
+    def during(trainer: Trainer) -> None:
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        internals.put_back_handler(trainer, signal.SIGUSR2, signal.SIG_IGN)
+
+    before = signal.getsignal(signal.SIGUSR2)
+    with canary(internals.put_back_handler):
+        fit(tmp_path, During(during))
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+    signal.signal(signal.SIGUSR2, before)
+
+
 def test_stop_after_batch(tmp_path: Path) -> None:
     """All callbacks have the batch, and the fit ends by a signal's exception."""
     ended: list[BaseException] = []

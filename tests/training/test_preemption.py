@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from torch.utils.data import DataLoader
 
 from pera_lightning.cli.checkpoints import resuming_command
 from pera_lightning.errors import CheckpointError
@@ -196,16 +198,21 @@ class Interrupts(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Plain, batch: list, batch_idx: int) -> None:
         if batch_idx == 1:
+            for child in multiprocessing.active_children():  # a terminal sends it to all
+                os.kill(child.pid, signal.SIGINT)
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupted(folder: Path, times: int = 1) -> tuple[int, bool]:
+def interrupted(folder: Path, times: int = 1, workers: int = 0) -> tuple[int, bool]:
     """The exit code of a fit, and whether it has saved its adapters; its folder is free and its handler gone."""
     seed_everything(3, verbose=False)
     run = trainer(folder, callback(), Interrupts(times), ModelCheckpoint(folder, filename="last"))
+    data = train_loader()
+    if workers:
+        data = DataLoader(data.dataset, batch_size=4, num_workers=workers)
     with pytest.raises(SystemExit) as end:
-        run.fit(Plain(), train_loader(), val_loader())
+        run.fit(Plain(), data, val_loader())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (folder / ".fit.lock").exists()
     files = [(folder / name).is_file() for name in ("last.ckpt", "adapter/adapter.safetensors")]
@@ -214,7 +221,7 @@ def interrupted(folder: Path, times: int = 1) -> tuple[int, bool]:
 
 
 def test_ctrl_c_ends_as_sigterm_does(tmp_path: Path, interruptible: None, capfd: pytest.CaptureFixture) -> None:
-    assert interrupted(tmp_path) == (130, True)  # no shell goes on with its next command
+    assert interrupted(tmp_path, workers=1) == (130, True)  # no shell goes on with its next command
     out, err = capfd.readouterr()
     assert "stopping after this batch; Ctrl-C again ends at once" in err
     assert out.splitlines()[-1].startswith("stopped by a signal after optimizer step 2: saved ")
