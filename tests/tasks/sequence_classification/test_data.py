@@ -379,29 +379,3 @@ def test_the_former_name_of_the_split_protocol_acts_and_says_so(folder):
         glue(folder, protocol="red", split_protocol="full_validation")  # one of a config, say
     assert data.protocol()["sizes"] == {"train": 41, "validation": 11, "test": 10}
     assert glue(folder).split_protocol == "full_validation"
-
-
-def test_classes_are_numbered_as_a_checkpoint_numbers_them(folder):
-    rows = [{"t": f"{k:03d}", "label": ("no", "yes", "maybe")[k % 3]} for k in range(12)]
-    files = {"train_file": write(folder / "a.jsonl", rows), "validation_file": write(folder / "b.jsonl", rows)}
-    data = glue(folder, task="custom", text_columns=["t"], tokenizer=pair_tokenizer(), **files)
-    assert data.class_names == ["maybe", "no", "yes"]
-    data.number_classes(["yes", "no", "maybe"])
-    data.setup("test")  # what is built later too
-    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
-        for batch in loader:
-            numbered = [int(text) for text in data.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)]
-            assert batch["labels"].tolist() == [(1, 0, 2)[k % 3] for k in numbered]
-    assert data.description()["class_names"] == ["yes", "no", "maybe"]
-
-
-def test_examples_are_told_apart_by_their_texts(folder):
-    again = [{**one, "idx": 41 + k} for k, one in enumerate(pairs(5))]
-    write(folder / "train.jsonl", [*pairs(41), *again])
-    write(folder / "validation.jsonl", pairs(21))
-    data = glue(folder, "fit")
-    data.setup("test")
-    train, test = data.example_hashes("train"), data.example_hashes("test")
-    assert (len(train), len(test)) == (46, 21)
-    assert set(test) <= set(train)
-    assert len({*train}) == 41
