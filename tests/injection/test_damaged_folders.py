@@ -86,6 +86,8 @@ def test_what_is_no_description(tmp_path: Path) -> None:
         config.write_text(text)
         refused(tmp_path, match)
     saved(tmp_path)
+    reconfigure(tmp_path, lambda config: config.update(comment=json.loads("[" * 30 + "]" * 30)))
+    refused(tmp_path, "nested or long without end")
     for wrong in (True, "1", None, [1]):
         reconfigure(tmp_path, lambda config, wrong=wrong: config.update(format=wrong))
         refused(tmp_path, "has format .*, this version reads 1")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 import pera_lightning
 from pera_lightning import AdapterInjection
 from pera_lightning.adapters import PERA, FullFineTuning, LoRA
-from pera_lightning.errors import ConfigurationError, NonFiniteLossError
+from pera_lightning.errors import CheckpointError, ConfigurationError, NonFiniteLossError
 from pera_lightning.injection.inject import adapter_parameter_names
 from tests.tasks.image_classification.vision_helpers import Rates, fit, loader, make_trainer, module
 
@@ -262,3 +262,34 @@ def test_every_way_in_shares_one_network(vit, tmp_path):
     built = network.model
     trainer.validate(network, loader(), verbose=False)
     assert network.model is built
+
+
+class Evil:
+    """A pickle that prints when it is read."""
+
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_load_from_checkpoint_takes_tensors_only(vit, tmp_path, capsys):
+    """Whatever it is given: a file, an open one, a checkpoint with a flipped bit or one that runs code."""
+    model = module(vit)
+    trainer = fit(tmp_path, model, max_steps=1)
+    file = tmp_path / "x.ckpt"
+    trainer.save_checkpoint(file)
+    value = model.model.head.weight.detach()
+    assert torch.equal(type(model).load_from_checkpoint(file).model.head.weight, value)
+    with file.open("rb") as opened:
+        assert torch.equal(type(model).load_from_checkpoint(opened).model.head.weight, value)
+    whole, place = file.read_bytes(), file.read_bytes().find(value.numpy().tobytes())
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"x.ckpt .*Bad CRC-32"):
+        type(model).load_from_checkpoint(file)
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        model.load_from_checkpoint(file)
+    file.write_bytes(whole)
+    torch.save({**torch.load(file, weights_only=True), "more": Evil()}, file)
+    capsys.readouterr()
+    with file.open("rb") as opened, pytest.raises(CheckpointError, match="Weights only load failed"):
+        type(model).load_from_checkpoint(opened)
+    assert "code ran" not in capsys.readouterr().out
