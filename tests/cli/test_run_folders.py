@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from pera_lightning import ImageClassificationModule
+from pera_lightning.cli.lightning_cli import SaveConfigAtStart
 from pera_lightning.cli.sweeps.folder import fit_finished
 from pera_lightning.training.folder_lock import FILE, FolderLock
 
@@ -40,14 +41,22 @@ def error_line(result):
     return result.err.strip().splitlines()[-1]
 
 
-def test_consecutive_fits_both_survive(quick, run, tmp_path):
+def test_consecutive_fits_both_survive(quick, run, tmp_path, monkeypatch):
     """The second by the first's own config: it is named on the command line, and read again by further processes."""
-    before = files(run)
+    before, configs = files(run), []
+    setup = SaveConfigAtStart.setup
+
+    def spy(*args, stage):
+        configs.append((run / "config.yaml").read_bytes())
+        setup(*args, stage=stage)
+
+    monkeypatch.setattr(SaveConfigAtStart, "setup", spy)
     result = quick("--adapter.method", "PERA", config=run / "config.yaml")
     assert result.code == 0, result.err
     (earlier,) = tmp_path.glob("quickstart.earlier-*")
     assert f"Earlier run moved aside: {earlier}\n" in result.out
     assert files(earlier) == before
+    assert configs == [before["config.yaml"]]  # before the new one was written
     assert (method_of(earlier), method_of(run)) == ("AuroRA", "PERA")
     # Nothing of the first is left in the plain folder, and the second is complete.
     now = files(run)
@@ -109,8 +118,7 @@ def test_results_of_one_checkpoint_do_not_replace_another_s(quick, run, fitted):
         assert quick("--ckpt_path", given, command="test").code == 0
     assert quick("--ckpt_path", "best", command="predict").code == 0
     assert quick("--ckpt_path", "last", command="predict").code == 0
-    split = json.loads((run / "splits" / "digits.json").read_text())
-    assert "indices" in split
+    assert sorted(path.name for path in (run / "splits").iterdir()) == ["digits-test.json", "digits.json"]
     results = {path.stem: json.loads(path.read_text()) for path in run.glob("results*.json")}
     assert len(results) == 4
     assert sorted(path.name for path in run.glob("predictions*")) == ["predictions", "predictions-last"]
@@ -174,16 +182,17 @@ def test_a_signal_before_the_training_is_one_line(quick, run, monkeypatch, inter
     assert signal.getsignal(number) == handler
 
 
-def test_ctrl_c_stops_a_fit_with_the_command_that_goes_on(quick, tmp_path, monkeypatch, interruptible):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_stops_a_fit_with_the_command_that_goes_on(quick, tmp_path, monkeypatch, interruptible, number, code):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.current_epoch == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(LearningRateMonitor, "on_train_batch_start", on_train_batch_start)
         result = quick("--trainer.max_epochs", 3)
     run = tmp_path / "quickstart"
-    assert result.code == 130, result.err
+    assert result.code == code, result.err
     assert f"Adapter of the best checkpoint: {run / 'adapter'}" in result.out
     assert result.out.splitlines()[-1].endswith(f"--ckpt_path {run}/checkpoints/last.ckpt")
     assert not fit_finished(run)  # as a sweep sees it

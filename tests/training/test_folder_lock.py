@@ -50,8 +50,9 @@ def test_a_second_fit_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
     ("silent", "other"),
     [
         (9999, {}),  # on this machine only the process counts
-        (300, {"host": "elsewhere"}),
-        (300, {"pids": "pid:[1]"}),  # a container on this machine, where numbers of processes mean others
+        # Elsewhere, or in a container on this machine, the numbers mean other processes.
+        (300, {"host": "elsewhere", "pid": 2**30}),
+        (300, {"pids": "pid:[1]", "pid": 2**30}),
     ],
 )
 def test_who_is_at_work(tmp_path: Path, silent: float, other: dict) -> None:

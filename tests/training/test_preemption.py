@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pera_lightning.cli.checkpoints import resuming_command
 from pera_lightning.errors import CheckpointError
@@ -193,26 +193,46 @@ def test_sigterm_in_the_sanity_check_saves_nothing(tmp_path: Path, capsys: pytes
 class Interrupts(Callback):
     """Sends Ctrl-C's signal before the second batch, so many times."""
 
-    def __init__(self, times: int = 1) -> None:
+    def __init__(self, times: int) -> None:
         self.times = times
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Plain, batch: list, batch_idx: int) -> None:
         if batch_idx == 1:
-            for child in multiprocessing.active_children():  # a terminal sends it to all
-                os.kill(child.pid, signal.SIGINT)
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupted(folder: Path, times: int = 1, workers: int = 0) -> tuple[int, bool]:
+class InterruptedWhileLoading(Dataset):
+    """A terminal sends Ctrl-C to the workers too, here while the first batch is waited for."""
+
+    def __init__(self, examples: Dataset) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, k: int) -> list[torch.Tensor]:
+        if k == 0:
+            time.sleep(1)  # until the training has started
+            os.kill(os.getppid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.examples[k]
+
+
+class AsksForTheSteps(Plain):
+    """Lightning then starts the workers before the training."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def interrupted(folder: Path, *more: Callback, data: DataLoader | None = None) -> tuple[int, bool]:
     """The exit code of a fit, and whether it has saved its adapters; its folder is free and its handler gone."""
     seed_everything(3, verbose=False)
-    run = trainer(folder, callback(), Interrupts(times), ModelCheckpoint(folder, filename="last"))
-    data = train_loader()
-    if workers:
-        data = DataLoader(data.dataset, batch_size=4, num_workers=workers)
+    run = trainer(folder, callback(), *more, ModelCheckpoint(folder, filename="last"))
     with pytest.raises(SystemExit) as end:
-        run.fit(Plain(), data, val_loader())
+        run.fit(AsksForTheSteps(), data or train_loader(), val_loader())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (folder / ".fit.lock").exists()
     files = [(folder / name).is_file() for name in ("last.ckpt", "adapter/adapter.safetensors")]
@@ -221,20 +241,21 @@ def interrupted(folder: Path, times: int = 1, workers: int = 0) -> tuple[int, bo
 
 
 def test_ctrl_c_ends_as_sigterm_does(tmp_path: Path, interruptible: None, capfd: pytest.CaptureFixture) -> None:
-    assert interrupted(tmp_path, workers=1) == (130, True)  # no shell goes on with its next command
+    data = DataLoader(InterruptedWhileLoading(train_loader().dataset), batch_size=4, num_workers=1)
+    assert interrupted(tmp_path, data=data) == (130, True)  # no shell goes on with its next command
     out, err = capfd.readouterr()
     assert "stopping after this batch; Ctrl-C again ends at once" in err
-    assert out.splitlines()[-1].startswith("stopped by a signal after optimizer step 2: saved ")
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert out.splitlines()[-1].startswith("stopped by a signal after optimizer step 1: saved ")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, interruptible: None) -> None:
-    assert interrupted(tmp_path, times=2) == (1, False)
+    assert interrupted(tmp_path, Interrupts(2)) == (1, False)
 
 
 def test_in_a_notebook_ctrl_c_is_lightnings(tmp_path: Path, interruptible: None, monkeypatch) -> None:
     monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
-    assert interrupted(tmp_path) == (1, False)
+    assert interrupted(tmp_path, Interrupts(1)) == (1, False)
 
 
 def test_the_handlers_are_given_back(tmp_path: Path) -> None:
