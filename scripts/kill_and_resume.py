@@ -1,7 +1,11 @@
 """Kills a fit at random moments, resumes it until it ends, and compares it with one that was never disturbed.
 
     python scripts/kill_and_resume.py --kills 20
+    python scripts/kill_and_resume.py --task dreambooth --kills 20
     python scripts/kill_and_resume.py --config configs/vit_dtd_aurora.yaml --kills 5 --trainer.max_epochs 2
+
+A task is run offline, on a very small model and data that `tiny_tasks.py` makes: images (the quickstart), causal_lm,
+glue, dreambooth.
 
 The fit runs once to its end, and once with SIGKILL at random moments, after each of which it is started again with
 ``--ckpt_path last``. Every third kill waits for a checkpoint's temporary file and strikes while it is written: that it
@@ -25,6 +29,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tiny_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,14 +70,14 @@ class Journal(Callback):
 class Run:
     """A fit with a folder of its own under `output`, which can be started again and again."""
 
-    def __init__(self, name: str, args: argparse.Namespace, overrides: list[str]) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, fit: list[str]) -> None:
         self.folder = args.output / name
         self.checkpoints, self.journal = self.folder / "checkpoints", args.output / f"{name}.journal"
         self.printed = args.output / f"{name}.out"
         if self.folder.exists() or self.journal.exists():
             raise SystemExit(f"{self.folder} exists: give another --output, or remove it")
-        often = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{filename: last, \
-every_n_train_steps: {args.every}, enable_version_counter: false}}}}"
+        keeps = "{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{filename: last, {}: {}, \
+enable_version_counter: false}}}}"
         journal = f"{{class_path: kill_and_resume.Journal, init_args: {{path: {self.journal}}}}}"
         options = {
             "default_root_dir": self.folder,
@@ -80,11 +85,12 @@ every_n_train_steps: {args.every}, enable_version_counter: false}}}}"
             "logger.init_args.name": name,
             "enable_progress_bar": "false",
             "enable_model_summary": "false",
-            "callbacks+": often,
         }
-        self.words = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", args.config, "--ckpt_path=last"]
+        self.words = [sys.executable, str(ROOT / "cli.py"), "fit", *fit, "--ckpt_path=last"]
         self.words += [f"--trainer.{key}={value}" for key, value in options.items()]
-        self.words += [f"--trainer.callbacks+={journal}", *overrides]
+        for when in (("every_n_train_steps", args.every), ("save_on_train_epoch_end", "true")):
+            self.words.append(f"--trainer.callbacks+={keeps.format(*when)}")
+        self.words.append(f"--trainer.callbacks+={journal}")
 
     def start(self) -> subprocess.Popen:
         """Starts the fit, from its last checkpoint where there is one."""
@@ -221,15 +227,18 @@ def compare(whole: Run, cut: Run) -> list[str]:
 def main() -> None:
     """Runs both, compares them and says what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--task", choices=[*TASKS], default="images")
+    what.add_argument("--config", help="in place of a task")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--every", type=int, default=3, help="optimizer steps between two checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, not of the runs")
-    parser.add_argument("--output", type=Path, default=Path("runs/kill_and_resume"))
+    parser.add_argument("--output", type=Path, help="folder of the runs, by default runs/kill_and_resume/TASK")
     args, overrides = parser.parse_known_args()
-    args.output = args.output.resolve()
+    args.output = (args.output or Path("runs/kill_and_resume", "" if args.config else args.task)).resolve()
     args.output.mkdir(parents=True, exist_ok=True)
-    whole, cut = Run("undisturbed", args, overrides), Run("killed", args, overrides)
+    fit = ["--config", args.config] if args.config else TASKS[args.task](args.output / "made")
+    whole, cut = (Run(name, args, [*fit, *overrides]) for name in ("undisturbed", "killed"))
     undisturbed(whole)
     batches = len(dict(whole.losses()))
     print(f"undisturbed: {batches} batches", flush=True)

@@ -18,9 +18,11 @@ SCRIPT = ROOT / "scripts" / "kill_and_resume.py"
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.insert(0, str(SCRIPT.parent))  # where python finds the modules beside a script
     spec = importlib.util.spec_from_file_location("kill_and_resume_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 
