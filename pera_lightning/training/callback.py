@@ -46,7 +46,7 @@ from pera_lightning.training.data_order import load_loader_states, resume_data_o
 from pera_lightning.training.final_adapter import write_final_adapter
 from pera_lightning.training.finite import check_metrics, check_parameters, check_training_loss
 from pera_lightning.training.fsdp2 import write_adapters_only
-from pera_lightning.training.loop_state import go_on_where_it_stopped
+from pera_lightning.training.loop_state import go_on_where_it_stopped, warn_of_plateau
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
 from pera_lightning.training.run_folder import RunFolder
@@ -148,6 +148,7 @@ class AdapterInjection(Callback):
         self.preemption.begin(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_plateau(trainer)
         self.preemption.begin(trainer)
         self.run_folder.begin(trainer)
         in_one_line(partial(load_loader_states, trainer))

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from pera_lightning.errors import CheckpointError
 from pera_lightning.training import _lightning_internals as internals
@@ -47,6 +48,15 @@ def go_on_where_it_stopped(trainer: Trainer, checkpoint: dict[str, Any]) -> None
         if epochs["current"]["completed"] == epochs["current"]["processed"]:  # written after the fit
             _count(epochs, "completed", -1)
         _count(epochs, "processed", -1)
+
+
+def warn_of_plateau(trainer: Trainer) -> None:
+    """Warns where a resumed run has a schedule by a metric: Lightning saves no metrics, and misses an update."""
+    if trainer.ckpt_path and any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+        rank_zero_warn(
+            "ReduceLROnPlateau watches a metric, which no checkpoint holds: the update of the epoch that this run goes "
+            "on from is missed or is of that epoch's rest, so the run may differ from one that was never stopped"
+        )
 
 
 def _count(progress: dict[str, Any], name: str, change: int) -> None:

@@ -156,6 +156,18 @@ class Dies(Callback):
             raise RuntimeError("killed")
 
 
+def test_a_schedule_by_a_metric_is_said_not_to_be_resumed(tmp_path: Path) -> None:
+    class ByMetric(Plain):
+        def configure_optimizers(self) -> dict:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+    fit(tmp_path, steps="", max_epochs=1, model=ByMetric())
+    with pytest.warns(UserWarning, match="ReduceLROnPlateau watches a metric, which no checkpoint holds"):
+        fit(tmp_path, steps="", max_epochs=2, model=ByMetric(), ckpt=str(tmp_path / "last.ckpt"))
+
+
 class Compiled(Plain):
     def __init__(self) -> None:
         super().__init__()
