@@ -162,6 +162,8 @@ def of_its_run(words: Sequence[str]) -> list[str]:
     found = configured(words, given[-1])
     run = run_folder(given[-1])
     assert run is not None
+    if run.is_relative_to(Path.cwd()):
+        run = run.relative_to(Path.cwd())  # as the fit wrote it, and shorter to read
     return [*found[:2], *_logged_into(run), *found[2:]]
 
 

@@ -49,7 +49,7 @@ from pera_lightning.training.fsdp2 import write_adapters_only
 from pera_lightning.training.loop_state import go_on_where_it_stopped, warn_of_plateau
 from pera_lightning.training.preemption import Preemption, drop_requeue_file, validate_before_going_on
 from pera_lightning.training.random_state import capture, restore
-from pera_lightning.training.run_folder import RunFolder
+from pera_lightning.training.run_folder import RunFolder, rebase_checkpoints
 from pera_lightning.training.seed_per_rank import seed_ranks_apart, share_first_ranks_generators
 from pera_lightning.training.training_data import note_training_data
 from pera_lightning.training.training_state import check_callback_states, check_training_state
@@ -213,6 +213,7 @@ class AdapterInjection(Callback):
             save_gradients(pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        rebase_checkpoints(trainer, checkpoint)
         if trainer.state.fn == TrainerFn.FITTING:
             check_callback_states(trainer, checkpoint)
             self.run_folder.resume(trainer, checkpoint)

@@ -131,7 +131,6 @@ class RunFolder:
 
     def resume(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Takes the run's name from a checkpoint that the fit goes on from; every process must call it."""
-        rebase_checkpoints(trainer, checkpoint)
         folder = logged_into(trainer)
         if folder is not None and goes_on(trainer, folder, trainer.ckpt_path):
             self.run = checkpoint.get(METADATA, {}).get("run")
@@ -210,9 +209,10 @@ def goes_on(trainer: Trainer, folder: Path, checkpoint: Any) -> bool:
 
 
 def rebase_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Corrects, in place, where a checkpoint's `ModelCheckpoint` files lie, if the run was moved since it was written.
+    """Corrects, in place, where a checkpoint's `ModelCheckpoint` files lie, if they lie beside it by another path.
 
-    Their paths are absolute or of the working directory, and could name another run's files by now.
+    Those of a run that was moved since could name another run's files by now, and the path of one that is reached from
+    another working directory differs from the folder's, where `ModelCheckpoint` would forget the best score.
     """
     here = Path(str(trainer.ckpt_path)).parent
     keepers = [k.dirpath for k in trainer.checkpoint_callbacks if isinstance(k, ModelCheckpoint) and k.dirpath]
@@ -221,7 +221,7 @@ def rebase_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         if not isinstance(state, Mapping) or not state.get("best_model_path") or not state.get("dirpath"):
             continue
         best = here / Path(state["best_model_path"]).name
-        if Path(state["dirpath"]).resolve() == here.resolve() or not best.is_file():
+        if state["dirpath"] == place or not best.is_file():
             continue
 
         def moved(path: str) -> str:

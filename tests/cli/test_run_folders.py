@@ -139,7 +139,7 @@ def test_a_checkpoint_alone_is_tested_where_its_run_lies(pera, run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     result = pera("test", "--ckpt_path", moved / "checkpoints" / "best.ckpt", "--trainer.enable_progress_bar", "false")
     assert result.code == 0, result.err
-    assert f"Results: {moved / 'results.json'}" in result.out
+    assert "Results: elsewhere/quickstart.earlier/results.json" in result.out
     assert [*tmp_path.iterdir()] == [moved.parent]
     (tmp_path / "copy.ckpt").touch()
     assert "copy.ckpt is not known" in error_line(pera("test", "--ckpt_path", tmp_path / "copy.ckpt"))
