@@ -51,7 +51,7 @@ from pera_lightning.training.preemption import Preemption, drop_requeue_file, va
 from pera_lightning.training.random_state import capture, restore
 from pera_lightning.training.run_folder import RunFolder, rebase_checkpoints
 from pera_lightning.training.seed_per_rank import seed_ranks_apart, share_first_ranks_generators
-from pera_lightning.training.training_data import note_training_data
+from pera_lightning.training.training_data import injection_in, note_training_data, number_classes_alike
 from pera_lightning.training.training_state import check_callback_states, check_training_state
 from pera_lightning.training.unused_layers import UnusedLayers
 
@@ -108,6 +108,8 @@ class AdapterInjection(Callback):
             setattr(pl_module, HOOK, self.injector())
         else:
             self._inject_foreign(pl_module)
+        if stage != TrainerFn.FITTING and (mark := injection_in(pl_module)) is not None:  # loaded before
+            number_classes_alike(pl_module, mark.spec(), type(pl_module).__name__)
         # Checkpoints are of what is trained: written so, and loaded without the base.
         allow_missing_base(pl_module)
         write_adapters_only(trainer.strategy)

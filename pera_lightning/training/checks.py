@@ -93,6 +93,8 @@ def _check_base(trainer: Trainer, module: LightningModule) -> None:
     """Raises `ConfigurationError` where weights of adapted layers are not those that the injection saw."""
     prefix, root = find_injected(module)  # type: ignore[misc]
     mark, frozen = injection_of(root), frozen_names(module)
+    if any(isinstance(module, AdaptedLayer) and module.merged for module in root.modules()):
+        return  # which its forward refuses
     # What was unfrozen may have been trained, also by a fit before; shards have no fingerprint.
     if trainer.ckpt_path or not mark.layers or any(hasattr(p, "full_tensor") for p in module.parameters()):  # type: ignore
         return

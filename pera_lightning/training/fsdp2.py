@@ -16,7 +16,8 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from pera_lightning.errors import ConfigurationError
@@ -123,3 +124,10 @@ def data_parallel_mesh(module: Any) -> Any | None:
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices, adapter-only checkpoints")
+
+
+def reshard(module: nn.Module) -> None:
+    """Gives up what FSDP2 has gathered: after a forward without a backward some units keep their full parameters."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

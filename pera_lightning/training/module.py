@@ -39,7 +39,7 @@ from pera_lightning.injection.state import (
 )
 from pera_lightning.training import _lightning_internals as internals
 from pera_lightning.training.checkpoint_io import read_checkpoint
-from pera_lightning.training.fsdp2 import data_parallel_mesh
+from pera_lightning.training.fsdp2 import data_parallel_mesh, reshard
 from pera_lightning.training.optimizers import parameter_groups
 from pera_lightning.training.precision import DTYPES, check_trained_float32, keep_heads_float32
 from pera_lightning.training.reloading import built, inject_from
@@ -212,6 +212,7 @@ class AdapterModule(LightningModule):
         # Steps of the entire run, so that the schedule ends with it; Lightning knows accumulation and epochs.
         optimizer = self.make_optimizer(groups)
         total = self.trainer.estimated_stepping_batches  # builds the train loader, if nothing has yet
+        reshard(self)  # a loader may have run the network, as for DreamBooth's class images
         if total == math.inf and (h["lr_schedule"] != "constant" or h["warmup_ratio"]):
             raise ConfigurationError(
                 f"lr_schedule={h['lr_schedule']} needs the number of optimizer steps, which is not known: give the "

@@ -123,7 +123,7 @@ def scored(data: dict[str, Any] | None, training: Mapping[str, Any] | None) -> d
 def output_name(trainer: Trainer, folder: Path, name: str) -> str:
     """The name of a file or folder of results in a run's folder, by the checkpoint that is measured.
 
-    It is `name` for the checkpoint that the run keeps first, mostly the best one, or alone, and for weights in memory;
+    It is `name` for the checkpoint that the run keeps first, mostly the best one, and for weights in memory;
     ``results-last.json`` and the like for another of its checkpoints, ``results-none.json`` for the untrained network,
     and a name with a digest of the path for another run's checkpoint. So no result is written over another's.
     """
@@ -145,9 +145,7 @@ def _measured(trainer: Trainer, folder: Path) -> str | None:
     own = file.parent in (*places, folder.resolve(), Path(trainer.default_root_dir).resolve())
     if not own and any(next(place.glob("*.ckpt"), None) for place in places):
         return f"{file.stem}-{sha256(str(file).encode()).hexdigest()[:8]}"
-    others = [path for path in file.parent.glob("*.ckpt") if path.stem != "last" and path != file]
-    alone = file.stem != "last" and not others  # the only one that a run has kept, whatever it is called
-    return None if alone or file.stem == (getattr(first, "filename", None) or "best") else file.stem
+    return None if file.stem == (getattr(first, "filename", None) or "best") else file.stem
 
 
 def record(module: LightningModule, metrics: Mapping[str, float], **facts: Any) -> dict[str, Any] | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from pera_lightning.errors import CheckpointError, listed
+from pera_lightning.errors import CheckpointError, PeraError, listed, shorten
 from pera_lightning.injection.inject import Injection, injection_of, update_injection
 from pera_lightning.injection.state import find_injected
 from pera_lightning.training import _lightning_internals as internals
@@ -38,23 +39,66 @@ def description_of(data: Any, asks: Iterable[str] = ("class_names",)) -> Mapping
     return {**said, "protocol": protocol()} if callable(protocol) else said
 
 
+def _said(data: Any) -> dict[str, Any]:
+    """What a data module says of its class names, as texts, and of itself, as primitives.
+
+    Somebody else's may use these words for other things: what is not of that form counts as nothing said.
+    """
+    try:
+        said: Any = description_of(data)
+    except PeraError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {shorten(str(error))}"
+        rank_zero_warn(f"checkpoints do not say what was trained on: {type(data).__name__} does not tell ({what})")
+        return {}
+    if not isinstance(said, Mapping):
+        return {}
+    protocol = _primitive(said.get("protocol"))
+    return {
+        "class_names": class_names_in(said),
+        "protocol": protocol if isinstance(protocol, dict) or protocol is None else {"protocol": protocol},
+    }
+
+
+def class_names_in(said: Mapping[str, Any]) -> list[str]:
+    """The names of the classes in what data say of themselves, as texts; none where they say none."""
+    names = _primitive(said.get("class_names"))
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _primitive(value: Any) -> Any:
+    """A value as a checkpoint and JSON hold it; what is neither is told by its text."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _primitive(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_primitive(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+
+
+def _hashes(data: Any, split: str) -> torch.Tensor | None:
+    """The hashes of a split's examples, of a data module that tells them: (n,) int64."""
+    tell = getattr(data, "example_hashes", None)
+    found = tell(split) if callable(tell) else None
+    return torch.from_numpy(found) if isinstance(found, np.ndarray) and found.dtype == np.int64 else None
+
+
 def note_training_data(trainer: Trainer, module: LightningModule) -> None:
     """Keeps what a fit is trained with, for its checkpoints; says where a resumed fit goes on with other examples."""
     found = find_injected(module)
     if found is None:
         return
     data = getattr(trainer, "datamodule", None)
-    said = description_of(data)
-    protocol, names = said.get("protocol"), said.get("class_names")
-    hashes = data.example_hashes("train") if hasattr(data, "example_hashes") else None
-    examples = None if hashes is None else torch.from_numpy(hashes).unique()
-    before = injection_of(found[1])
+    said, hashes = _said(data), _hashes(data, "train")
+    examples, before = None if hashes is None else hashes.unique(), injection_of(found[1])
     if trainer.ckpt_path is not None and before is not None:
         _compare_examples(before.trained_examples, examples)
     update_injection(
         found[1],
-        class_names=tuple(map(str, names)) if names else None,
-        trained_on=None if protocol is None else dict(protocol),
+        class_names=tuple(said.get("class_names", ())) or None,
+        trained_on=said.get("protocol"),
         trained_examples=examples,
     )
 
@@ -82,15 +126,15 @@ def number_classes_alike(module: nn.Module, saved: Mapping[str, Any], source: st
     """
     data = getattr(internals.attached_trainer(module), "datamodule", None)  # type: ignore[arg-type]
     names, renumber = saved.get("class_names"), getattr(data, "number_classes", None)
-    own = [str(name) for name in description_of(data).get("class_names") or ()]
+    own = _said(data).get("class_names", [])
     if not names or not own or own == list(names):
         return
     new, missing = [n for n in own if n not in names], [n for n in names if n not in own]
     if new or missing:
         parts = [f"have {listed(map(repr, new))}, which it does not know"] if new else []
         parts += [f"lack {listed(map(repr, missing))}"] if missing else []
-        differ = f"the data {', and '.join(parts)}"
-        raise CheckpointError(f"{source} was trained on other classes: {differ}; give them the same names")
+        differ, advice = f"the data {', and '.join(parts)}", "give them the same names" if new else "give data of all"
+        raise CheckpointError(f"{source} was trained on other classes: {differ}; {advice}")
     if renumber is None:
         raise CheckpointError(
             f"{source} numbers the classes {listed(map(repr, names), 4)}, the data {listed(map(repr, own), 4)}: give "
@@ -104,10 +148,9 @@ def number_classes_alike(module: nn.Module, saved: Mapping[str, Any], source: st
 def trained_on_at_test(module: LightningModule) -> dict[str, Any]:
     """What a result says of the training: the data, and how many of the examples tested on were trained on."""
     mark = injection_in(module)
-    data = module.trainer.datamodule  # type: ignore[attr-defined]
     known = None if mark is None else mark.trained_examples
-    hashes = data.example_hashes("test") if known is not None and hasattr(data, "example_hashes") else None
-    count = None if hashes is None else int(torch.isin(torch.from_numpy(hashes), known).sum())
+    hashes = None if known is None else _hashes(module.trainer.datamodule, "test")  # type: ignore[attr-defined]
+    count = None if hashes is None else int(torch.isin(hashes, known).sum())
     if count:
         rank_zero_warn(
             f"{count} of {len(hashes)} test examples were trained on: the checkpoint's split is another, or the data "

@@ -127,7 +127,7 @@ def test_last_without_a_last_checkpoint_says_where_it_looked(quick, tmp_path):
 
 def test_a_checkpoint_of_other_classes_is_one_line(quick, fitted):
     line = error_line(quick("--ckpt_path", fitted.checkpoint, "--data.classes", "[5, 6, 7]", command="test"))
-    assert "was trained on other classes: the data lack '8', '9'; give them the same names" in line
+    assert "was trained on other classes: the data lack '8', '9'; give data of all" in line
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_trained_on(quick, fitted):

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from pera_lightning import ImageDataModule
 from pera_lightning.data.base import TaskDataModule
-from pera_lightning.errors import ConfigurationError
+from pera_lightning.errors import CheckpointError, ConfigurationError
 from pera_lightning.training.module import AdapterModule
 from tests.tasks.image_classification.vision_helpers import ForeignData, loader, make_trainer, module
 
@@ -69,6 +69,8 @@ def test_the_number_of_classes_is_settled_before_the_network_is_built(vit, tmp_p
     assert (network.hparams["num_classes"], network.class_names[3]) == (4, "class d")
     assert network.model.head.out_features == 4
     with pytest.raises(ConfigurationError, match="num_classes=4, but the data has num_classes=3: leave it out, or ma"):
+        make_trainer(tmp_path, max_epochs=0).fit(network, datamodule=ForeignData(3))
+    with pytest.raises(CheckpointError, match="trained on other classes: the data lack 'class d'"):
         make_trainer(tmp_path).test(network, datamodule=ForeignData(3))
     make_trainer(tmp_path, max_epochs=0).fit(network, loader(4, classes=4))
     assert network.class_names is None

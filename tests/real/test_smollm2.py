@@ -90,8 +90,10 @@ def test_fit_resume_and_test(model_folder: Path, questions: Path, tmp_path: Path
     assert sum(seen[-2:]) < 0.5 * sum(seen[:2])
 
     run("test", 4, "whole", "--ckpt_path", "last")
-    result = json.loads((tmp_path / "whole" / "results.json").read_text(encoding="utf-8"))
-    lines = (tmp_path / "whole" / "predictions" / "score" / "ARC-Easy.jsonl").read_text(encoding="utf-8").splitlines()
+    result = json.loads((tmp_path / "whole" / "results-last.json").read_text(encoding="utf-8"))
+    lines = (
+        (tmp_path / "whole" / "predictions-last" / "score" / "ARC-Easy.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     assert result["n"] == {"test": 12}
     assert [json.loads(line)["id"] for line in lines] == [f"ARC-Easy/test/{k}" for k in range(12)]
     assert result["metrics"]["test/accuracy"] == sum(json.loads(line)["correct"] for line in lines) / 12

@@ -17,7 +17,7 @@ from pera_lightning.tasks.image_classification.data import ImageDataModule
 from pera_lightning.tasks.image_classification.module import ImageClassificationModule
 from pera_lightning.training.training_data import injection_in
 from tests.tasks.image_classification.image_helpers import SMALL, fill
-from tests.tasks.image_classification.vision_helpers import make_trainer, save_tiny_vit
+from tests.tasks.image_classification.vision_helpers import ForeignData, make_trainer, save_tiny_vit
 
 
 def data_of(dataset: str | Path, **arguments) -> ImageDataModule:
@@ -151,3 +151,47 @@ def test_contents_tell_examples_apart(run, tmp_path):
     moved = data_of(tmp_path)
     moved.setup("fit")
     assert set(moved.example_hashes("train")) == set(one)
+
+
+class Foreign(ForeignData):
+    """Somebody else's data module, whose words mean other things."""
+
+    def __init__(self, names: object, protocol: object = None, hashes: object = None) -> None:
+        super().__init__(3)
+        self.class_names, self._protocol, self._hashes = names, protocol, hashes
+
+    def protocol(self) -> object:
+        return self._protocol
+
+    def example_hashes(self, split: str) -> object:
+        return self._hashes
+
+
+def fitted_on(folder: Path, data: ForeignData):
+    save_tiny_vit(folder / "vit")
+    trainer = make_trainer(folder, limit_val_batches=0, limit_train_batches=1)
+    network = network_of(folder)
+    trainer.fit(network, datamodule=data)
+    trainer.save_checkpoint(folder / "best.ckpt")
+    return network, torch.load(folder / "best.ckpt", weights_only=True)["pera_lightning"]
+
+
+def test_what_others_say_is_kept_as_primitives(tmp_path):
+    names = np.array(["a", "b", "c"])
+    _, about = fitted_on(tmp_path, Foreign(names, {"path": Path("x"), "n": np.int64(3), "of": (1, None)}, [1, 2]))
+    assert (about["class_names"], about["trained_on"]) == (["a", "b", "c"], {"path": "x", "n": 3, "of": [1, None]})
+    assert "trained_examples" not in about
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["trained_on"]["n"] == 3
+
+
+@pytest.mark.parametrize("protocol", ["standard", None, 3])
+def test_other_words_are_no_error(tmp_path, protocol):
+    _, about = fitted_on(tmp_path, Foreign(3, protocol))
+    assert about["class_names"] is None
+    assert about["trained_on"] == (None if protocol is None else {"protocol": protocol})
+
+
+def test_other_peoples_classes_in_another_order_are_refused_in_memory_too(tmp_path):
+    network, _ = fitted_on(tmp_path, Foreign(["a", "b", "c"]))
+    with pytest.raises(CheckpointError, match="numbers the classes 'a', 'b', 'c', the data 'c', 'b', 'a'"):
+        make_trainer(tmp_path).test(network, datamodule=Foreign(["c", "b", "a"]), verbose=False)

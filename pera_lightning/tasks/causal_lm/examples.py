@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import DataError, shorten
 
@@ -70,6 +68,8 @@ def read_examples(
 
 def warn_of_size(name: str, examples: Sequence[Example], expected: int | None, source: object) -> None:
     """Warns where a file has not as many examples as are known of its set: results would not compare."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # which takes seconds, and protocols do without
+
     if expected not in (None, len(examples)):
         rank_zero_warn(
             f"{source} has {len(examples)} examples, and {name} has {expected} in the papers: results on it do not "

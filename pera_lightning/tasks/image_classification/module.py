@@ -27,6 +27,7 @@ from pera_lightning.training import results
 from pera_lightning.training.module import AdapterModule
 from pera_lightning.training.precision import DTYPES
 from pera_lightning.training.predictions import write_predictions
+from pera_lightning.training.training_data import class_names_in
 from pera_lightning.validation import check_in_range, check_positive_int
 
 
@@ -76,8 +77,8 @@ class ImageClassificationModule(AdapterModule):
     def agree(self) -> None:
         """Takes number and names of the classes from the data."""
         data = self.data_description()
-        names = data.get("class_names") or self.trained_class_names() or ()
-        self.class_names = [str(name) for name in names] or None
+        names = class_names_in(data) or self.trained_class_names() or []
+        self.class_names = names or None
         self.agree_on("num_classes", data.get("num_classes") or len(names) or None)
 
     def data_requirements(self) -> dict[str, Any]:

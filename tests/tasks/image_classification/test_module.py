@@ -330,7 +330,8 @@ def test_subclassed_under_a_plain_lightning_cli(vit, tmp_path, monkeypatch):
     (path,) = tmp_path.rglob("*.ckpt")
     assert path.stat().st_size < 100_000
     LightningCLI(TheirModule, ForeignData, args=["test", *words, "--ckpt_path", str(path)], save_config_callback=None)
-    assert json.loads((tmp_path / "results.json").read_text())["method"]["class_path"].endswith("PERA")
+    (results,) = tmp_path.glob("results-epoch=0-*.json")  # by the checkpoint's name, which is ModelCheckpoint's own
+    assert json.loads(results.read_text())["method"]["class_path"].endswith("PERA")
 
 
 class Twice(ImageClassificationModule):
