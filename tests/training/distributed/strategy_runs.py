@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from functools import partialmethod
 from pathlib import Path
 
@@ -122,7 +123,10 @@ def run_case(case):
     """Fits or tests as a case says."""
     folder, (rank, world) = Path(case["folder"]), own_rank()
     if "forgets" in case and rank == 0:  # the others wait for it where the network is sharded
-        files = sorted(folder.glob(case["forgets"]))
+        # The other rank may still be writing its file of the case before.
+        deadline = time.monotonic() + 60
+        while len(files := sorted(folder.glob(case["forgets"]))) < world and time.monotonic() < deadline:
+            time.sleep(0.05)
         (folder / "answered.json").write_text(json.dumps([len(file.read_text().splitlines()) for file in files]))
         files[-1].unlink()
     seed_everything(0, verbose=False)
