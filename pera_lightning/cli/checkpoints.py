@@ -88,8 +88,9 @@ def loaded_first(given: str | None, trainer: Trainer) -> str | None:
 
 def find_checkpoint(name: str, trainer: Trainer) -> Path | None:
     """The newest file that "best" or "last" means in the folder of a run."""
-    pattern = "last*.ckpt" if name == "last" else f"{name}.ckpt"  # Lightning counts them: last-v1.ckpt
-    found = [file for folder in checkpoint_folders(trainer) for file in folder.glob(pattern)]
+    # Lightning counts them, best-v1.ckpt, where a file of that name is there: also an earlier run's, in one `dirpath`.
+    patterns = ["last*.ckpt"] if name == "last" else [f"{name}.ckpt", f"{name}-v[0-9]*.ckpt"]
+    found = [file for folder in checkpoint_folders(trainer) for one in patterns for file in folder.glob(one)]
     return max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 

@@ -10,9 +10,11 @@ import signal
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from pera_lightning import ImageClassificationModule
+from pera_lightning.cli.checkpoints import find_checkpoint
 from pera_lightning.cli.lightning_cli import SaveConfigAtStart
 from pera_lightning.cli.sweeps.folder import fit_finished
 from pera_lightning.training.folder_lock import FILE, FolderLock
@@ -204,3 +206,13 @@ def test_a_signal_to_a_test_is_one_line(quick, run, monkeypatch, interruptible):
     monkeypatch.setattr(ImageClassificationModule, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     result = quick("--ckpt_path", "best", command="test")
     assert (result.code, result.err.splitlines()[-1]) == (130, "stopped by SIGINT")
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_of_files_that_lightning_counted_the_newest_is_meant(tmp_path, name):
+    """In a `dirpath` of one's own that two runs shared, the file without a number is the earlier run's."""
+    for age, file in enumerate(("adapter.ckpt", f"{name}-v1.ckpt", f"{name}.ckpt")):
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (10 - age, 10 - age))
+    trainer = Trainer(logger=False, callbacks=[ModelCheckpoint(tmp_path)], default_root_dir=tmp_path / "other")
+    assert find_checkpoint(name, trainer) == tmp_path / f"{name}-v1.ckpt"
