@@ -87,9 +87,9 @@ class ImageClassificationModule(AdapterModule):
     def build_network(self, weights: bool = True) -> nn.Module:
         network = self._create(pretrained=weights and self.hparams["pretrained"])
         # Always a new head: weights for another task with as many classes must not survive.
-        loaded = {id(p) for p in network.parameters()}
+        loaded = set(network.parameters())  # kept until the end: the id of a freed head may come again
         network.reset_classifier(self.hparams["num_classes"])
-        self._new = {name for name, p in network.named_parameters() if id(p) not in loaded}
+        self._new = {name for name, p in network.named_parameters() if p not in loaded}
         return network.to(DTYPES[self.hparams["base_dtype"]])
 
     def configure_model(self) -> None:

@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
+from torch import nn
 
 from pera_lightning import inject
 from pera_lightning.adapters import LoRA
@@ -174,3 +175,20 @@ def test_both_heads_of_a_distilled_network_are_trained_or_refused(tmp_path):
         network.configure_model()
     network.adapter_injection.keywords["trainable"].append("head_dist")
     network.configure_model()
+
+
+def test_a_head_that_takes_the_place_in_memory_of_the_old_one_is_new(vit, monkeypatch):
+    """What is new was once told by ids, and a freed tensor's id comes again."""
+    network = timm.create_model(f"local-dir:{vit}", pretrained=False)
+
+    def reset(classes):
+        del network.head
+        network.head = nn.Linear(network.embed_dim, classes)
+
+    monkeypatch.setattr(network, "reset_classifier", reset)
+    monkeypatch.setattr("pera_lightning.tasks.image_classification.module.create", lambda *args, **options: network)
+    for _ in range(50):
+        ours = module(vit)
+        ours.adapter_injection = partial(inject, method=LoRA(rank=1), targets=["qkv"])
+        ours.build_network()
+        assert ours._new == {"head.weight", "head.bias"}
