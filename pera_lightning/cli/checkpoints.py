@@ -158,8 +158,12 @@ def of_its_run(words: Sequence[str]) -> list[str]:
     """The words of an evaluation; with a checkpoint's file and no config, those of its run, wherever that lies now."""
     configs, _ = taken_out(words, CONFIG_FLAGS)
     given, _ = taken_out(words, ("--ckpt_path",))
-    if configs or not given or not Path(given[-1]).is_file():
+    if configs or not given or any(word.startswith("--model") for word in words):  # a run's config, or none is needed
         return [*words]
+    if not Path(given[-1]).is_file():
+        named = given[-1] in ("best", "last", NONE) or "://" in given[-1] or Path(given[-1]).is_dir()
+        what = "of which run? Give --config" if named else "no such file. Give --config"
+        raise ConfigurationError(f"--ckpt_path {given[-1]}: {what}, or the FILE of a checkpoint in its run's folder")
     found = configured(words, given[-1])
     run = run_folder(given[-1])
     assert run is not None

@@ -145,6 +145,9 @@ def test_a_checkpoint_alone_is_tested_where_its_run_lies(pera, run, tmp_path, mo
     assert [*tmp_path.iterdir()] == [moved.parent]
     (tmp_path / "copy.ckpt").touch()
     assert "copy.ckpt is not known" in error_line(pera("test", "--ckpt_path", tmp_path / "copy.ckpt"))
+    assert "gone.ckpt: no such file. Give --config" in error_line(pera("test", "--ckpt_path", tmp_path / "gone.ckpt"))
+    for unclear in ("best", "http://127.0.0.1/x.ckpt", moved):
+        assert f"{unclear}: of which run? Give --config" in error_line(pera("predict", "--ckpt_path", unclear))
 
 
 def test_a_logger_that_counts_its_versions(quick, tmp_path):

@@ -164,7 +164,7 @@ def choose_classes(names: list[str], wanted: list[int | str]) -> list[int]:
             found.append(one)
         else:
             there = f"numbers 0 to {len(names) - 1}" if isinstance(one, int) and not numeric else listed(names)
-            raise DataError(f"no class {one!r}; there are {there}{closest(str(one), names)}")
+            raise DataError(f"classes={wanted}: no class {one!r}; there are {there}{closest(str(one), names)}")
     if len(set(found)) < len(found):  # by name and number, or twice by one
         raise ConfigurationError(f"classes has one twice: {wanted}")
     return found

@@ -96,7 +96,7 @@ def test_bad_classes(classes, error, message):
 def test_classes_by_name_and_by_number(flat):
     assert image_module(flat, classes=["eel", "cat"]).class_names == ["eel", "cat"]
     assert image_module(flat, classes=[2, 0]).class_names == ["eel", "cat"]
-    with pytest.raises(DataError, match="no class 3; there are numbers 0 to 2"):
+    with pytest.raises(DataError, match=r"classes=\[0, 3\]: no class 3; there are numbers 0 to 2"):
         image_module(flat, classes=[0, 3])
     with pytest.raises(DataError, match="no class 'dgo'; there are cat, dog, eel; closest: dog"):
         image_module(flat, classes=["cat", "dgo"])
