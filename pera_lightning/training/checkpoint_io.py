@@ -16,6 +16,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from pera_lightning import __version__
@@ -151,6 +152,8 @@ def in_one_line(restore: Callable[[], None]) -> None:
         restore()
     except PeraError:
         raise
+    except MisconfigurationException as error:  # the checkpoint may be right, and the trainer's settings not
+        raise CheckpointError(f"the checkpoint cannot be gone on from with these settings: {error}") from error
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(
