@@ -217,6 +217,11 @@ class GLUEDataModule(TokenDataModule):
         for one in ("fit", "test") if stage is None else (stage,):
             subsets = self._plan.subsets(self.task, one, self._examples)  # by the run's splits
             self._subsets.update(subsets)
+            if one == "test" and "test" in self.source.files and subsets["test"].split != "test":
+                rank_zero_warn(
+                    f"split_protocol={self.split_protocol} scores on the {subsets['test'].split} file; test_file is for "
+                    "predict: with labels, split_protocol=own_test scores on it"
+                )
             for name in subsets:
                 if name not in self._datasets and name.partition("_")[0] in LOADED[one]:
                     self._datasets[name] = self._build(name)

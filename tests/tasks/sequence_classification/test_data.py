@@ -168,6 +168,9 @@ def test_a_test_set_with_labels_is_scored_on_by_own_test_alone(tmp_path):
     assert data.protocol()["sizes"] == {"test": 5}
     data.setup("fit")
     assert len(numbers(data.val_dataloader())) == 6
+    with pytest.warns(UserWarning, match="split_protocol=full_validation scores on the validation file; test_file is"):
+        data = glue(tmp_path, "test", task="custom", text_columns=["t"], **files)
+    assert len(numbers(data.test_dataloader())) == 6
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
