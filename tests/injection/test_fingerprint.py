@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_another_base_is_refused_by_the_names_that_differ(tmp_path: Path, change
         load_adapter(other, tmp_path)
     assert injection_of(other) is None
     load_adapter(other, tmp_path, check_base=False)
+
+
+def test_copies_that_round_apart_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Neither a bfloat16 nor a float16 copy has the values of which both are: they cannot be told from another base."""
+    torch.manual_seed(0)
+    original = Net()
+    half, model = deepcopy(original).half(), original.bfloat16()
+    inject(model, LoRA(rank=2), ["up"], ["head"])
+    save_adapter(model, tmp_path)
+    with pytest.raises(CheckpointError, match="load the base in the type trained on, bfloat16 and float16 round apart"):
+        load_adapter(half, tmp_path)
 
 
 def test_a_layer_that_one_base_lacks_is_named(tmp_path: Path) -> None:

@@ -166,5 +166,5 @@ def test_a_checkpoint_that_was_changed(tmp_path: Path, path: tuple, junk: object
 def test_fewer_epochs_than_were_trained(tmp_path: Path) -> None:
     """The checkpoint is in order, and not called damaged."""
     fitted(tmp_path, max_epochs=4)
-    with pytest.raises(CheckpointError, match=r"with these settings: .*current_epoch=\d, but .* Trainer\(max_epochs=1\)"):
+    with pytest.raises(CheckpointError, match=r"with these settings: .*current_epoch=\d, but .*\(max_epochs=1\)"):
         trainer(tmp_path, callback(), max_epochs=1).fit(Plain(), train_loader(), ckpt_path=str(tmp_path / "best.ckpt"))

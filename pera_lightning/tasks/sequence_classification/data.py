@@ -219,8 +219,8 @@ class GLUEDataModule(TokenDataModule):
             self._subsets.update(subsets)
             if one == "test" and "test" in self.source.files and subsets["test"].split != "test":
                 rank_zero_warn(
-                    f"split_protocol={self.split_protocol} scores on the {subsets['test'].split} file; test_file is for "
-                    "predict: with labels, split_protocol=own_test scores on it"
+                    f"split_protocol={self.split_protocol} scores on the {subsets['test'].split} file; test_file is "
+                    "for predict: with labels, split_protocol=own_test scores on it"
                 )
             for name in subsets:
                 if name not in self._datasets and name.partition("_")[0] in LOADED[one]:

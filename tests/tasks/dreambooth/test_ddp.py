@@ -104,8 +104,8 @@ def test_fsdp2_trains_and_draws_as_ddp(base, photos, tmp_path):
     run_forked(lambda: [main(one) for one in runs], 2, tmp_path, 200)
     plain, sharded = (load_file(folder / "pera" / "adapter" / "adapter.safetensors") for folder in (one, other))
     assert plain.keys() == sharded.keys()
-    # Adam makes a step of about lr, 0.05, of any gradient: where that is rounding alone, a little of it remains, how much
-    # is the processor's. A rank's gradient that is left out moves them by lr.
+    # Adam makes a step of about lr, 0.05, of any gradient: where that is rounding alone, a little of it remains, and
+    # how much is the processor's. A rank's gradient that is left out moves them by lr.
     for name, value in plain.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=2e-3, msg=name)
     files = [path.relative_to(one) for path in one.rglob("*.png")]
