@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import time
 import urllib.request
+from concurrent.futures import Future, wait
 from glob import escape
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from fsspec.core import url_to_fs
@@ -21,6 +24,7 @@ from pera_lightning.training import _lightning_internals as internals
 _STARTED = time.time()
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT, _PATIENCE, _SLOWEST = 30, 60, 10_000  # seconds without a byte; seconds until a rate counts; bytes a second
+_LOOK = 1  # seconds between looks at the rate
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -67,22 +71,36 @@ def is_url(path: Any) -> bool:
 
 def fetched(url: str) -> io.BytesIO:
     """What is at a URL now, in memory; `CheckpointError` where it cannot be had in full and in bounded time."""
-    content, begun = io.BytesIO(), time.monotonic()
+    content, done, begun = io.BytesIO(), Future[str | None](), time.monotonic()
+    # In a thread: a server may take for ever over its header and over the sizes of chunks too, byte by byte, where
+    # urllib waits inside of one call. One that is given up ends with its socket, or with the process.
+    Thread(target=_transfer, args=(url, content, done), daemon=True).start()
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            announced = response.headers.get("Content-Length")
-            while chunk := response.read1(_CHUNK):  # what has come, however little
-                content.write(chunk)
-                seconds = time.monotonic() - begun
-                if seconds > _PATIENCE and content.tell() < _SLOWEST * seconds:
-                    raise TimeoutError(f"{megabytes(content.tell())} in {seconds:.0f} seconds")
+        while not wait([done], _LOOK).done:
+            seconds = time.monotonic() - begun
+            if seconds > _PATIENCE and content.tell() < _SLOWEST * seconds:
+                raise TimeoutError(f"{megabytes(content.tell())} in {seconds:.0f} seconds")
+        announced = done.result()
     except Exception as error:  # of sockets, of HTTP, of addresses
-        what = f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
+        # Of HTTP's errors the text has the number, and the reason alone may say nothing.
+        said = error if isinstance(error, HTTPError) else getattr(error, "reason", None) or error
+        what = f"{type(error).__name__}: {said}"
         raise CheckpointError(f"checkpoint {url} cannot be had ({what}): try again, or download it by itself") from None
     if announced is not None and announced.isdigit() and int(announced) != content.tell():
         raise CheckpointError(f"checkpoint {url}: the download broke off after {content.tell()} of {announced} bytes")
     content.seek(0)
     return content
+
+
+def _transfer(url: str, content: io.BytesIO, done: Future[str | None]) -> None:
+    """Copies what is at a URL into `content`; `done` gets the announced length, or what went wrong."""
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            while chunk := response.read1(_CHUNK):  # what has come, however little
+                content.write(chunk)
+            done.set_result(response.headers.get("Content-Length"))
+    except BaseException as error:  # of whatever kind, for the thread that waits
+        done.set_exception(error)
 
 
 def remove_leftovers(file: Path) -> None:

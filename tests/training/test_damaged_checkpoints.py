@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import BinaryIO
 
 import pytest
@@ -19,6 +22,8 @@ from torch import nn
 
 from pera_lightning import load_adapted
 from pera_lightning.errors import CheckpointError
+from pera_lightning.training import checkpoint_files
+from pera_lightning.training.checkpoint_io import read_checkpoint
 from tests.training.foreign import Plain, train_loader, val_loader
 from tests.training.short_fits import callback, fitted, trainer
 
@@ -105,11 +110,44 @@ def test_a_checkpoint_by_url(tmp_path: Path, url: str) -> None:
     for read in (fit, test, lambda name: load_adapted(Plain, f"{url}/{name}")):
         with pytest.raises(CheckpointError, match="is damaged, or another kind of file"):
             read("best.ckpt")
-        with pytest.raises(CheckpointError, match=r"cannot be had .*404|File not found"):
+        with pytest.raises(CheckpointError, match=r"cannot be had \(HTTPError: HTTP Error 404: File not found\)"):
             read("none.ckpt")
         with pytest.raises(CheckpointError, match=r"cannot be had .*IncompleteRead|broke off after"):
             read("cut.ckpt")
     assert not (tmp_path / "mark").exists()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+DRIPS = {  # at once, and then again and again
+    "header": (HEAD + b"X-Header: ", b"x"),
+    "size of a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+    "body": (HEAD + b"Content-Length: 100000\r\n\r\n", b"x"),
+}
+
+
+@pytest.mark.parametrize(("first", "drop"), DRIPS.values(), ids=DRIPS)
+def test_a_server_that_drips_is_given_up(first: bytes, drop: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of its answer it drips: urllib alone waits for a line of a header, or of a chunk, for ever."""
+    for name, value in {"_PATIENCE": 0.3, "_LOOK": 0.1}.items():
+        monkeypatch.setattr(checkpoint_files, name, value)
+
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(first)
+            with suppress(OSError):  # the reader has gone
+                for _ in range(200):  # ten seconds
+                    self.request.sendall(drop)
+                    time.sleep(0.05)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        begun = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"cannot be had \(TimeoutError: \S+ MB in 0 seconds\)"):
+            read_checkpoint(f"http://127.0.0.1:{server.server_address[1]}/best.ckpt")
+        assert time.monotonic() - begun < 5
+        server.shutdown()
 
 
 JUNK = {
