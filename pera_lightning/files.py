@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pera_lightning.errors import DataError, closest
+from pera_lightning.errors import DataError, closest, shorten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,6 +80,20 @@ def check_crcs(file: Path | BinaryIO) -> None:
                         pass
     if not isinstance(file, Path):
         file.seek(0)
+
+
+def what_failed(error: Exception) -> str:
+    """The kind of an error of reading a file, and what it says, in one line.
+
+    torch's refusals to unpickle advise to read the file with ``weights_only=False``, which would run what it says, and
+    name the reason only after that: here the reason alone is given.
+    """
+    text = shorten(str(error))
+    if text.startswith("Weights only load failed"):
+        named = re.search(r"GLOBAL (\S+)", text)
+        holds = f"it asks for {named[1]}, and" if named else "it is no pickle of them:"
+        text = f"{holds} tensors and primitives alone are read"
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def _begins_as_zip(file: Path | BinaryIO) -> bool:

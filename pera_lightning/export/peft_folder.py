@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pera_lightning.errors import CheckpointError, listed, shorten
 from pera_lightning.export.peft_names import CONFIG_FILE, PICKLE_FILE, PREFIX, WEIGHTS_FILE
-from pera_lightning.files import check_crcs, closest_beside, parse_json
+from pera_lightning.files import check_crcs, closest_beside, parse_json, what_failed
 
 # Settings of peft's configs that are used below, or that change nothing of a loaded adapter.
 _READ = {"peft_type", "r", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern"}
@@ -183,8 +183,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             check_crcs(file)
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle and zipfile each have several kinds
-        what = f"{type(error).__name__}: {shorten(str(error))[:200]}"
-        raise CheckpointError(f"{file} is damaged, or holds more than tensors ({what})") from None
+        raise CheckpointError(f"{file} is damaged, or holds more than tensors ({what_failed(error)})") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pera_lightning import __version__
 from pera_lightning.adapters.base import plain_name
-from pera_lightning.errors import CheckpointError, PeraError, listed, shorten
-from pera_lightning.files import check_crcs
+from pera_lightning.errors import CheckpointError, PeraError, listed
+from pera_lightning.files import check_crcs, what_failed
 from pera_lightning.injection.compiled import own_description, own_state, plain_description, plain_state
 from pera_lightning.injection.description import UNFROZEN, checked_description
 from pera_lightning.injection.inject import injection_of
@@ -188,9 +188,8 @@ def read_checkpoint(path: Any, load: Callable[[], Any] | None = None) -> dict[st
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_others(local)}") from None
     except Exception as error:  # torch, pickle and zipfile raise eight kinds of error for other bytes
-        what = f"{type(error).__name__}: {shorten(str(error))[:200]}"
         raise CheckpointError(
-            f"checkpoint {path} is damaged, or another kind of file ({what}){_others(local)}"
+            f"checkpoint {path} is damaged, or another kind of file ({what_failed(error)}){_others(local)}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a Lightning checkpoint")

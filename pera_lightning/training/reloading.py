@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from pera_lightning.errors import CheckpointError, PeraError
-from pera_lightning.files import check_crcs
+from pera_lightning.files import check_crcs, what_failed
 from pera_lightning.injection.all_or_nothing import as_it_was
 from pera_lightning.injection.description import UNFROZEN
 from pera_lightning.injection.state import METADATA, check_plain, find_injected, inject_spec, without
@@ -79,8 +79,7 @@ def built(load: Callable[..., ModuleType], path: Any, weights_only: bool = True,
     except PeraError:
         raise
     except Exception as error:  # hyperparameters of a file can be anything, and so can what a class says to them
-        what = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"no module can be built from the checkpoint {path} ({what})") from error
+        raise CheckpointError(f"no module can be built from the checkpoint {path} ({what_failed(error)})") from error
 
 
 def _without_base(checkpoint: dict[str, Any]) -> io.BytesIO | None:

@@ -290,6 +290,9 @@ def test_load_from_checkpoint_takes_tensors_only(vit, tmp_path, capsys):
     file.write_bytes(whole)
     torch.save({**torch.load(file, weights_only=True), "more": Evil()}, file)
     capsys.readouterr()
-    with file.open("rb") as opened, pytest.raises(CheckpointError, match="Weights only load failed"):
+    with (
+        file.open("rb") as opened,
+        pytest.raises(CheckpointError, match=r"UnpicklingError: it asks for \S+, and tensors"),
+    ):
         type(model).load_from_checkpoint(opened)
     assert "code ran" not in capsys.readouterr().out
