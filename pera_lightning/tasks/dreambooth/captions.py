@@ -7,7 +7,7 @@ and ``text``), at any depth; ``NAME.txt`` and ``NAME.caption`` (kohya's) beside 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,16 @@ class Captions:
         images = {nfc(name): name for name in files}
         for file in there:
             if Path(file).name in METADATA:
-                self._read_metadata(file, images)
-        existing = {nfc(name): name for name in there}
+                self._read_metadata(file, images, {nfc(name) for name in there})
+        # A suffix may be in capitals, as an image's may: A.TXT beside A.JPG.
+        existing = {nfc(Path(name).with_suffix(Path(name).suffix.lower()).as_posix()): name for name in there}
         for name in files:
             for suffix in BESIDE:  # a.txt for a.png
                 if file := existing.get(nfc(Path(name).with_suffix(suffix).as_posix())):
                     self._read_beside(file, name)
 
-    def _read_metadata(self, file: str, images: Mapping[str, str]) -> None:
-        path, absent = self.root / file, []
+    def _read_metadata(self, file: str, images: Mapping[str, str], there: Collection[str]) -> None:
+        path, absent, unread = self.root / file, [], []
         for number, entry in enumerate(_entries(path)):
             # Both, and neither empty.
             values = [entry.get(key) if isinstance(entry, Mapping) else None for key in ("file_name", "text")]
@@ -66,9 +67,13 @@ class Captions:
             if name in images:
                 self._add(images[name], shorten(values[1]), file)
             else:
-                absent.append(name)
-        if absent:
-            raise DataError(f"{path} names {len(absent)} image(s) that are not there: {listed(absent, 3)}; remove them")
+                (unread if name in there else absent).append(name)
+        for names, what, advice in (
+            (absent, "image(s) that are not there", "remove them (a file_name is relative to that file's folder)"),
+            (unread, "file(s) that are not read as images", "convert or remove them"),
+        ):
+            if names:
+                raise DataError(f"{path} names {len(names)} {what}: {listed(names, 3)}; {advice}")
 
     def _read_beside(self, file: str, image: str) -> None:
         text = shorten(read_text(self.root / file))
@@ -78,6 +83,8 @@ class Captions:
         self._add(image, text, file)
 
     def _add(self, image: str, text: str, file: str) -> None:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can say it; UTF-8 and tokenizers cannot
+            raise DataError(f"{self.root / file}: the caption of {image} holds half a character, a lone surrogate")
         self.files[file] = None
         source = self._sources.setdefault(image, file)
         if self.texts.setdefault(image, text) == text:

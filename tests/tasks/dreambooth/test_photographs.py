@@ -80,6 +80,7 @@ def test_captions_come_from_either_file_and_else_from_the_prompt(tmp_path):
         ("../metadata.csv", 'file_name,text\nsub/00.png,"sks, asleep"\nsub/more/00.png,sks awake\n'),
         ("more/metadata.jsonl", None),
         ("00.caption", "sks, asleep\n"),
+        ("00.CAPTION", "sks, asleep\n"),
     ],
 )
 def test_captions_as_other_tools_write_them(tmp_path, file, content):
@@ -91,8 +92,8 @@ def test_captions_as_other_tools_write_them(tmp_path, file, content):
         metadata(root, row("00.png", "sks, asleep"))
     else:
         (root / file).write_text(content)
-    if file == "00.caption":
-        (root / "more" / "00.caption").write_text("sks awake")
+    if file.lower() == "00.caption":
+        (root / "more" / file).write_text("sks awake")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing of it is left unread
         found = {
@@ -140,10 +141,13 @@ def test_no_note_where_all_or_none_have_captions(tmp_path):
         (["00.png"], None, "entry 0 of .* has str"),
         ([], None, "has no examples"),
         ([row("00.png", "a")], " \n", "caption .*00.txt is empty"),
+        ([row("IMG_1.HEIC", "a")], None, r"names 1 file\(s\) that are not read as images: IMG_1.HEIC; convert"),
+        ([row("00.png", "\ud800")], None, "metadata.jsonl: the caption of 00.png holds half a character"),
     ],
 )
 def test_captions_that_cannot_be_used(tmp_path, rows, beside, message):
     fill(tmp_path, 1)
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"heic")
     metadata(tmp_path, *rows)
     if beside is not None:
         (tmp_path / "00.txt").write_text(beside)
