@@ -59,8 +59,8 @@ class ImageDataModule(TaskDataModule):
         test_fraction: share of the training examples for a test split that the source lacks; by default a fifth.
         split_seed: seed of the cuts, and of nothing else.
         predict_folder: predict on all images under this folder, at any depth, or on these files, in place of the test
-            split. A folder on their path that is called like a class is their label. With a checkpoint that has the
-            names of the classes, the data set itself need not be there.
+            split. The given folder, or one within it, that is called like a class is their label. With a checkpoint
+            that has the names of the classes, the data set itself need not be there.
         config_name: configuration of a data set of the hub.
         image_column: image column of a data set of the hub, by default ``image``.
         label_column: label column of a data set of the hub, by default ``label``.

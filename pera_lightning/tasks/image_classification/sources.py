@@ -241,23 +241,26 @@ def same_classes(where: str, names: list[str], training: list[str]) -> None:
 def predict_source(given: str | list[str], class_names: list[str]) -> FolderSource:
     """Images to predict on: of one folder all at any depth, or several folders and files.
 
-    A folder on the path of an image that is called like a class is its label.
+    A folder that is called like a class, between the given one and an image or the given one itself, is its label.
     """
     places = [given] if isinstance(given, str) else given
-    root, files = Path(), []
-    if len(places) == 1 and not Path(places[0]).expanduser().is_file():
-        root = require_folder(places[0])  # files are called by their path within it
-        files = image_files(root)
-        warn_of_other_files(root, {*files})
-    else:
-        for place in (Path(place).expanduser() for place in places):
-            found = [place.name] if place.is_file() else image_files(require_folder(str(place)))
-            above = place.parent if place.is_file() else place
+    number = {name: label for label, name in enumerate(class_names)}
+    root, files, labels = Path(), [], []
+    for place in (Path(place).expanduser() for place in places):
+        is_file = place.exists() and not place.is_dir()
+        above = place.parent if is_file else require_folder(str(place))
+        found = [place.name] if is_file else image_files(above)
+        if len(places) == 1 and not is_file:
+            root, files = above, found  # files are called by their path within it
+            warn_of_other_files(root, {*files})
+        else:
             files += [(above / name).as_posix() for name in found]
+        # Folders above the given one are somebody's home, or a project: they say nothing. Of those within it the
+        # outermost counts, as in training.
+        own = nfc(above.absolute().name)
+        folders = ([*Path(nfc(name)).parts[:-1], own] for name in found)
+        labels += [next((number[folder] for folder in those if folder in number), -1) for those in folders]
     if not files:
         raise DataError(f"predict_folder {given} has no images ({', '.join(SUFFIXES)}) at any depth")
     check_headers(root, files)
-    number = {name: label for label, name in enumerate(class_names)}
-    # The outermost folder that is called like a class counts.
-    labels = [next((number[name] for name in Path(nfc(file)).parts[:-1] if name in number), -1) for file in files]
     return FolderSource(root, files, np.array(labels, dtype=np.int64), class_names)

@@ -171,6 +171,28 @@ def test_a_class_of_a_folder_made_on_a_mac_is_the_same_class(tmp_path):
         image_module(tmp_path)
 
 
+def test_known_labels_come_from_the_given_folder_and_below(tmp_path):
+    """Not from what is above: of the user cat's photographs none is known to be a cat for that."""
+    home = tmp_path / "cat"
+    fill(home / "dog" / "cat", 1)
+    fill(home / "dog", 1)
+    fill(home / "photos", 1)
+
+    def known(*given):
+        source = image_sources.predict_source(given[0] if len(given) == 1 else [*given], ["cat", "dog"])
+        return dict(zip(source.files, source.labels.tolist(), strict=True))
+
+    dog, photos = str(home / "dog"), str(home / "photos")
+    assert known(str(home)) == {"dog/00.png": 1, "dog/cat/00.png": 1, "photos/00.png": 0}
+    assert known(photos) == {"00.png": -1}
+    assert known(dog) == {"00.png": 1, "cat/00.png": 0}
+    assert known(photos, dog, f"{home}/dog/00.png") == {
+        f"{photos}/00.png": -1,
+        f"{dog}/00.png": 1,
+        f"{dog}/cat/00.png": 0,
+    }
+
+
 def test_predict_folder(flat, tmp_path):
     more = tmp_path / "new"
     fill(more, 2)
