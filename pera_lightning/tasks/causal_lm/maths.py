@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from pera_lightning.data import hub
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.causal_lm.data import TextDataModule
 from pera_lightning.tasks.causal_lm.examples import Example, to_example, warn_of_size
+from pera_lightning.tasks.causal_lm.protocols.maths import read_otherwise
 
 # Test examples of GSM8K and of LLM-Adapters' sets of numbers (arXiv 2304.01933, table 1).
 SET_SIZES = {"gsm8k": 1319, "AddSub": 395, "MultiArith": 600, "SingleEq": 508, "SVAMP": 1000}
@@ -72,6 +75,15 @@ class MathsDataModule(TextDataModule):
     def test_examples(self) -> dict[str, list[Example]]:
         name, examples = _name(self.test), read_problems(self.test, "test")
         warn_of_size(name, examples, SET_SIZES.get(name), self.test)
+        for one in examples:
+            self.evaluation.check(one)
+        if unread := read_otherwise(self.evaluation, examples):
+            shown = listed([repr(one.answer[-20:]) for one in unread], 3)
+            rank_zero_warn(
+                f"{len(unread)} of {len(examples)} answers of {name} are written in a form that "
+                f"protocol={self.evaluation.name} does not read in what a model writes ({shown}): such answers count "
+                "as wrong; last_written_number reads them"
+            )
         return {name: examples}
 
 

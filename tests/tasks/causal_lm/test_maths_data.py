@@ -110,6 +110,17 @@ def test_a_test_file_that_is_not_all_of_its_set_is_said(tmp_path):
         MathsDataModule(test=str(path)).test_examples()
 
 
+def test_answers_that_the_protocol_would_not_read_are_said(tmp_path):
+    """A model that answers exactly like the file would be counted wrong."""
+    answers = ["#### - 3", "#### 1_000", "#### 1.000.000", "#### 72", "#### -5", "#### 1,200"]
+    path = write_json(tmp_path / "mine.json", [{"question": "x", "answer": f"So: {one}"} for one in answers])
+    with pytest.warns(UserWarning, match=r"3 of 6 answers of mine .* protocol=last_number does not .*'- 3', '1_000', "):
+        MathsDataModule(test=str(path)).test_examples()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MathsDataModule(test=str(path), protocol="last_written_number").test_examples()
+
+
 @pytest.mark.parametrize(
     ("entries", "split", "words"),
     [

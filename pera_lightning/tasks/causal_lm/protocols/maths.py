@@ -7,6 +7,7 @@ wrong and 3.4 counts as 3; here any form is read and numbers are equal or not.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 
@@ -74,6 +75,15 @@ def gold_number(answer: str) -> Decimal:
         shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
         raise DataError(f"answer {shown!r} is not a number; give one such as '72', '576.0' or '... #### 72'")
     return _value(match)
+
+
+def read_otherwise(protocol: Protocol, examples: Sequence[Example]) -> list[Example]:
+    """Examples whose answer, as the file writes it, a protocol does not read as that number in a generated text.
+
+    A model that answers just like the data would be wrong.
+    """
+    texts = [(one, one.answer.rpartition("####")[2].strip()) for one in examples]
+    return [one for one, text in texts if not protocol.is_correct(protocol.extract(text, one), one)]
 
 
 def written(number: Decimal) -> str:
