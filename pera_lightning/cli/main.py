@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pera_lightning.cli.signals import Stopped, stopping
 from pera_lightning.cli.words import find_configs
@@ -70,12 +71,20 @@ def main(args: Sequence[str] | None = None) -> None:
     except PeraError as error:
         fail(str(error))
     except KeyboardInterrupt:  # the second one, while a fit was stopping at the first
-        print("stopped by SIGINT", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end_at_once()
     except Stopped as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # Ctrl-C reaches all processes of a terminal
             print("; ".join([f"stopped by {stop.name}", *getattr(stop, "__notes__", ())]), file=sys.stderr, flush=True)
         sys.exit(stop.code)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # the second one within the training: Lightning exits with 1
+            _end_at_once()
+        raise
+
+
+def _end_at_once() -> NoReturn:
+    print("stopped by SIGINT at once: what was done since the last checkpoint is lost", file=sys.stderr, flush=True)
+    sys.exit(130)
 
 
 def _run(words: list[str]) -> None:

@@ -205,6 +205,20 @@ def test_a_signal_stops_a_fit_with_the_command_that_goes_on(quick, tmp_path, mon
     assert (step_of(run / "checkpoints" / "last.ckpt"), fit_finished(run)) == (6, True)
 
 
+def test_a_second_ctrl_c_ends_with_the_code_of_one(quick, monkeypatch, interruptible):
+    """Else a shell would go on with its next command; Lightning exits with 1, and says nothing of what is lost."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(LearningRateMonitor, "on_train_batch_start", on_train_batch_start)
+    result = quick("--trainer.max_epochs", 3)
+    assert result.code == 130
+    assert result.err.splitlines()[-1].startswith("stopped by SIGINT at once: what was done since the last checkpoint")
+    assert "Traceback" not in result.err
+
+
 def test_a_signal_to_a_test_is_one_line(quick, run, monkeypatch, interruptible):
     monkeypatch.setattr(ImageClassificationModule, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     result = quick("--ckpt_path", "best", command="test")
