@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from pera_lightning.errors import CheckpointError
+from pera_lightning.errors import CheckpointError, listed
 from pera_lightning.injection.adapter_folder import CONFIG_FILE, write_adapter
 from pera_lightning.injection.description import UNFROZEN
 from pera_lightning.injection.state import adapter_state_dict, describe, find_injected
@@ -67,3 +68,20 @@ def write_final_adapter(
         kept = f"; {path} has the same" if source != ended else ""
         raise CheckpointError(f"{Path(folder) / 'adapter'} could not be written ({error.strerror}){kept}") from None
     print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
+    if old := _outdated(Path(folder), keeper):
+        print(
+            f"{Path(folder)} has {listed(old)} of before, of other checkpoints by now: measure them again", flush=True
+        )
+
+
+def _outdated(folder: Path, keeper: Any) -> list[str]:
+    """What was measured and predicted with an earlier checkpoint of a name, before this fit went on in place."""
+    last = folder / "checkpoints" / "last.ckpt"
+    kept = ((getattr(keeper, "best_model_path", "") or last, ""), (last, "-last"))  # and how names of results end
+    found = []
+    for checkpoint, end in kept:
+        names = (f"results{end}.json", *(f"{name}{end}" for name in ("predictions", "images", "test_images")))
+        if (file := Path(checkpoint)).is_file():
+            there = (name for name in names if (folder / name).exists())
+            found += [name for name in there if (folder / name).stat().st_mtime_ns < file.stat().st_mtime_ns]
+    return found

@@ -103,6 +103,20 @@ def test_a_fit_goes_on_in_place(quick, run, tmp_path, name):
     assert not (run / FILE).exists()
 
 
+def test_results_that_a_fit_in_place_leaves_behind_are_said(quick, run, monkeypatch):
+    """They stand beside checkpoints of their names, and are of others."""
+    for name in ("best", "last"):
+        assert quick("--ckpt_path", name, command="test").code == 0
+    best = (run / "checkpoints" / "best.ckpt").read_bytes()
+    result = quick("--ckpt_path", "last", "--trainer.max_epochs", 8, "--model.lr", 0.03)
+    assert (run / "checkpoints" / "best.ckpt").read_bytes() != best
+    line = f"{run} has results.json, results-last.json of before, of other checkpoints by now: measure them again"
+    assert line in result.out.splitlines()
+    for name in ("best", "last"):
+        assert quick("--ckpt_path", name, command="test").code == 0
+    assert "of before" not in quick("--ckpt_path", "last", "--trainer.max_epochs", 8).out
+
+
 # --- which checkpoint is measured ---
 
 
