@@ -90,6 +90,11 @@ def _unlike_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
     numbers = {number for group in saved["param_groups"] for number in group["params"]}
     if lost := [number for number in saved["state"] if isinstance(number, int) and number not in numbers]:
         return f"the optimizer's state {lost[0]} belongs to none of its parameters"
+    # One that was added in the training (`add_param_group`) is not there yet.
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        then, now = (f"{len(each)} group(s) of {', '.join(map(str, each))} parameters" for each in sizes)
+        return f"its optimizer has {then}, this fit's {now}: make the same before the fit, in configure_optimizers"
     for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         settings = {name: value for name, value in own.items() if name in optimizer.defaults}
         if "lr" in settings and "lr" not in group:

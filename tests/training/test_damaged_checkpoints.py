@@ -207,3 +207,26 @@ def test_fewer_epochs_than_were_trained(tmp_path: Path) -> None:
     fitted(tmp_path, max_epochs=4)
     with pytest.raises(CheckpointError, match=r"with these settings: .*current_epoch=\d, but .*\(max_epochs=1\)"):
         trainer(tmp_path, callback(), max_epochs=1).fit(Plain(), train_loader(), ckpt_path=str(tmp_path / "best.ckpt"))
+
+
+def test_an_optimizer_with_other_groups(tmp_path: Path) -> None:
+    """As where the first fit has added one in its course: it is said in words, and not as what zip() says."""
+
+    class TwoGroups(Plain):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = super().configure_optimizers()
+            last = optimizer.param_groups[0]["params"].pop()
+            optimizer.add_param_group({"params": [last]})
+            return optimizer
+
+    fitted(tmp_path)
+    count = len(
+        torch.load(tmp_path / "best.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"][0]["params"]
+    )
+    words = (
+        rf"has 1 group\(s\) of {count} parameters, this fit's 2 group\(s\) of {count - 1}, 1 parameters: make the same"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        trainer(tmp_path, callback(), max_epochs=2).fit(
+            TwoGroups(), train_loader(), ckpt_path=str(tmp_path / "best.ckpt")
+        )
