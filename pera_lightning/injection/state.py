@@ -244,7 +244,7 @@ def check_same_base(
         if not {*wrong} & {*layers}:
             hint = "; none of them is adapted: if they are new and random, fit again with their modules in trainable"
         elif all(then.get(name, "").split(":")[0] == now.get(name, "").split(":")[0] for name in wrong):
-            hint = "; of their shapes they are: load the base in the type trained on, bfloat16 and float16 round apart"
+            hint = "; is one a bfloat16, the other a float16 copy? They round apart: load it in the type trained in"
         count = f"{len(wrong)} of {len(now)} frozen tensors differ: {listed(wrong, 3)}"
         raise CheckpointError(f"{source} was trained on another base: {count}{hint}")
     if "rest_of_base" not in saved and rest:
