@@ -1,4 +1,4 @@
-"""The files of a folder, and a word about those that nothing reads."""
+"""The files of a folder, and a word about those that nothing reads or that are not all of their set."""
 
 from __future__ import annotations
 
@@ -44,3 +44,14 @@ def warn_of_unread(folder: Path, unread: Iterable[str], advice: str) -> None:
     counts = [f"{len(names)} {suffix} ({listed(names, 2)})" for suffix, names in kinds.items()]
     total = sum(map(len, kinds.values()))
     rank_zero_warn(f"{total} file(s) under {folder} are not read: {listed(counts)}; {advice}")
+
+
+def warn_of_size(name: str, count: int, published: int | None, source: object) -> None:
+    """Warns where a source has not as many examples as its set has as published, where that is known."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+    if published not in (None, count):
+        rank_zero_warn(
+            f"{source} has {count} examples, {name} as published has {published}: results on it do not compare with "
+            "those of others"
+        )

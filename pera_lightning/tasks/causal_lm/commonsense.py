@@ -13,9 +13,10 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pera_lightning.data import downloads
+from pera_lightning.data.folder_files import warn_of_size
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Example, read_examples, warn_of_size
+from pera_lightning.tasks.causal_lm.examples import Example, read_examples
 from pera_lightning.tasks.causal_lm.protocols.commonsense import SETS, TASK, options
 from pera_lightning.validation import check_choice
 
@@ -87,7 +88,7 @@ class CommonsenseDataModule(TextDataModule):
                 f"{path}, downloaded, has {len(examples)} examples and the papers' file has {expected}; delete it and "
                 f"{record} to download it again, or give folder"
             )
-        warn_of_size(name, examples, expected, path)
+        warn_of_size(name, len(examples), expected, path)
         return examples
 
     def _downloaded(self, place: str) -> Path:

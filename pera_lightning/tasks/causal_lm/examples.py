@@ -66,17 +66,6 @@ def read_examples(
     return [to_example(entry, number=k, **about) for k, entry in enumerate(read_json(path))]
 
 
-def warn_of_size(name: str, examples: Sequence[Example], expected: int | None, source: object) -> None:
-    """Warns where a file has not as many examples as are known of its set: results would not compare."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # which takes seconds, and protocols do without
-
-    if expected not in (None, len(examples)):
-        rank_zero_warn(
-            f"{source} has {len(examples)} examples, and {name} has {expected} in the papers: results on it do not "
-            "compare with theirs"
-        )
-
-
 def digest(examples: Iterable[Example]) -> str:
     """Sha256 of examples, in their order."""
     total = hashlib.sha256()

@@ -12,10 +12,11 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pera_lightning.data import hub
+from pera_lightning.data.folder_files import warn_of_size
 from pera_lightning.data.json_files import read_json
 from pera_lightning.errors import ConfigurationError, DataError, listed
 from pera_lightning.tasks.causal_lm.data import TextDataModule
-from pera_lightning.tasks.causal_lm.examples import Example, to_example, warn_of_size
+from pera_lightning.tasks.causal_lm.examples import Example, to_example
 from pera_lightning.tasks.causal_lm.protocols.maths import read_otherwise
 
 # Test examples of GSM8K and of LLM-Adapters' sets of numbers (arXiv 2304.01933, table 1).
@@ -74,7 +75,7 @@ class MathsDataModule(TextDataModule):
 
     def test_examples(self) -> dict[str, list[Example]]:
         name, examples = _name(self.test), read_problems(self.test, "test")
-        warn_of_size(name, examples, SET_SIZES.get(name), self.test)
+        warn_of_size(name, len(examples), SET_SIZES.get(name), self.test)
         for one in examples:
             self.evaluation.check(one)
         if unread := read_otherwise(self.evaluation, examples):

@@ -234,8 +234,12 @@ def _checked(root: Path, found: dict[str, FolderSource]) -> dict[str, ImageSourc
 
 def same_classes(where: str, names: list[str], training: list[str]) -> None:
     """Refuses a split whose class names are not those of training, naming the difference."""
-    if differing := sorted({*names} ^ {*training}):
-        raise DataError(f"{where} and training differ in {listed(differing)}; every split needs the same classes")
+    sides = {"lacks": {*training} - {*names}, "also has": {*names} - {*training}}
+    if said := [f"{verb} {listed(sorted(those))}" for verb, those in sides.items() if those]:
+        raise DataError(
+            f"{where} {', and '.join(said)}, unlike training; every split needs the same classes (predict takes images "
+            "of some, and writes the classes that are known)"
+        )
 
 
 def predict_source(given: str | list[str], class_names: list[str]) -> FolderSource:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pera_lightning.data import hub
+from pera_lightning.data.folder_files import warn_of_size
 from pera_lightning.errors import ConfigurationError, listed
 from pera_lightning.tasks.sequence_classification.examples import Examples, class_names_of, to_examples
 from pera_lightning.tasks.sequence_classification.files import (
@@ -85,4 +86,7 @@ class GLUESource:
     def examples(self, split: str) -> Examples:
         """The examples of a split, checked; those of a test split may have no labels."""
         unlabelled = split.startswith("test")
-        return to_examples(self.read(split), self.task, label_column=self.label_column, unlabelled=unlabelled)
+        columns = self.read(split)
+        found = to_examples(columns, self.task, label_column=self.label_column, unlabelled=unlabelled)
+        warn_of_size(f"{self.name}'s {split} set", len(found.labels), self.task.size(split), columns.source)
+        return found

@@ -32,6 +32,7 @@ class GLUETask:
     submission_files: tuple[str, ...] = ()  # each set's, without its ending
     writes_names: bool = False  # whether a submission has names of classes, not numbers
     label_range: tuple[float, float] = (-math.inf, math.inf)  # least and largest label of a regression
+    sizes: tuple[int, ...] = ()  # examples, as published, of each set's validation file, then of each set's test file
 
     @property
     def regression(self) -> bool:
@@ -55,6 +56,11 @@ class GLUETask:
         """A set in full, as the hub's splits are called: ``named("test", "mismatched")`` is ``test_mismatched``."""
         return f"{kind}_{name}" if name else kind
 
+    def size(self, split: str) -> int | None:
+        """Examples of a validation or test file, as published; None of the training file and of a custom task."""
+        splits = [self.named(kind, name) for kind in ("validation", "test") for name in self.sets]
+        return dict(zip(splits, self.sizes, strict=False)).get(split)
+
     def written(self, prediction: float) -> str:
         """A prediction as a submission has it.
 
@@ -76,12 +82,36 @@ _F1, _CORRELATIONS = ("f1", "accuracy"), ("pearson", "spearman")
 # By default their files are those of nyu-mll/glue, see `sources.py`.
 _TASKS = (
     GLUETask(
-        "cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "matthews", submission_files=("CoLA",)
+        "cola",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        ("matthews",),
+        "matthews",
+        submission_files=("CoLA",),
+        sizes=(1043, 1063),
     ),
-    GLUETask("sst2", ("sentence",), ("negative", "positive"), submission_files=("SST-2",)),
-    GLUETask("mrpc", _PAIR, ("not_equivalent", "equivalent"), metrics=_F1, submission_files=("MRPC",)),
-    GLUETask("stsb", _PAIR, (), _CORRELATIONS, "pearson", submission_files=("STS-B",), label_range=(0.0, 5.0)),
-    GLUETask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=_F1, submission_files=("QQP",)),
+    GLUETask("sst2", ("sentence",), ("negative", "positive"), submission_files=("SST-2",), sizes=(872, 1821)),
+    GLUETask(
+        "mrpc", _PAIR, ("not_equivalent", "equivalent"), metrics=_F1, submission_files=("MRPC",), sizes=(408, 1725)
+    ),
+    GLUETask(
+        "stsb",
+        _PAIR,
+        (),
+        _CORRELATIONS,
+        "pearson",
+        submission_files=("STS-B",),
+        label_range=(0.0, 5.0),
+        sizes=(1500, 1379),
+    ),
+    GLUETask(
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        metrics=_F1,
+        submission_files=("QQP",),
+        sizes=(40430, 390965),
+    ),
     GLUETask(
         "mnli",
         ("premise", "hypothesis"),
@@ -89,10 +119,13 @@ _TASKS = (
         sets=("matched", "mismatched"),
         submission_files=("MNLI-m", "MNLI-mm"),
         writes_names=True,
+        sizes=(9815, 9832, 9796, 9847),
     ),
-    GLUETask("qnli", ("question", "sentence"), _ENTAILMENT, submission_files=("QNLI",), writes_names=True),
-    GLUETask("rte", _PAIR, _ENTAILMENT, submission_files=("RTE",), writes_names=True),
-    GLUETask("wnli", _PAIR, ("not_entailment", "entailment"), submission_files=("WNLI",)),
+    GLUETask(
+        "qnli", ("question", "sentence"), _ENTAILMENT, submission_files=("QNLI",), writes_names=True, sizes=(5463, 5463)
+    ),
+    GLUETask("rte", _PAIR, _ENTAILMENT, submission_files=("RTE",), writes_names=True, sizes=(277, 3000)),
+    GLUETask("wnli", _PAIR, ("not_entailment", "entailment"), submission_files=("WNLI",), sizes=(71, 146)),
 )
 TASKS = {task.name: task for task in _TASKS}
 

@@ -28,7 +28,7 @@ def test_a_folder_in_both_layouts(tmp_path, prefixed):
     data = CommonsenseDataModule(str(folder), train="commonsense_15k", test=["openbookqa", "ARC-Easy"])
     data.prepare_data()
     assert len(data.training_examples()) == 30
-    with pytest.warns(UserWarning, match=r"test.json has 5 examples, and openbookqa has 500 in the papers"):
+    with pytest.warns(UserWarning, match=r"test.json has 5 examples, openbookqa as published has 500"):
         counts = {name: len(rows) for name, rows in data.test_examples().items()}
     assert counts == {"openbookqa": 5, "ARC-Easy": 5}
     data = CommonsenseDataModule(str(folder), train=["ARC-Easy", "openbookqa"], test=["ARC-Easy"])

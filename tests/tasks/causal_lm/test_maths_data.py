@@ -102,7 +102,7 @@ def test_a_set_is_called_like_its_file_and_no_folder_that_it_lies_in(tmp_path, f
 
 def test_a_test_file_that_is_not_all_of_its_set_is_said(tmp_path):
     path = write_json(tmp_path / "gsm8k.json", [GSM] * 2)
-    with pytest.warns(UserWarning, match=r"gsm8k.json has 2 examples, and gsm8k has 1319 in the papers"):
+    with pytest.warns(UserWarning, match=r"gsm8k.json has 2 examples, gsm8k as published has 1319"):
         MathsDataModule(test=str(path)).test_examples()
     path = write_json(tmp_path / "mine.json", [GSM] * 2)
     with warnings.catch_warnings():

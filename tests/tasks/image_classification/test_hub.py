@@ -73,7 +73,7 @@ def test_a_test_split_without_labels_can_be_predicted_only(hub):
         ({"image_column": "img"}, "no column 'img': give image_column, one of image, label"),
         ({"image_column": "label"}, "column 'label' holds no images but int64"),
         ({"label_column": "image"}, "column 'image' holds no classes"),
-        ({"test_split": "strange"}, "and training differ in c; every split needs the same classes"),
+        ({"test_split": "strange"}, "also has c, unlike training; every split needs the same classes"),
         ({"test_split": "empty"}, "'empty' has no examples"),
         ({"test_split": "rare"}, "no training image of b, but test has some"),
     ],

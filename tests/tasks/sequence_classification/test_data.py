@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from pera_lightning import GLUEDataModule
 from pera_lightning.errors import ConfigurationError, DataError
 from pera_lightning.tasks.sequence_classification.loss import balanced_weights
+from pera_lightning.tasks.sequence_classification.tasks import TASKS
 from tests.tasks.causal_lm.text_helpers import TextModule, one_line
 from tests.tasks.sequence_classification.glue_helpers import CLS, PAD, SEP, glue, numbers, pair_tokenizer, pairs, write
 
@@ -171,6 +172,13 @@ def test_a_test_set_with_labels_is_scored_on_by_own_test_alone(tmp_path):
     with pytest.warns(UserWarning, match="split_protocol=full_validation scores on the validation file; test_file is"):
         data = glue(tmp_path, "test", task="custom", text_columns=["t"], **files)
     assert len(numbers(data.test_dataloader())) == 6
+
+
+def test_a_set_that_is_not_whole_is_said(folder):
+    with pytest.warns(UserWarning, match=r"jsonl has 21 examples, rte's validation set as published has 277"):
+        glue(folder, "test")
+    mnli = TASKS["mnli"]
+    assert [mnli.size(s) for s in ("train", "validation_matched", "test_mismatched")] == [None, 9815, 9847]
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
