@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from pera_lightning.data.folder_files import files_under, warn_of_unread
-from pera_lightning.errors import DataError, closest, listed
+from pera_lightning.errors import DataError, closest, listed, shorten
 from pera_lightning.files import require_regular
 
 if TYPE_CHECKING:
@@ -107,18 +107,19 @@ def check_headers(root: Path, files: Collection[str]) -> None:
     """
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # which takes seconds, and `grid` does without
 
-    broken, transparent = [], []
+    broken, transparent, why = [], [], ""
     for name in files:
         try:
             with open_lazily(root / name) as image:
                 transparent += [name] if image.has_transparency_data else []
                 image.verify()
-        except Exception:  # as many kinds as there are formats
+        except Exception as error:  # as many kinds as there are formats
+            why = why if broken else shorten(str(error)) or type(error).__name__
             broken.append(name)
     if broken:
         raise DataError(
-            f"{len(broken)} broken image(s) under {root}: {listed(broken)}; replace or remove them (a file's content "
-            f"must be {', '.join(FORMATS)})"
+            f"{len(broken)} broken image(s) under {root}: {listed(broken)}; replace or remove them (the first: "
+            f"{why}; a file's content must be {', '.join(FORMATS)})"
         )
     if transparent:
         rank_zero_warn(

@@ -30,6 +30,10 @@ def test_only_the_formats_that_are_read_are_opened_whatever_a_file_is_called(tmp
     Image.new("RGB", (4, 4)).save(tmp_path / "c.png", format="JPEG")  # another that is read
     with pytest.raises(DataError, match=r"2 broken image\(s\) under .*: a.png, b.png; .* must be JPEG, PNG"):
         check_headers(tmp_path, ["a.png", "b.png", "c.png"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # not broken, and told by its reason
+    with pytest.raises(DataError, match=r"1 broken image\(s\) .* \(the first: .* decompression bomb"):
+        check_headers(tmp_path, ["c.png"])
+    monkeypatch.undo()
     assert not (tmp_path / "ran").exists()
     for suffix in SUFFIXES:  # each that is found can be opened
         Image.new("L" if suffix == ".pgm" else "RGB", (4, 4)).save(tmp_path / f"d{suffix}")
