@@ -105,9 +105,9 @@ HIRA = register(
         name="hira",
         task=TASK,
         origin=(
-            "HiRA's code, which PERA used too: one template, BOS and EOS added, loss on the answer, 16 new tokens, 4 "
-            "beams, LLM-Adapters' extraction. Ours, not in the paper: 512 tokens an example, beams without sampling "
-            "(its script samples within the beams by default, at temperature 0.1), and the template's form with an "
+            "HiRA's code, which PERA used too: one template, loss on the answer, 16 new tokens, 4 beams, none drawn, "
+            "LLM-Adapters' extraction. Ours: BOS and EOS in training (its code has neither there, and BOS at test), "
+            "512 tokens an example (its code 256 of the prompt and 16 of the answer), and the template's form with an "
             "input."
         ),
         **prompts.HIRA_FORM,

@@ -125,7 +125,7 @@ LAST_NUMBER = register(
         origin=(
             "HiRA's template, with BOS and EOS, and loss on the answer. Ours, not in the paper: 512 tokens an "
             "example, greedy decoding of at most 512 tokens, and the last number as the answer, exactly equal (its "
-            "script samples within 4 beams by default, reads the number after 'The answer is: ' and rounds it)."
+            "script takes 4 beams and 200 tokens, reads the number after 'The answer is: ' and rounds it)."
         ),
         **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=512),
