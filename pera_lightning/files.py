@@ -91,8 +91,8 @@ def what_failed(error: Exception) -> str:
     text = shorten(str(error))
     if text.startswith("Weights only load failed"):
         named = re.search(r"GLOBAL (\S+)", text)
-        holds = f"it asks for {named[1]}, and" if named else "it is no pickle of them:"
-        text = f"{holds} tensors and primitives alone are read"
+        found = f"it asks for {named[1]}" if named else "it holds something else"
+        text = f"only tensors and primitives are read, and {found}"
     return f"{type(error).__name__}: {text[:200]}"
 
 

@@ -158,12 +158,16 @@ def of_its_run(words: Sequence[str]) -> list[str]:
     """The words of an evaluation; with a checkpoint's file and no config, those of its run, wherever that lies now."""
     configs, _ = taken_out(words, CONFIG_FLAGS)
     given, _ = taken_out(words, ("--ckpt_path",))
-    if configs or not given or any(word.startswith("--model") for word in words):  # a run's config, or none is needed
+    if configs or not given:
         return [*words]
     if not Path(given[-1]).is_file():
-        named = given[-1] in ("best", "last", NONE) or "://" in given[-1] or Path(given[-1]).is_dir()
-        what = "of which run? Give --config" if named else "no such file. Give --config"
-        raise ConfigurationError(f"--ckpt_path {given[-1]}: {what}, or the FILE of a checkpoint in its run's folder")
+        if any(word.startswith("--model") for word in words):  # all is given on the command line
+            return [*words]
+        named = given[-1] in ("best", "last", NONE) or "://" in given[-1]
+        what = "of which run?" if named else "a folder." if Path(given[-1]).is_dir() else "no such file."
+        raise ConfigurationError(
+            f"--ckpt_path {given[-1]}: {what} Give --config, or the FILE of a checkpoint in its run's folder"
+        )
     found = configured(words, given[-1])
     run = run_folder(given[-1])
     assert run is not None

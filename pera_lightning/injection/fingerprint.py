@@ -119,6 +119,16 @@ def not_comparable(saved: Mapping[str, str], present: Mapping[str, str]) -> list
     return [path for path in saved if path in present and _agree(saved[path], present[path]) is None]
 
 
+def may_be_halves(one: str, other: str) -> bool:
+    """Whether two hashes that differ may be of a bfloat16 and a float16 copy of one tensor.
+
+    Each has lost other bits of it. Both have a single hash, since rounding them once more changes nothing; a float32
+    tensor mostly has two.
+    """
+    (shape, *hashes), (other_shape, *other_hashes) = one.split(":"), other.split(":")
+    return shape == other_shape and len(hashes) == len(other_hashes) == 1 and "," not in one + other
+
+
 def _agree(one: str, other: str) -> bool | None:
     """Whether two hashes are of one tensor; None where that cannot be told."""
     if not (one and other):  # one side lacks it

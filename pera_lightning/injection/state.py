@@ -19,7 +19,7 @@ from pera_lightning.adapters.method import Method
 from pera_lightning.adapters.registry import method_from_spec
 from pera_lightning.errors import CheckpointError, ConfigurationError, listed
 from pera_lightning.injection.description import FORMAT, UNFROZEN
-from pera_lightning.injection.fingerprint import differing, fingerprint_of, not_comparable
+from pera_lightning.injection.fingerprint import differing, fingerprint_of, may_be_halves, not_comparable
 from pera_lightning.injection.inject import (
     Injection,
     inject,
@@ -243,8 +243,11 @@ def check_same_base(
         hint = ""
         if not {*wrong} & {*layers}:
             hint = "; none of them is adapted: if they are new and random, fit again with their modules in trainable"
-        elif all(then.get(name, "").split(":")[0] == now.get(name, "").split(":")[0] for name in wrong):
-            hint = "; is one a bfloat16, the other a float16 copy? They round apart: load it in the type trained in"
+        elif all(may_be_halves(then.get(name, ""), now.get(name, "")) for name in wrong):
+            hint = (
+                "; is one a bfloat16 copy and the other a float16 copy of one base? Rounding alone makes them differ: "
+                "load it in the type that was trained on"
+            )
         count = f"{len(wrong)} of {len(now)} frozen tensors differ: {listed(wrong, 3)}"
         raise CheckpointError(f"{source} was trained on another base: {count}{hint}")
     if "rest_of_base" not in saved and rest:

@@ -175,7 +175,7 @@ def read_checkpoint(path: Any, load: Callable[[], Any] | None = None) -> dict[st
     local = None if is_url(path) else local_file(path)
     if local is not None and local.is_dir():
         places = (local, local / "checkpoints", local.parent / "checkpoints")  # of a run, or beside its adapter folder
-        beside = listed(sorted(str(file) for place in places for file in place.glob("*.ckpt")), 3)
+        beside = listed(sorted({str(file) for place in places for file in place.glob("*.ckpt")}), 3)
         raise CheckpointError(
             f"{local} is a folder; here a .ckpt file is needed{beside and f': {beside}'} (adapter folders are for "
             "merge, export and load_adapter)"

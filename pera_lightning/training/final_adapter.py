@@ -70,7 +70,8 @@ def write_final_adapter(
     print(f"Adapter of {source}: {written}\nLogs and checkpoints: {folder}", flush=True)
     if old := _outdated(Path(folder), keeper):
         print(
-            f"{Path(folder)} has {listed(old)} of before, of other checkpoints by now: measure them again", flush=True
+            f"{Path(folder)} has {listed(old)} from before this fit, which has replaced the checkpoints: measure again",
+            flush=True,
         )
 
 

@@ -110,11 +110,11 @@ def test_results_that_a_fit_in_place_leaves_behind_are_said(quick, run, monkeypa
     best = (run / "checkpoints" / "best.ckpt").read_bytes()
     result = quick("--ckpt_path", "last", "--trainer.max_epochs", 8, "--model.lr", 0.03)
     assert (run / "checkpoints" / "best.ckpt").read_bytes() != best
-    line = f"{run} has results.json, results-last.json of before, of other checkpoints by now: measure them again"
-    assert line in result.out.splitlines()
+    line = f"{run} has results.json, results-last.json from before this fit, which has replaced the checkpoints"
+    assert f"{line}: measure again" in result.out.splitlines()
     for name in ("best", "last"):
         assert quick("--ckpt_path", name, command="test").code == 0
-    assert "of before" not in quick("--ckpt_path", "last", "--trainer.max_epochs", 8).out
+    assert "from before" not in quick("--ckpt_path", "last", "--trainer.max_epochs", 8).out
 
 
 # --- which checkpoint is measured ---
@@ -153,14 +153,16 @@ def test_a_checkpoint_alone_is_tested_where_its_run_lies(pera, run, tmp_path, mo
     run.rename(moved)
     assert yaml.safe_load((moved / "config.yaml").read_text())["trainer"]["logger"]
     monkeypatch.chdir(tmp_path)
-    result = pera("test", "--ckpt_path", moved / "checkpoints" / "best.ckpt", "--trainer.enable_progress_bar", "false")
+    own = ["--trainer.enable_progress_bar", "false", "--model.label_smoothing", 0.1]  # over the run's config
+    result = pera("test", "--ckpt_path", moved / "checkpoints" / "best.ckpt", *own)
     assert result.code == 0, result.err
     assert "Results: elsewhere/quickstart.earlier/results.json" in result.out
     assert [*tmp_path.iterdir()] == [moved.parent]
     (tmp_path / "copy.ckpt").touch()
     assert "copy.ckpt is not known" in error_line(pera("test", "--ckpt_path", tmp_path / "copy.ckpt"))
     assert "gone.ckpt: no such file. Give --config" in error_line(pera("test", "--ckpt_path", tmp_path / "gone.ckpt"))
-    for unclear in ("best", "http://127.0.0.1/x.ckpt", moved):
+    assert f"{moved}: a folder. Give --config" in error_line(pera("test", "--ckpt_path", moved))
+    for unclear in ("best", "http://127.0.0.1/x.ckpt"):
         assert f"{unclear}: of which run? Give --config" in error_line(pera("predict", "--ckpt_path", unclear))
 
 

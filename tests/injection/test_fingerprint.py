@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -74,13 +73,16 @@ def test_another_base_is_refused_by_the_names_that_differ(tmp_path: Path, change
 
 def test_copies_that_round_apart_are_refused_with_what_to_do(tmp_path: Path) -> None:
     """Neither a bfloat16 nor a float16 copy has the values of which both are: they cannot be told from another base."""
-    torch.manual_seed(0)
     original = Net()
-    half, model = deepcopy(original).half(), original.bfloat16()
+    half, model = copy.deepcopy(original).half(), original.bfloat16()
     inject(model, LoRA(rank=2), ["up"], ["head"])
     save_adapter(model, tmp_path)
-    with pytest.raises(CheckpointError, match="They round apart: load it in the type trained in"):
+    with pytest.raises(CheckpointError, match="Rounding alone makes them differ: load it in the type that was trained"):
         load_adapter(half, tmp_path)
+    other = Net()
+    torch.nn.init.normal_(other.up.weight)  # float32, and not the question
+    with pytest.raises(CheckpointError, match=r"frozen tensors differ: up$"):
+        load_adapter(other, tmp_path)
 
 
 def test_a_layer_that_one_base_lacks_is_named(tmp_path: Path) -> None:

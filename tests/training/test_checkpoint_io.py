@@ -180,8 +180,9 @@ def test_an_adapter_folder_is_no_checkpoint_and_those_beside_it_are_named(tmp_pa
     with pytest.raises(CheckpointError, match=r"is a folder; .* needed: \S*/checkpoints/best.ckpt \(") as error:
         trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=str(tmp_path / "adapter"), verbose=False)
     assert "\n" not in str(error.value)
-    with pytest.raises(CheckpointError, match=r"is a folder; .* needed: \S*/checkpoints/best.ckpt \("):
-        load_adapted(Plain, tmp_path)
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"is a folder; .* needed: \S*/checkpoints/best.ckpt \("):
+            load_adapted(Plain, folder)
     (tmp_path / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(CheckpointError, match=r"here a .ckpt file is needed \("):
         load_adapted(Plain, tmp_path / "adapter")

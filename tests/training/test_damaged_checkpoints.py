@@ -109,7 +109,9 @@ def test_a_checkpoint_by_url(tmp_path: Path, url: str) -> None:
     test = lambda name: trainer(tmp_path, callback()).test(Plain(), val_loader(), ckpt_path=f"{url}/{name}")  # noqa: E731
     for read in (fit, test, lambda name: load_adapted(Plain, f"{url}/{name}")):
         # What it asks for is named, and not torch's advice to have it run.
-        with pytest.raises(CheckpointError, match=r"another kind of file .*asks for exec, .* are read\)$"):
+        with pytest.raises(
+            CheckpointError, match=r"another kind of file .*primitives are read, and it asks for exec\)$"
+        ):
             read("best.ckpt")
         with pytest.raises(CheckpointError, match=r"cannot be had \(HTTPError: HTTP Error 404: File not found\)"):
             read("none.ckpt")

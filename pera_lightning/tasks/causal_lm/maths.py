@@ -76,7 +76,7 @@ class MathsDataModule(TextDataModule):
     def test_examples(self) -> dict[str, list[Example]]:
         name, examples = _name(self.test), read_problems(self.test, "test")
         warn_of_size(name, len(examples), SET_SIZES.get(name), self.test)
-        for one in examples:
+        for one in examples:  # first, so that an answer that is no number is named with its example
             self.evaluation.check(one)
         if unread := read_otherwise(self.evaluation, examples):
             shown = listed([repr(one.answer[-20:]) for one in unread], 3)

@@ -79,7 +79,7 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _F1, _CORRELATIONS = ("f1", "accuracy"), ("pearson", "spearman")
 
-# By default their files are those of nyu-mll/glue, see `sources.py`.
+# By default their files are those of nyu-mll/glue, see `sources.py`; the sizes are those of its dataset card.
 _TASKS = (
     GLUETask(
         "cola",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pera_lightning.adapters import AuroRA
 from pera_lightning.cli.main import main
+from pera_lightning.tasks.dreambooth.module import DreamBoothModule
 from tests.tasks.dreambooth.config_words import words
 from tests.tasks.dreambooth.fits import CLASS, Randomise, base_fixture, data, fit, make_trainer, module, photos_fixture
 from tests.tasks.dreambooth.sdxl import SHALLOW
@@ -91,8 +92,10 @@ def test_class_images_and_the_cache_are_shared_out(base, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_and_draws_as_ddp(base, photos, tmp_path):
+def test_fsdp2_trains_and_draws_as_ddp(base, photos, tmp_path, monkeypatch):
     """Text encoders adapted too, and nothing cached: prompts and images come out of sharded networks."""
+    # Adam's own eps makes a step of about lr of any gradient, also of one that is rounding, which is the processor's.
+    monkeypatch.setattr(DreamBoothModule, "make_optimizer", lambda self, groups: torch.optim.AdamW(groups, eps=1e-4))
     targets = "[to_q, to_k, to_v, to_out.0, q_proj, k_proj, v_proj, out_proj]"
     more = {"model__adapt_text_encoders": "true", "data__cache": "false", "adapter__targets": targets}
     prior = {"data__class_prompt": CLASS, "data__num_class_images": 3, "trainer__devices": 2, "data__repeats": 8}
@@ -104,10 +107,9 @@ def test_fsdp2_trains_and_draws_as_ddp(base, photos, tmp_path):
     run_forked(lambda: [main(one) for one in runs], 2, tmp_path, 200)
     plain, sharded = (load_file(folder / "pera" / "adapter" / "adapter.safetensors") for folder in (one, other))
     assert plain.keys() == sharded.keys()
-    # Adam makes a step of about lr, 0.05, of any gradient: where that is rounding alone, a little of it remains, and
-    # how much is the processor's. A rank's gradient that is left out moves them by lr.
+    assert max(value.abs().max() for name, value in plain.items() if name.endswith(".B")) > 0.01  # which were zero
     for name, value in plain.items():
-        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=2e-3, msg=name)
+        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4, msg=name)
     files = [path.relative_to(one) for path in one.rglob("*.png")]
     assert len(files) == 3 + 2 + 1  # of the class, and at validation two images and a grid
     for file in files:

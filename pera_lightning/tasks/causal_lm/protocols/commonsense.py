@@ -105,10 +105,10 @@ HIRA = register(
         name="hira",
         task=TASK,
         origin=(
-            "HiRA's code, which PERA used too: one template, loss on the answer, 16 new tokens, 4 beams, none drawn, "
-            "LLM-Adapters' extraction. Ours: BOS and EOS in training (its code has neither there, and BOS at test), "
-            "512 tokens an example (its code 256 of the prompt and 16 of the answer), and the template's form with an "
-            "input."
+            "HiRA's code, which PERA used too: one template, loss on the answer, 16 new tokens, 4 beams without "
+            "sampling, LLM-Adapters' extraction. Ours: BOS and EOS in training (its code has neither there, and BOS at "
+            "test), 512 tokens an example (its code 256 of the prompt and 16 of the answer), and the template's form "
+            "with an input."
         ),
         **prompts.HIRA_FORM,
         decoding=Decoding(max_new_tokens=16, num_beams=4),

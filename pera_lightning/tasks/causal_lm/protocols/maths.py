@@ -69,7 +69,7 @@ def gold_number(answer: str) -> Decimal:
     Raises:
         DataError: for anything else.
     """
-    text = answer.rpartition("####")[2].strip()
+    text = _final_answer(answer)
     match = _NUMBER.fullmatch(text) or _WRITTEN.fullmatch(text)
     if match is None:
         shown = answer if len(answer) <= 60 else f"… {answer[-58:]}"  # a solution's number is at its end
@@ -82,8 +82,12 @@ def read_otherwise(protocol: Protocol, examples: Sequence[Example]) -> list[Exam
 
     A model that answers just like the data would be wrong.
     """
-    texts = [(one, one.answer.rpartition("####")[2].strip()) for one in examples]
-    return [one for one, text in texts if not protocol.is_correct(protocol.extract(text, one), one)]
+    return [one for one in examples if not protocol.is_correct(protocol.extract(_final_answer(one.answer), one), one)]
+
+
+def _final_answer(answer: str) -> str:
+    """What stands after the ``####`` of a solution, or the answer itself."""
+    return answer.rpartition("####")[2].strip()
 
 
 def written(number: Decimal) -> str:
